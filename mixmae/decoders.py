@@ -1,0 +1,94 @@
+"""Decoders: encoded cells to pixels.
+
+Legend: M mixes, S sequences decoded from each (K images for MixMAE, 1 for others), L = h*w cells, E the encoder's width,
+C the decoder's, P = unit*unit*channels values of a cell's pixels in the order (row, column, channel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixmae.layers.blocks import SelfAttention, TransformerBlock
+from mixmae.layers.initialisation import TABLE_STD, init_projections
+from mixmae.layers.positions import sin_cos_positions
+from mixmae.mixing import unmix
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The size of a PixelDecoder; the defaults are the paper's (section 3.2)."""
+
+    dim: int = 512
+    """Width; a multiple of 4 and of num_heads."""
+    depth: int = 8
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads; the number is the official code's."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's perceptron over its width."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.num_heads < 1 or self.mlp_ratio <= 0:
+            raise ValueError(f"depth and num_heads must be at least 1 and mlp_ratio above 0, got {self}")
+        if self.dim < 4 or self.dim % 4 or self.dim % self.num_heads:
+            raise ValueError(
+                f"the decoder's dim must be a multiple of 4 and of num_heads, got {self.dim} with {self.num_heads} heads"
+            )
+
+
+class PixelDecoder(nn.Module):
+    """A small transformer that predicts the pixels of every cell of an image from its visible ones.
+
+    Args:
+        encoder_dim: E.
+        patch_px: side of a cell in pixels, the encoder's last stride.
+        channels: channels of the images.
+        grid: (h, w) that the position table is stored for; other grids get a new table.
+        config: the size.
+    Source: paper section 3.2, "Dual Reconstruction"; MAE.
+    """
+
+    def __init__(
+        self, *, encoder_dim: int, patch_px: int, channels: int, grid: tuple[int, int], config: DecoderConfig
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed = nn.Linear(encoder_dim, config.dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sin_cos_positions(config.dim, grid)[None])  # (1, L, C)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.dim, SelfAttention(config.dim, config.num_heads), mlp_ratio=config.mlp_ratio)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.pred = nn.Linear(config.dim, patch_px * patch_px * channels)
+        init_projections(self)
+        nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)
+
+    def forward(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Predict pixels for S sequences from each encoded one.
+
+        Args:
+            tokens: (M, L, E), a token for each cell of the mix.
+            mask: (M, S, L) or (1, S, L) bool, True = not visible in this sequence: the mask token takes its place.
+            grid: (h, w), with h*w = L.
+        Returns: (M, S, L, P), for visible cells too.
+        Raises: ValueError if tokens and mask disagree on M or L.
+        """
+        x = unmix(self.embed(tokens), mask, self.mask_token)  # (M, S, L, C)
+        lead = x.shape[:2]
+        x = x.flatten(0, 1) + self.positions(grid)  # (M * S, L, C): sequences of one image never see each other
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x)).unflatten(0, lead)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Give the position table for a grid, (1, L, C): the stored one where it fits, else a new one."""
+        table = self.pos_embed
+        if grid != self.grid:
+            table = sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
+        return table

@@ -1,0 +1,81 @@
+"""What every encoder promises to the objectives, the finetuning tasks and the optimiser.
+
+Legend: B samples, M group maps (B or 1), C channels, H W pixels, h w the grid of mask cells, L = h*w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+GroupIsolation = Literal["exact", "partial", "none"]
+"""exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, the encoder's docstring says
+how far. none: the encoder cannot take a group map and raises ValueError when given one."""
+
+DepthRule = Literal["official", "timm"]
+"""Whose layer decay: see head_depth."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A built backbone: a torch module that pretrains with a group map and finetunes without one."""
+
+    image_size: tuple[int, int]
+    """(H, W) in pixels that its fixed tables were built for; other multiples of strides[-1] work too."""
+    in_channels: int
+    """Channels of the images."""
+    strides: tuple[int, ...]
+    """Pixels a token of each stage covers along a side; the last is the mask unit."""
+    channels: tuple[int, ...]
+    """Width of the features of each stage."""
+    num_blocks: int
+    """Blocks in all stages: layer decay counts depth in them."""
+    group_isolation: GroupIsolation
+    """What a group map guarantees."""
+
+    def features(self, images: Tensor, group_map: Tensor | None = None) -> list[Tensor]:
+        """Compute the output of each stage, not normalised.
+
+        Args:
+            images: (B, in_channels, H, W) float, H and W multiples of strides[-1].
+            group_map: (M, h, w) int64, one entry a mask cell; None = one image a sample.
+        Returns: for each stage s (B, channels[s], H / strides[s], W / strides[s]).
+        Raises: ValueError for images or maps of other shapes.
+        """
+        ...
+
+    def forward(self, images: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Compute the tokens of the last stage after the final norm: (B, L, channels[-1]). Arguments as in features."""
+        ...
+
+    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
+        """Give every parameter, by name, one depth in [0, num_blocks]: 0 the stem, j + 1 the j-th block.
+
+        The learning rate of a parameter is scaled by decay ** (num_blocks + 1 - depth).
+        """
+        ...
+
+    # An encoder is also an nn.Module; these are the parts of one that its users need.
+    def __call__(self, images: Tensor, group_map: Tensor | None = None) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def head_depth(encoder: Encoder, rule: DepthRule) -> int:
+    """Give the depth of a task's head on this encoder.
+
+    official: as the last block and the final norm, so that even the head's rate is scaled by decay ** 1.
+    timm: one more, so that the head's rate is not scaled.
+    Source: the official finetuning code (golden/mixmim_optimization.json); timm's param_groups_layer_decay.
+    """
+    return encoder.num_blocks if rule == "official" else encoder.num_blocks + 1
+
+
+def check_images(images: Tensor, in_channels: int) -> None:
+    """Raise ValueError unless images are (B, in_channels, H, W)."""
+    if images.ndim != 4 or images.shape[1] != in_channels:
+        raise ValueError(f"the encoder takes images of shape (B, {in_channels}, H, W), got {tuple(images.shape)}")

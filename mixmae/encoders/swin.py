@@ -1,0 +1,235 @@
+"""Swin with large windows and no shifts: the paper's main encoder (section 3.2, "Hierarchical Vision Transformer").
+
+Unusual, beside Swin: windows are not shifted (14 x 14 is the whole grid of stage 3 at 224 px); fixed sin-cos positions
+are added after the patch embedding, besides the relative bias in each window; attention can be restricted to groups; a
+stage's downsampling belongs to the start of the next one, as in timm, so that features() ends where stages end.
+
+Legend: B samples, M group maps (B or 1), C channels, H W the grid of tokens of a stage (tensors are (B, H, W, C)
+throughout), h w the grid of mask cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mixmae.encoders.base import DepthRule, GroupIsolation, check_images
+from mixmae.layers.blocks import TransformerBlock
+from mixmae.layers.drop_path import drop_path_rates
+from mixmae.layers.initialisation import init_projections
+from mixmae.layers.patch_embed import PatchEmbed
+from mixmae.layers.positions import sin_cos_positions
+from mixmae.layers.windows import WindowAttention, plan_windows
+from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
+
+PATCH_PX = 4
+NUM_STAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig:
+    """The architecture of a SwinEncoder. Functions such as swin_base() give the known sizes."""
+
+    image_size: int | tuple[int, int] = 224
+    """Side, or height and width, in pixels that the position table is built for; multiples of 32."""
+    in_channels: int = 3
+    """Channels of the images."""
+    embed_dim: int = 128
+    """Width of the first stage; each stage doubles it."""
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks in each of the four stages."""
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Attention heads in each stage."""
+    window_sizes: tuple[int, ...] = (14, 14, 14, 7)
+    """Side of the attention windows of each stage, in tokens; a window larger than the grid shrinks to it."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's perceptron over its width."""
+    drop_path: float = 0.0
+    """Probability to drop the branches of the last block, rising from 0 at the first; 0 for pretraining."""
+
+    def __post_init__(self) -> None:
+        cell_grid(*self.image_sides)
+        if self.in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
+        for name in ("depths", "num_heads", "window_sizes"):
+            values = getattr(self, name)
+            if len(values) != NUM_STAGES or min(values) < 1:
+                raise ValueError(f"{name} needs {NUM_STAGES} numbers of at least 1, one a stage; got {values}")
+        if self.embed_dim < 4 or self.embed_dim % 4:
+            raise ValueError(f"embed_dim must be a multiple of 4 for the position table, got {self.embed_dim}")
+        for dim, heads in zip(self.channels, self.num_heads, strict=True):
+            if dim % heads:
+                raise ValueError(f"a width of {dim} cannot be shared by {heads} heads: change embed_dim or num_heads")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return tuple(self.embed_dim * 2**stage for stage in range(NUM_STAGES))
+
+
+class PatchMerging(nn.Module):
+    """Halve the grid: (B, H, W, C) -> (B, H / 2, W / 2, 2C).
+
+    The four tokens that merge lie in one mask cell, and the norm is over a token's channels: no group map is needed.
+    Source: Swin; the four neighbours are joined column by column (upper left, lower left, upper right, lower right).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(x.reshape(batch, height // 2, width // 2, 4 * dim)))
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, after the downsampling that leads to it."""
+
+    def __init__(
+        self, *, dim: int, num_heads: int, window: int, mlp_ratio: float, drop_paths: list[float], downsample: bool
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, WindowAttention(dim, num_heads, window), mlp_ratio=mlp_ratio, drop_path=rate)
+            for rate in drop_paths
+        )
+
+    def forward(self, x: Tensor, group_map: Tensor | None) -> Tensor:
+        """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  Returns: (B, H, W, C)."""
+        x = self.downsample(x)
+        size = (x.shape[1], x.shape[2])
+        groups = None if group_map is None else upsample_group_map(group_map, size)
+        plan = plan_windows(size, self.window, groups, device=x.device)
+        for block in self.blocks:
+            x = block(x, plan)
+        return x
+
+
+class SwinEncoder(nn.Module):
+    """Swin as an Encoder (see base.py).
+
+    Group isolation is exact: with a group map no feature depends on a pixel of another group, at any stage.
+    Args: config: the architecture.
+    Source: paper section 3.2; sizes and details as in the official code, which golden/ pins.
+    """
+
+    group_isolation: GroupIsolation = "exact"
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = config.image_sides
+        self.in_channels = config.in_channels
+        self.channels = config.channels
+        self.strides = tuple(PATCH_PX * 2**stage for stage in range(NUM_STAGES))
+        self.num_blocks = sum(config.depths)
+        self._table_grid = (self.image_size[0] // PATCH_PX, self.image_size[1] // PATCH_PX)
+
+        self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, PATCH_PX)
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sin_cos_positions(config.embed_dim, self._table_grid)[None])  # (1, H*W, C)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList(
+            SwinStage(
+                dim=self.channels[stage],
+                num_heads=config.num_heads[stage],
+                window=config.window_sizes[stage],
+                mlp_ratio=config.mlp_ratio,
+                drop_paths=rates[stage],
+                downsample=stage > 0,
+            )
+            for stage in range(NUM_STAGES)
+        )
+        self.norm = nn.LayerNorm(self.channels[-1])
+        init_projections(self)
+
+    def forward(self, images: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward."""
+        return self.norm(self._run_stages(images, group_map)[-1]).flatten(1, 2)
+
+    def features(self, images: Tensor, group_map: Tensor | None = None) -> list[Tensor]:
+        """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
+        return [x.permute(0, 3, 1, 2) for x in self._run_stages(images, group_map)]
+
+    def _run_stages(self, images: Tensor, group_map: Tensor | None) -> list[Tensor]:
+        check_images(images, self.in_channels)
+        cells = cell_grid(images.shape[2], images.shape[3])
+        if group_map is not None:
+            check_group_map(group_map, num_mixes=len(images), grid=cells)
+        x = self.patch_embed(images)
+        x = x + self.positions((x.shape[1], x.shape[2]))
+        outputs = []
+        for stage in self.stages:
+            x = stage(x, group_map)
+            outputs.append(x)
+        return outputs
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Give the position table for a grid of tokens: the stored one where it fits, else a new one.
+
+        Returns: (1, H, W, C), dtype and device of the stored table.
+        """
+        table = self.pos_embed
+        if grid != self._table_grid:
+            table = sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
+        return table.view(1, *grid, -1)
+
+    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
+        """Give the depth of every parameter. See Encoder.parameter_depths.
+
+        Both rules give a downsampling the depth of the block after it and the final norm that of the last block; for
+        this encoder they differ in the head alone (base.head_depth).
+        """
+        first_block = [sum(self.config.depths[:stage]) for stage in range(NUM_STAGES)]
+
+        def depth(name: str) -> int:
+            part, *rest = name.split(".")
+            if part == "patch_embed":
+                return 0
+            if part == "norm":
+                return self.num_blocks
+            stage, kind, *inner = rest  # stages.STAGE.downsample... or stages.STAGE.blocks.BLOCK...
+            block = int(inner[0]) if kind == "blocks" else 0
+            return first_block[int(stage)] + block + 1
+
+        return {name: depth(name) for name, _ in self.named_parameters()}
+
+
+def swin_tiny() -> SwinConfig:
+    """28 M parameters: Swin-T's widths and depths. Not in the paper."""
+    return SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+
+
+def swin_small() -> SwinConfig:
+    """49 M parameters: Swin-S's widths and depths. Not in the paper."""
+    return SwinConfig(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+
+
+def swin_base() -> SwinConfig:
+    """Swin-B/W14 of the paper: 88 M parameters, 16.4 GMACs at 224 px."""
+    return SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+
+
+def swin_large() -> SwinConfig:
+    """Swin-L/W14 of the paper: 197 M parameters, 35.9 GMACs at 224 px."""
+    return SwinConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
+
+
+def swin_huge() -> SwinConfig:
+    """Swin-H/W14 of the paper: 659 M parameters, 117.7 GMACs at 224 px."""
+    return SwinConfig(embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88))

@@ -1,0 +1,1 @@
+"""Tasks that use a pretrained encoder: classification now."""

@@ -1,0 +1,21 @@
+"""The initial weights of the paper."""
+
+from __future__ import annotations
+
+from torch import nn
+
+TABLE_STD = 0.02
+"""Deviation of the initial mask token and relative position tables."""
+
+
+def init_projections(module: nn.Module) -> None:
+    """Fill all linear layers below `module` with xavier-uniform weights and zero biases; norms keep ones and zeros.
+
+    The patch projection is a linear layer written as a convolution, and is filled as one.
+    Source: paper A.1 ("xavier_uniform to initialize all Transformer blocks").
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

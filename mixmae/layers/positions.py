@@ -1,0 +1,61 @@
+"""Where a token is: fixed sin-cos tables for the whole grid, learned tables of offsets for a window.
+
+Legend: H W a grid of tokens, L = H*W, C channels, N tokens in a window, w a configured window side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BASE_WAVELENGTH = 10_000.0
+
+
+def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Build the fixed two-dimensional position table.
+
+    The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
+
+    Args:
+        dim: C, a multiple of 4.
+        grid: (H, W).
+        device: where to build it; default torch's.
+    Returns: (H*W, C) float32, computed in float64.
+    Raises: ValueError if dim is not a multiple of 4.
+    Source: MAE and the official MixMAE code (order of the channels checked against its weights).
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
+    height, width = grid
+    step = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4)
+    frequency = BASE_WAVELENGTH**-step
+
+    def encode(length: int) -> Tensor:
+        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, C / 2)
+
+    columns = encode(width)[None].expand(height, -1, -1)
+    rows = encode(height)[:, None].expand(-1, width, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """Spread a table of offsets over all pairs of tokens in a window.
+
+    The offset of a pair is the query's place minus the key's. A window smaller than the configured one uses the central
+    part of the table, which holds its offsets.
+
+    Args:
+        table: ((2w-1)**2, num_heads), rows in the order (row offset, column offset).
+        window: (rows, columns), each at most w.
+    Returns: (num_heads, N, N), N = rows * columns.
+    Source: Swin. Sliding views take the place of the usual N*N index: no buffer, and a cheap, deterministic gradient.
+    """
+    side = round(len(table) ** 0.5)
+    rows, columns = window
+    offsets = table.view(side, side, -1)
+    centre = (side - 1) // 2
+    used = offsets[centre - rows + 1 : centre + rows, centre - columns + 1 : centre + columns]
+    # The view at (i, j) starts at offset i - (rows - 1), so that its k-th entry belongs to the (rows - 1 - k)-th key.
+    pairs = used.unfold(0, rows, 1).unfold(1, columns, 1).flip(-2, -1)  # (rows, columns, num_heads, rows, columns)
+    return pairs.permute(2, 0, 1, 3, 4).reshape(-1, rows * columns, rows * columns)

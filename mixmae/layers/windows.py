@@ -1,0 +1,129 @@
+"""Attention inside windows, restricted to the tokens of one's own group (paper section 3.3, masked self-attention).
+
+Legend: B samples, M group maps (B or 1), H W a grid of tokens, C channels, N heads, nW windows, T tokens in a window,
+D = C / N. The plan of a stage (sizes and who may not attend to whom) is made once and used by all blocks of the stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixmae.layers.initialisation import TABLE_STD
+from mixmae.layers.positions import relative_position_bias
+
+PADDING_GROUP = -1
+"""The group of tokens that pad a grid to whole windows: no image has it, so nothing attends to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """How a grid of tokens is cut into windows, and which pairs of tokens are kept apart."""
+
+    size: tuple[int, int]
+    """(H, W) of the grid without padding."""
+    window: tuple[int, int]
+    """(rows, columns) of a window."""
+    num_windows: tuple[int, int]
+    """Windows down and across; they cover the grid, padding included."""
+    blocked: Tensor | None
+    """(M, nW, 1, T, T) bool, True where the row's token may not attend to the column's; None if all pairs may."""
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns that are added below and to the right."""
+        return tuple(n * w - s for n, w, s in zip(self.num_windows, self.window, self.size, strict=True))  # type: ignore[return-value]
+
+
+def plan_windows(
+    size: tuple[int, int], window: int, group_map: Tensor | None, device: torch.device | None = None
+) -> WindowPlan:
+    """Cut a grid into windows and find the pairs of tokens that belong to different groups.
+
+    A window is never larger than the grid: each side clamps to the grid's. A grid that is no multiple of the window is
+    padded, and padding is a group of its own, also when there is no group map.
+
+    Args:
+        size: (H, W) of the grid.
+        window: configured side of a window.
+        group_map: (M, H, W) int64 at the grid's own resolution, M = 1 for a map shared by all samples; None = no groups.
+        device: where the plan's tensor goes if there is no group map to follow; default torch's.
+    Returns: the plan.
+    Raises: ValueError if the group map has another size than the grid.
+    """
+    height, width = size
+    rows, columns = min(window, height), min(window, width)
+    down, across = -(-height // rows), -(-width // columns)
+    below, right = down * rows - height, across * columns - width
+    blocked = None
+    if group_map is None and (below or right):
+        group_map = torch.zeros(1, height, width, dtype=torch.int64, device=device)
+    if group_map is not None:
+        if group_map.shape[1:] != size:
+            raise ValueError(f"a group map of shape {tuple(group_map.shape)} does not fit a grid of {height} x {width}")
+        padded = F.pad(group_map, (0, right, 0, below), value=PADDING_GROUP)
+        windows = padded.view(-1, down, rows, across, columns).transpose(2, 3)
+        groups = windows.reshape(-1, down * across, 1, rows * columns)  # (M, nW, 1, T)
+        blocked = groups[..., :, None] != groups[..., None, :]
+    return WindowPlan(size=size, window=(rows, columns), num_windows=(down, across), blocked=blocked)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside each window of a plan, with a learned bias for every offset and head.
+
+    Args:
+        dim: C.
+        num_heads: N, a divisor of dim.
+        window: configured side w of a window; the table of offsets has (2w - 1)**2 rows.
+    Source: paper sections 3.2 and 3.3; Swin without shifts. Group isolation is exact: a pair of different groups gets a
+        score of minus infinity, hence a weight and a gradient of exactly zero.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
+
+    def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
+        """Let each token read its window.
+
+        Args:
+            x: (B, H, W, C).
+            plan: the plan of this stage; the sides of its size are H and W, its M is B or 1.
+        Returns: (B, H, W, C).
+        """
+        batch, height, width, dim = x.shape
+        (rows, columns), (down, across), (below, right) = plan.window, plan.num_windows, plan.padding
+        head_dim = dim // self.num_heads
+        qkv = self.qkv(x)
+        if below or right:
+            qkv = F.pad(qkv, (0, 0, 0, right, 0, below))
+        qkv = qkv.view(batch, down, rows, across, columns, 3, self.num_heads, head_dim)
+        # Windows count as samples, or as heads where each window has a term of its own that the samples share.
+        lead = batch * down * across if plan.blocked is None else batch
+        # One copy from the linear layer to windows and heads.
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, lead, -1, rows * columns, head_dim)
+        query, key, value = qkv.unbind(0)  # each (B, nW * N, T, D) or (B * nW, N, T, D)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias(plan))
+        read = read.view(batch, down, across, self.num_heads, rows, columns, head_dim)
+        read = read.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, down * rows, across * columns, dim)
+        return self.proj(read[:, :height, :width])
+
+    def bias(self, plan: WindowPlan) -> Tensor:
+        """Add up what the scores get: the learned bias, and minus infinity for blocked pairs.
+
+        A map shared by the batch gives one term for all samples, which broadcasts; only a map per sample makes the term
+        as large as the scores.
+
+        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T).
+        """
+        learned = relative_position_bias(self.relative_position_bias_table, plan.window)  # (N, T, T)
+        if plan.blocked is None:
+            return learned[None]
+        return learned.masked_fill(plan.blocked, float("-inf")).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""Pretraining objectives: one a file, each given a built encoder."""

@@ -1,0 +1,201 @@
+"""Mix K images into one along a map of cells, and take them apart again (MixMAE sections 3.1 and 3.2).
+
+Legend: B images, M mixes, K images in a mix, H W pixels, h w the grid of mask cells, L = h*w, C channels.
+`group_map` is int64 in [0, K): which image of the mix fills a cell. Its first side is M, or 1 when all mixes share it.
+`partners` is int64 (M, K) in [0, B): which image of the batch fills group k of mix m. It is always an argument, so that
+any pairing is the same code: the official one (the batch reversed, K = 2) is partners = [[b, B - 1 - b] for b].
+`mask` is bool, True = removed. All functions are pure; randomness comes from the generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK_UNIT_PX = 32
+"""Side of a mask cell in pixels. Paper section 4: the coarsest stride of the encoders, so groups never share a token."""
+
+
+def draw_group_map(
+    grid: tuple[int, int], num_images: int, generator: torch.Generator, num_maps: int = 1
+) -> Tensor:
+    """Draw random balanced partitions of a grid of cells into groups, one for each image of a mix.
+
+    Group sizes differ by at most one. Where L is no multiple of K, the larger groups start at a drawn image and move on
+    from map to map, so that no image is favoured: 49 cells over 4 images are 13/12/12/12 in any order.
+
+    Args:
+        grid: (h, w) cells.
+        num_images: K, at least 1 and at most h*w.
+        generator: CPU generator; the draw is a function of its state.
+        num_maps: number of maps to draw; 1 is a map shared by the whole batch.
+    Returns: (num_maps, h, w) int64 in [0, K), on the CPU.
+    Raises: ValueError if the grid has fewer cells than images, or the generator is not on the CPU.
+    Source: paper section 3.2 (random mask) and section 4 (mixing 4 images hides 75 %). The paper does not say who gets
+        the odd cell; the official code (K = 2) always gives it to the first image.
+    """
+    height, width = grid
+    num_cells = height * width
+    if num_images < 1 or num_maps < 1:
+        raise ValueError(f"num_images and num_maps must be at least 1, got {num_images} and {num_maps}")
+    if num_cells < num_images:
+        raise ValueError(
+            f"a grid of {height} x {width} cells of {MASK_UNIT_PX} px cannot hold parts of {num_images} images; "
+            "use larger images or mix fewer of them"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(f"the generator must be on the CPU, so that every device draws alike; got {generator.device}")
+    first_large = torch.randint(num_images, (1, 1), generator=generator)
+    # After each map the larger groups move on by their number, so over K maps each image is large equally often.
+    start = first_large + torch.arange(num_maps)[:, None] * (num_cells % num_images)  # (num_maps, 1)
+    rank = torch.rand(num_maps, num_cells, generator=generator).argsort(dim=1)  # a permutation of the cells in each row
+    return ((start + rank) % num_images).view(num_maps, height, width)
+
+
+def cyclic_partners(num_samples: int, num_images: int) -> Tensor:
+    """Pair the images of a batch so that each one appears in K mixes, once in every group.
+
+    Blocks of K consecutive images mix with each other: mix j*K + i shows image j*K + (i + k) % K in group k.
+    The official pairing (for any K: mix b takes image (b + k*B/K) mod B in group k) also cuts the batch into closed sets of K.
+    For a shuffled stream the two are the same up to the order of the samples, but blocks do not depend on how a global
+    batch is cut into micro-batches and workers, as long as each part is a multiple of K. The stream must be shuffled:
+    neighbours mix.
+
+    Args:
+        num_samples: B, a multiple of K.
+        num_images: K.
+    Returns: (B, K) int64, on the CPU.
+    Raises: ValueError if B is not a positive multiple of K.
+    Source: the official code for K = 2, extended to any K.
+    """
+    if num_samples < 1 or num_samples % num_images:
+        lower = num_samples - num_samples % num_images
+        near = f"{lower} or {lower + num_images}" if lower else f"{num_images}"
+        raise ValueError(
+            f"{num_samples} images cannot be mixed by {num_images}: the batch of each worker and step must be a "
+            f"multiple of {num_images}, for example {near}"
+        )
+    mix_index = torch.arange(num_samples)[:, None]
+    place = mix_index % num_images
+    return mix_index - place + (place + torch.arange(num_images)) % num_images
+
+
+def upsample_group_map(group_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """Repeat every cell of a group map so that it covers a finer grid (nearest upsampling).
+
+    Args:
+        group_map: (M, h, w), any dtype.
+        size: (H, W) of the finer grid, whole multiples of (h, w).
+    Returns: (M, H, W), dtype of group_map.
+    Raises: ValueError if a side of size is not a multiple of the map's.
+    Source: paper section 3.3 (masks of all stages are nearest upsamplings of one).
+    """
+    num_maps, rows, columns = group_map.shape
+    if size[0] % rows or size[1] % columns or not size[0] or not size[1]:
+        raise ValueError(f"a group map of {rows} x {columns} cells does not divide a grid of {size[0]} x {size[1]}")
+    up, across = size[0] // rows, size[1] // columns
+    cells = group_map[:, :, None, :, None].expand(num_maps, rows, up, columns, across)
+    return cells.reshape(num_maps, *size)
+
+
+def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
+    """Fill each mix with the pixels of its K images, cell by cell.
+
+    Done on pixels: with a patch embedding whose patches do not overlap and divide the cell, it equals mixing the tokens.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
+        partners: (M, K) int64 in [0, B).
+    Returns: (M, C, H, W), dtype of images.
+    Raises: ValueError if the shapes disagree.
+    Source: paper section 3.2, equation 1, for K images.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be (B, C, H, W), got a shape of {tuple(images.shape)}")
+    check_group_map(group_map, num_mixes=len(partners))
+    _, channels, height, width = images.shape
+    rows, columns = group_map.shape[1:]
+    if height % rows or width % columns:
+        raise ValueError(f"images of {height} x {width} px cannot be cut into {rows} x {columns} cells")
+    up, across = height // rows, width // columns
+    source = cell_sources(group_map, partners)  # (M, h, w)
+    cells = images.view(-1, channels, rows, up, columns, across).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, up, across)
+    row = torch.arange(rows, device=images.device)[:, None]
+    column = torch.arange(columns, device=images.device)
+    mixed = cells[source, row, column]  # (M, h, w, C, up, across)
+    return mixed.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+
+
+def cell_sources(group_map: Tensor, partners: Tensor) -> Tensor:
+    """Look up which image of the batch fills each cell of each mix.
+
+    Args:
+        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
+        partners: (M, K) int64.
+    Returns: (M, h, w) int64 in [0, B).
+    Raises: ValueError if the two disagree on M or partners is not two-dimensional.
+    """
+    if partners.ndim != 2:
+        raise ValueError(f"partners must be (M, K), got a shape of {tuple(partners.shape)}")
+    check_group_map(group_map, num_mixes=len(partners))
+    flat = group_map.flatten(1).expand(len(partners), -1)
+    return partners.gather(1, flat).view(-1, *group_map.shape[1:])
+
+
+def hidden_mask(group_map: Tensor, num_images: int) -> Tensor:
+    """Say which cells of each image its mix does not show.
+
+    Args:
+        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
+        num_images: K.
+    Returns: (M or 1, K, h, w) bool, True = hidden; every cell is visible for exactly one of the K images.
+    """
+    groups = torch.arange(num_images, device=group_map.device)
+    return group_map[:, None] != groups[:, None, None]
+
+
+def unmix(tokens: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
+    """Give each image of a mix its own copy of the tokens, with the cells of the others replaced.
+
+    Args:
+        tokens: (M, L, C), one token a cell.
+        mask: (M, K, L) or (1, K, L) bool, True = replaced by fill.
+        fill: broadcasts to (M, K, L, C), for example a mask token of (C,).
+    Returns: (M, K, L, C), the wider dtype of tokens and fill.
+    Raises: ValueError if the shapes disagree.
+    Source: paper section 3.2, dual reconstruction.
+    """
+    if tokens.ndim != 3 or mask.ndim != 3 or mask.shape[2] != tokens.shape[1] or len(mask) not in (1, len(tokens)):
+        raise ValueError(
+            f"tokens (M, L, C) and mask (M or 1, K, L) disagree: {tuple(tokens.shape)} and {tuple(mask.shape)}"
+        )
+    return torch.where(mask[..., None], fill, tokens[:, None])
+
+
+def check_group_map(group_map: Tensor, num_mixes: int, grid: tuple[int, int] | None = None) -> None:
+    """Raise ValueError unless group_map is int64 (num_mixes or 1, h, w), with (h, w) = grid where a grid is given."""
+    if group_map.ndim != 3 or group_map.dtype != torch.int64:
+        raise ValueError(
+            f"a group map is int64 of shape (M or 1, h, w); got {group_map.dtype} of shape {tuple(group_map.shape)}"
+        )
+    if len(group_map) not in (1, num_mixes):
+        raise ValueError(f"{len(group_map)} group maps for {num_mixes} mixes: give one map, or one for each mix")
+    if grid is not None and tuple(group_map.shape[1:]) != tuple(grid):
+        raise ValueError(
+            f"the group map has {group_map.shape[1]} x {group_map.shape[2]} cells, but the images have {grid[0]} x "
+            f"{grid[1]} cells of {MASK_UNIT_PX} px"
+        )
+
+
+def cell_grid(height_px: int, width_px: int) -> tuple[int, int]:
+    """Return the (h, w) grid of mask cells of an image.
+
+    Raises: ValueError if a side is not a positive multiple of MASK_UNIT_PX.
+    """
+    if height_px < 1 or width_px < 1 or height_px % MASK_UNIT_PX or width_px % MASK_UNIT_PX:
+        near = " x ".join(str(max(1, round(side / MASK_UNIT_PX)) * MASK_UNIT_PX) for side in (height_px, width_px))
+        raise ValueError(
+            f"image sides must be multiples of {MASK_UNIT_PX} px, got {height_px} x {width_px}; use for example {near}"
+        )
+    return height_px // MASK_UNIT_PX, width_px // MASK_UNIT_PX

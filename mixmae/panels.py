@@ -1,0 +1,88 @@
+"""Pictures for people: what the model sees, hides and fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Legend: N images, M mixes, K images a mix, h w cells, C channels, H W pixels.
+
+GROUP_COLORS = ((230, 60, 60), (50, 120, 230), (40, 170, 80), (240, 160, 20), (150, 80, 200))
+"""Outline of the cells of group 0, 1, ...: at most five groups are mixed."""
+GAP_PX = 6
+TITLE_PX = 16
+
+
+def reconstruction_panel(
+    pictures: Mapping[str, Tensor], *, mean: Sequence[float], std: Sequence[float], scale: int = 1, caption: str = ""
+) -> Image.Image:
+    """One row a mix: the K originals, the mix, the K reconstructions; cells a group shows are outlined in its colour.
+
+    Args:
+        pictures: originals (N,C,H,W), mixed (M,C,H,W), reconstructions (M,K,C,H,W), all in normalised pixels,
+            group_map (M or 1, h, w) and partners (M,K): image shown by each group.
+        mean, std: of the pixel normalisation, in units of 0..1; one value a channel.
+        scale: pixels of the panel a pixel of the image.
+        caption: a line under the panel, for what the numbers of the pixels mean.
+    Returns: an RGB picture. Inputs of more than three channels show their first three, of fewer the first one.
+    """
+    originals, mixed = pictures["originals"], pictures["mixed"]
+    reconstructions, partners = pictures["reconstructions"], pictures["partners"]
+    num_mixes, num_images = partners.shape
+    group_map = pictures["group_map"].expand(num_mixes, -1, -1)
+    height, width = originals.shape[-2] * scale, originals.shape[-1] * scale
+    columns = 2 * num_images + 1
+    panel = Image.new(
+        "RGB",
+        (columns * (width + GAP_PX) + GAP_PX, TITLE_PX + num_mixes * (height + GAP_PX) + (TITLE_PX if caption else 0)),
+        (255, 255, 255),
+    )
+    draw = ImageDraw.Draw(panel)
+    font = ImageFont.load_default(size=11)
+    titles = [
+        *(f"image {k + 1}" for k in range(num_images)),
+        "mix",
+        *(f"reconstruction {k + 1}" for k in range(num_images)),
+    ]
+    for column, title in enumerate(titles):
+        draw.text((GAP_PX + column * (width + GAP_PX), 2), title, fill=(0, 0, 0), font=font)
+    for m in range(num_mixes):
+        tiles = [*originals[partners[m]], mixed[m], *reconstructions[m]]
+        shown = [*range(num_images), None, *range(num_images)]
+        for column, (tile, group) in enumerate(zip(tiles, shown, strict=True)):
+            left, top = GAP_PX + column * (width + GAP_PX), TITLE_PX + m * (height + GAP_PX)
+            picture = to_image(tile, mean=mean, std=std).resize((width, height), Image.Resampling.NEAREST)
+            panel.paste(picture, (left, top))
+            _outline_cells(draw, group_map[m].cpu().numpy(), (left, top, width, height), only=group)
+    if caption:
+        draw.text((GAP_PX, panel.height - TITLE_PX + 1), caption, fill=(0, 0, 0), font=font)
+    return panel
+
+
+def to_image(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """Normalised pixels (C, H, W) float -> an RGB picture, clipped to 0..255."""
+    channels = torch.as_tensor(mean, dtype=torch.float32)[:, None, None]
+    spread = torch.as_tensor(std, dtype=torch.float32)[:, None, None]
+    unit = pixels.detach().float().cpu() * spread + channels
+    unit = unit[:3] if unit.shape[0] >= 3 else unit[:1].expand(3, -1, -1)
+    return Image.fromarray((unit.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _outline_cells(
+    draw: ImageDraw.ImageDraw, cells: np.ndarray, box: tuple[int, int, int, int], *, only: int | None
+) -> None:
+    """Frame the cells of group `only` (None: of every group) in their group's colour."""
+    left, top, width, height = box
+    rows, columns = cells.shape
+    for row in range(rows):
+        for column in range(columns):
+            group = int(cells[row, column])
+            if only is not None and group != only:
+                continue
+            x0, y0 = left + column * width // columns, top + row * height // rows
+            x1, y1 = left + (column + 1) * width // columns - 1, top + (row + 1) * height // rows - 1
+            draw.rectangle((x0, y0, x1, y1), outline=GROUP_COLORS[group % len(GROUP_COLORS)])

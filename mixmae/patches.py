@@ -1,0 +1,74 @@
+"""Images as rows of patches, and the per-patch normalisation of the pixels to predict.
+
+Legend: B images, C channels, H W pixels, p the side of a patch in pixels, L = (H/p)*(W/p) patches in row order,
+P = p*p*C values of a patch in the order (row, column, channel), which is the order of the official weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+VARIANCE_EPS = 1e-6
+"""Added to the variance of a patch before the root; value of MAE and of the official MixMAE code."""
+
+
+class NormalisedPatches(NamedTuple):
+    """Patches with zero mean and unit deviation, and what it takes to undo that: patches * std + mean."""
+
+    patches: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def patchify(images: Tensor, patch_px: int) -> Tensor:
+    """Cut images into patches.
+
+    Args:
+        images: (B, C, H, W), any dtype, H and W multiples of patch_px.
+        patch_px: side of a patch in pixels.
+    Returns: (B, L, P), dtype of images.
+    Raises: ValueError if a side is not a multiple of patch_px.
+    Source: paper section 3.1; pixel order as in MAE.
+    """
+    batch, channels, height, width = images.shape
+    if height % patch_px or width % patch_px:
+        raise ValueError(f"images of {height} x {width} px cannot be cut into patches of {patch_px} px")
+    rows, columns = height // patch_px, width // patch_px
+    cells = images.reshape(batch, channels, rows, patch_px, columns, patch_px)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_px * patch_px * channels)
+
+
+def unpatchify(patches: Tensor, patch_px: int, grid: tuple[int, int]) -> Tensor:
+    """Put patches back together: the inverse of patchify.
+
+    Args:
+        patches: (..., L, P).
+        patch_px: side of a patch in pixels.
+        grid: (rows, columns) of patches, with rows * columns = L.
+    Returns: (..., C, H, W), dtype of patches.
+    Raises: ValueError if L or P does not fit grid and patch_px.
+    """
+    *lead, num_patches, values = patches.shape
+    rows, columns = grid
+    if num_patches != rows * columns or values % patch_px**2:
+        raise ValueError(
+            f"patches of shape {tuple(patches.shape)} do not fill a grid of {rows} x {columns} patches of {patch_px} px"
+        )
+    channels = values // patch_px**2
+    cells = patches.reshape(-1, rows, columns, patch_px, patch_px, channels)
+    images = cells.permute(0, 5, 1, 3, 2, 4)  # (-1, C, rows, p, columns, p)
+    return images.reshape(*lead, channels, rows * patch_px, columns * patch_px)
+
+
+def normalise_patches(patches: Tensor) -> NormalisedPatches:
+    """Shift and scale each patch to zero mean and unit deviation over all its values, channels together.
+
+    Args: patches: (..., P) float.
+    Returns: patches (..., P), and mean and std (..., 1); std is the root of the unbiased variance plus 1e-6.
+    Source: the target of MAE, which the official MixMAE code keeps (unbiased variance included).
+    """
+    mean = patches.mean(dim=-1, keepdim=True)
+    std = (patches.var(dim=-1, keepdim=True, unbiased=True) + VARIANCE_EPS).sqrt()
+    return NormalisedPatches((patches - mean) / std, mean, std)

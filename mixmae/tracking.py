@@ -1,0 +1,273 @@
+"""Runs in MLflow: the only file that imports mlflow.
+
+The driver creates a run and ends it; rank 0 of the workers logs to it by its id, so a restarted worker continues the
+same curves (FINISHED or FAILED is said once, by the driver).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+MAX_PARAM_CHARS = 6000
+"""MLflow's limit for the value of a parameter."""
+
+
+class TrackingError(ValueError):
+    """The tracking server cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRef:
+    """Where a run is: all that another process needs to log to it."""
+
+    uri: str
+    """Tracking URI, absolute."""
+    experiment_id: str
+    run_id: str
+
+    @property
+    def ui_command(self) -> str:
+        """How a person opens the run."""
+        if self.uri.startswith("sqlite:"):
+            return f"mlflow ui --backend-store-uri {self.uri}"
+        return f"open {self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+
+def resolve_uri(uri: str | None, folder: Path) -> str:
+    """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in `folder` (absolute).
+
+    Raises: TrackingError for a file store, which MLflow no longer writes, and for a relative sqlite path, which would
+    mean another file in every worker.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raise TrackingError(f"{uri} is a relative path: give sqlite://// and the absolute path of the file.")
+    if "://" not in uri or uri.startswith("file:"):
+        raise TrackingError(
+            f"MLflow cannot write to {uri}: give http(s)://HOST:PORT of a server or sqlite:////ABSOLUTE/PATH.db."
+        )
+    return uri.rstrip("/")
+
+
+def create_run(
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    dataset: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> RunRef:
+    """Start a run with its parameters, tags and data set; it stays RUNNING until `finish_run`.
+
+    Args:
+        params: a nested mapping; it is logged flat, keys joined by dots, numbers as numbers.
+        dataset: name, digest and source of the training set.
+    Raises: TrackingError if the store cannot be reached within about ten seconds.
+    """
+    # A server that is not there should be said at once, not after MLflow's default minutes of retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    from mlflow.exceptions import MlflowException
+
+    client = _client(uri)
+    try:
+        experiment_id = _experiment_id(client, experiment, uri)
+        run_tags = {"mlflow.source.type": "JOB", **tags}
+        if commit := git_commit():
+            run_tags["mlflow.source.git.commit"] = commit
+        if parent_run_id is not None:
+            run_tags["mlflow.parentRunId"] = parent_run_id
+        run_id = client.create_run(experiment_id, run_name=name, tags=run_tags).info.run_id
+        flat = flatten(params)
+        client.log_batch(run_id, params=[Param(key, _param_text(value)) for key, value in flat.items()])
+        if dataset is not None:
+            entity = Dataset(
+                name=dataset["name"],
+                digest=dataset["digest"],
+                source_type="local",
+                source=json.dumps({"uri": dataset["source"]}),
+            )
+            client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+        client.log_text(run_id, json.dumps(params, indent=2, default=str) + "\n", "config.json")
+    except (MlflowException, OSError) as error:
+        first_line = str(error).splitlines()[0][:300]
+        raise TrackingError(
+            f"The MLflow store {uri} cannot be used ({first_line}): start the server, correct --mlflow-uri, or leave "
+            "it out to log to a local sqlite file."
+        ) from error
+    return RunRef(uri=uri, experiment_id=experiment_id, run_id=run_id)
+
+
+def finish_run(run: RunRef, *, status: str, tags: Mapping[str, str] | None = None) -> None:
+    """End the run: status FINISHED, FAILED or KILLED."""
+    client = _client(run.uri)
+    for key, value in (tags or {}).items():
+        client.set_tag(run.run_id, key, value)
+    client.set_terminated(run.run_id, status=status)
+
+
+def reopen_run(run: RunRef) -> bool:
+    """Set an interrupted run RUNNING again.   Returns: False if the store no longer has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(run.uri).update_run(run.run_id, status="RUNNING")
+    except MlflowException:
+        return False
+    return True
+
+
+def log_file(run: RunRef, path: Path) -> None:
+    """Keep a file among the run's artifacts."""
+    _client(run.uri).log_artifact(run.run_id, str(path))
+
+
+class NullTracker:
+    """Logs nothing: what the workers other than rank 0 use, and tests."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Points of the curves at a step."""
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        """A picture of the series `key` at a step."""
+
+    def set_tag(self, key: str, value: str) -> None:
+        """A tag of the run."""
+
+    def close(self) -> None:
+        """Send what is waiting. The run itself is ended by the driver."""
+
+
+class MlflowTracker(NullTracker):
+    """Logs to a run that the driver made; metrics travel in the background. Losing the store never stops training."""
+
+    def __init__(self, run: RunRef, *, system_metrics: bool = True) -> None:
+        """Raises nothing when the store is away: it warns, and training goes on."""
+        import mlflow
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        mlflow.set_tracking_uri(run.uri)
+        self._mlflow = mlflow
+        self._run = run
+        self._client = _client(run.uri)
+        self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=True) if system_metrics else None
+        if self._monitor is not None:
+            self._monitor.start()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        with _warn_only("metrics"):
+            self._mlflow.log_metrics(dict(metrics), step=step, run_id=self._run.run_id, synchronous=False)
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        with _warn_only("an image"):
+            self._client.log_image(self._run.run_id, image, key=key, step=step)
+
+    def set_tag(self, key: str, value: str) -> None:
+        with _warn_only("a tag"):
+            self._client.set_tag(self._run.run_id, key, value)
+
+    def close(self) -> None:
+        with _warn_only("the last metrics"):
+            if self._monitor is not None:
+                self._monitor.finish()
+            self._mlflow.flush_async_logging()
+
+
+class _warn_only:  # noqa: N801 - used like a function
+    """Turn any failure of the store into a warning: hours of training are worth more than a point of a curve."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            warnings.warn(f"MLflow did not take {self._what}: {error}", stacklevel=3)
+            return True
+        return False
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; None becomes "none" so that every run has the same keys."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "none" if value is None else value
+    return flat
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this file is in, with "-dirty" if files differ; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_ref_dict(run: RunRef) -> dict[str, str]:
+    """JSON form of a RunRef, for checkpoints and run files."""
+    return asdict(run)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _param_text(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+
+
+def _client(uri: str) -> Any:
+    import logging
+
+    from mlflow import MlflowClient
+
+    # The first use of a sqlite file prints a page of schema migrations.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: Any, name: str, uri: str) -> str:
+    """The experiment's id, made if it is new; with sqlite its artifacts lie beside the database, at an absolute path."""
+    from mlflow.exceptions import MlflowException
+
+    existing = client.get_experiment_by_name(name)
+    if existing is not None:
+        if existing.lifecycle_stage == "deleted":
+            raise TrackingError(f"The MLflow experiment {name!r} was deleted: restore it or give another --experiment.")
+        return existing.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process was faster
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
+            raise
+        return existing.experiment_id

@@ -1,0 +1,1 @@
+"""The training runtime: optimiser, schedule, checkpoints, the plain-torch loop and its Ray Train shell."""

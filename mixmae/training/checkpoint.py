@@ -1,0 +1,108 @@
+"""Checkpoints: a folder with model.safetensors, optimizer.pt and state.json, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint folder under a temporary name, then rename it.
+
+    Args:
+        directory: the folder to make; one that exists is replaced.
+        model: the bare module, not wrapped by DDP or compile.
+        optimizer: left out of the folder when None.
+        state: JSON values: step, config, versions, ...
+    """
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, partial / MODEL_FILE, metadata={"format": "pt"})
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), partial / OPTIMIZER_FILE)
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+        partial.chmod(0o755)  # mkdtemp makes it private; a checkpoint is for others to read
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checkpoint's state.json.   Raises: CheckpointError if the folder is not a checkpoint."""
+    path = Path(directory) / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {STATE_FILE}.")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint.") from error
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str], *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Load a checkpoint into a bare model and, if given, its optimiser.
+
+    Returns: the checkpoint's state.
+    Raises: CheckpointError if a file is missing or the tensors are not those of this model.
+    """
+    folder = Path(directory)
+    state = read_state(folder)
+    for name in (MODEL_FILE, *([OPTIMIZER_FILE] if optimizer is not None else [])):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
+    tensors = safetensors.torch.load_file(folder / MODEL_FILE)
+    difference = _difference(model.state_dict(), tensors)
+    if difference:
+        raise CheckpointError(
+            f"{folder} was made with another model ({difference}): continue it with the config it was made with "
+            "(state.json beside it has it), or choose a new --output."
+        )
+    model.load_state_dict(tensors)
+    if optimizer is not None:
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+    return state
+
+
+def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> str:
+    """What keeps `theirs` from being loaded into `ours`: the first example of each kind, or an empty string."""
+    missing = sorted(ours.keys() - theirs.keys())
+    unexpected = sorted(theirs.keys() - ours.keys())
+    reshaped = [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors missing, first {missing[0]}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+    if reshaped:
+        name = min(reshaped)
+        parts.append(f"{name} is {tuple(theirs[name].shape)} there and {tuple(ours[name].shape)} here")
+    return "; ".join(parts)

@@ -1,0 +1,302 @@
+"""The training loop, in the order things happen: fetch, schedule, forward, backward, clip, step, log, save.
+
+Plain torch: it runs in any process, alone or as one worker of an initialised torch.distributed group, and knows neither
+Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for bit
+and the number of workers does not change what is computed, up to the order of float additions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixmae.step import StepOutput
+from mixmae.training.schedule import RunLength, learning_rate
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on and a restart would not help; the message is for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Length, batch and bookkeeping of a run; the defaults are the paper's (table 11)."""
+
+    epochs: float = 600
+    """Passes over the training set."""
+    warmup_epochs: float = 40
+    """Epochs of linear warmup, part of `epochs`."""
+    steps: int | None = None
+    """Length in optimiser steps instead of epochs; the warmup keeps its share of the run."""
+    batch_size: int = 1024
+    """Global batch: images an optimiser step, over all workers and micro-batches."""
+    micro_batch_size: int | None = None
+    """Images a worker puts through the model at once; None is its whole share of the batch (no accumulation)."""
+    seed: int = 0
+    """Seed of initialisation, data order, crops and group maps."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass (autocast); weights and optimiser stay float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    log_every_steps: int = 20
+    """Steps between two progress lines and points of the curves."""
+    panel_every_epochs: float = 1.0
+    """Epochs between two reconstruction panels (at least four a run)."""
+    checkpoint_every_epochs: float = 1.0
+    """Epochs between two checkpoints (at least four a run)."""
+    max_broken_fraction: float = 0.01
+    """Share of images that may fail to decode before the run stops."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "log_every_steps", "panel_every_epochs", "checkpoint_every_epochs")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}: it must lie between 0 and epochs ({self.epochs}).")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count in epochs.")
+        if not 0 <= self.max_broken_fraction <= 1:
+            raise ValueError(f"max_broken_fraction is {self.max_broken_fraction}: it must lie between 0 and 1.")
+
+    def accumulation(self, num_workers: int) -> int:
+        """Micro-batches a worker runs for each optimiser step.   Raises: ValueError if the batch cannot be cut so."""
+        if self.batch_size % num_workers:
+            raise ValueError(
+                f"A batch of {self.batch_size} images cannot be shared equally by {num_workers} workers: make "
+                "--loop.batch-size a multiple of --workers."
+            )
+        share = self.batch_size // num_workers
+        micro = self.micro_batch_size or share
+        if share % micro:
+            raise ValueError(
+                f"A worker's share of the batch is {share} images ({self.batch_size} / {num_workers} workers), not a "
+                f"multiple of the micro-batch of {micro}: change --loop.micro-batch-size."
+            )
+        return share // micro
+
+
+class BrokenImage(Protocol):
+    """An image that could not be decoded."""
+
+    row: int
+    where: str
+    reason: str
+
+
+class Batch(Protocol):
+    """One worker's micro-batch as the data plane hands it over."""
+
+    images: Tensor
+    """uint8 (B, C, H, W), on the CPU."""
+    broken: Sequence[Any]
+    """The BrokenImage records met while making it."""
+
+
+class Events(Protocol):
+    """What the loop tells its surroundings. Every worker calls every method at the same steps."""
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
+        """Progress after `step` finished steps: averages since the last call, and images newly found broken."""
+
+    def panel(self, step: int) -> Mapping[str, float]:
+        """Draw the task's pictures; returns metrics of the held-out images, if any."""
+
+    def save(self, state: TrainState) -> None:
+        """Keep a checkpoint."""
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run is: all that a checkpoint needs besides weights and optimiser."""
+
+    step: int = 0
+    """Finished optimiser steps."""
+    images_seen: int = 0
+    """The position in the data order: global batch x step."""
+    broken_images: int = 0
+    """Images met that could not be decoded, repeats in later epochs included."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last logged averages."""
+
+
+StepFunction = Callable[[nn.Module, Any, torch.Generator, int], StepOutput]
+"""(model, batch on the device, generator of the step, index of the batch's first image in the global batch)."""
+
+
+def step_seed(seed: int, *keys: int | str) -> int:
+    """A seed for torch that depends on all keys and on nothing else, now and in later versions."""
+    text = "/".join(str(key) for key in (seed, *keys))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def train(
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    peak_lr: float,
+    clip_grad_norm: float | None,
+    step_function: StepFunction,
+    batches: Iterator[Batch],
+    state: TrainState,
+    config: LoopConfig,
+    length: RunLength,
+    events: Events,
+    device: torch.device,
+) -> TrainState:
+    """Run the steps from `state.step` to the end of the run.
+
+    Args:
+        model: the module to train, wrapped by DistributedDataParallel when there are several workers.
+        step_function: runs the task's forward on one micro-batch.
+        batches: this worker's micro-batches from step `state.step` on, `config.accumulation(workers)` for each step.
+        state: updated in place. events: hears of progress. Others: see their types.
+    Returns: the state after the last step.
+    Raises: TrainingStopped if the loss is not finite or too many images are broken (on all workers alike).
+    """
+    rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    accumulation = config.accumulation(num_workers)
+    micro_batch = config.batch_size // num_workers // accumulation
+    panel_every = length.every(config.panel_every_epochs)
+    checkpoint_every = length.every(config.checkpoint_every_epochs)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+
+    averages = _Averages(device)
+    broken: list[BrokenImage] = []
+    since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
+    model.train()
+    while state.step < length.total_steps:
+        lr = learning_rate(state.step, peak=peak_lr, length=length)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        # Drop path and the like draw from the global generator: make it a function of the step too.
+        torch.manual_seed(step_seed(config.seed, "modules", state.step, rank))
+
+        for index in range(accumulation):
+            fetch_start = time.perf_counter()
+            batch = next(batches)
+            wait_s += time.perf_counter() - fetch_start
+            broken.extend(batch.broken)
+
+            # The same generator for all micro-batches and workers: they share the step's group map.
+            generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
+            first_sample = rank * accumulation * micro_batch + index * micro_batch
+            last = index == accumulation - 1
+            sync = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+            with sync:
+                with autocast:
+                    output = step_function(model, batch, generator, first_sample)
+                (output.loss / accumulation).backward()
+            averages.add({"loss": output.loss.detach(), **output.metrics})
+
+        norm = _clip(model, clip_grad_norm)
+        averages.add({"grad_norm": norm})
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.images_seen = state.step * config.batch_size
+        finished = state.step == length.total_steps
+
+        if state.step % config.log_every_steps == 0 or finished or state.step == 1:
+            record = averages.reduce()
+            found = _gather(broken)
+            now = time.perf_counter()
+            steps, seconds = state.step - logged_at_step, now - since_log
+            record |= {
+                "lr": lr,
+                "epoch": state.step / length.steps_per_epoch,
+                "images_per_s": steps * config.batch_size / seconds,
+                "data_wait_share": _mean(wait_s / seconds, device),
+                "step_s": seconds / steps,
+            }
+            state.broken_images += len(found)
+            record["broken_images"] = state.broken_images
+            state.metrics = record
+            events.log(state.step, record, found)
+            _refuse_bad_progress(state, config, length)
+            broken = []
+            since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
+
+        pause_start = time.perf_counter()
+        if state.step % panel_every == 0 or finished:
+            state.metrics |= events.panel(state.step)
+            model.train()
+        if state.step % checkpoint_every == 0 or finished:
+            events.save(state)
+        since_log += time.perf_counter() - pause_start  # throughput is of training, not of drawing and saving
+    return state
+
+
+def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip the gradient if asked; returns its norm before clipping."""
+    return nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+
+
+def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLength) -> None:
+    """Stop a run that has diverged or that mostly sees substitutes. All inputs are the same on every worker."""
+    loss = state.metrics["loss"]
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise TrainingStopped(
+            f"The loss is {loss} at step {state.step}: the run has diverged. Lower --optim.base-lr, lengthen "
+            "--loop.warmup-epochs or set --optim.clip-grad-norm, and start from an older checkpoint or anew."
+        )
+    # Wait for enough images to judge: a thousand, or one epoch of a smaller set.
+    enough = state.images_seen >= min(1000, length.steps_per_epoch * config.batch_size)
+    fraction = state.broken_images / state.images_seen
+    if enough and fraction > config.max_broken_fraction:
+        raise TrainingStopped(
+            f"{state.broken_images} of {state.images_seen} images could not be decoded ({fraction:.1%}, more than "
+            f"{config.max_broken_fraction:.1%}): look at the ledger of broken images, mend the data set, or raise "
+            "--loop.max-broken-fraction."
+        )
+
+
+class _Averages:
+    """Sums of scalars on the device; nothing is read back before `reduce`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            total = self._sums.get(name)
+            self._sums[name] = value.detach().double() if total is None else total + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def reduce(self) -> dict[str, float]:
+        """Means over time and workers; forgets what was added."""
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name].to(self._device) / self._counts[name] for name in names])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+def _mean(value: float, device: torch.device) -> float:
+    """The mean of a number over all workers."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor)
+    return tensor.item() / dist.get_world_size()
+
+
+def _gather(items: list[BrokenImage]) -> list[BrokenImage]:
+    """The items of all workers, on every worker."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return list(items)
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]

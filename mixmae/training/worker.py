@@ -1,0 +1,359 @@
+"""The Ray Train shell around the plain loop: cluster, worker group, checkpoints through Ray, messages to the driver.
+
+A pipeline hands over a TrainingJob; everything that is particular to a task or to MLflow is behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mixmae.step import StepOutput
+from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
+from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainingStopped, TrainState, step_seed, train
+from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.schedule import RunLength
+
+Message = tuple[str, Any]
+"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("saved", step)."""
+
+
+class ClusterError(ValueError):
+    """The cluster cannot run what was asked for; the message says why and what to do."""
+
+
+class Tracker(Protocol):
+    """Where rank 0 logs to."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_image(self, image: Image.Image, key: str, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class TrainingJob(Protocol):
+    """All that a worker needs to know of a task; travels to the workers by pickle."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def length(self) -> RunLength: ...
+
+    def build_model(self) -> nn.Module:
+        """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
+
+    def open_batches(
+        self, *, rank: int, num_workers: int, start_step: int
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """This worker's micro-batches from a step on; leaving the context stops the stream."""
+
+    def step(self, model: nn.Module, batch: Batch, generator: torch.Generator, first_sample: int) -> StepOutput:
+        """One micro-batch through the task's forward."""
+
+    def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
+        """Pictures and metrics of the held-out images."""
+
+    def open_tracker(self) -> Tracker:
+        """The tracker of rank 0."""
+
+    def describe(self) -> dict[str, Any]:
+        """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
+
+
+def connect(address: str | None, *, num_workers: int) -> None:
+    """Join a Ray cluster, or start one on this machine that ends with this process.
+
+    Args:
+        address: of a cluster; None takes RAY_ADDRESS, which `ray job submit` sets, else starts a local one.
+        num_workers: a local cluster gets logical CPUs for these beside one a core for decoding.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
+        ray.init(num_cpus=(os.cpu_count() or 1) + num_workers, include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
+            "correct --ray-address, or leave it out to run on this machine alone."
+        ) from error
+
+
+def choose_device(device: Literal["auto", "cpu", "gpu"]) -> bool:
+    """Whether the workers use a GPU each."""
+    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def require_resources(*, num_workers: int, use_gpu: bool, wait_s: float = 30.0) -> None:
+    """Refuse a run that the cluster cannot hold, after giving an autoscaler `wait_s` seconds to bring nodes.
+
+    Raises: ClusterError with what is there and what is needed.
+    """
+    if num_workers < 1:
+        raise ClusterError(f"--workers is {num_workers}: it must be at least 1.")
+    kind = "GPU" if use_gpu else "CPU"
+    # Decoding runs on CPUs too: CPU workers must leave it one.
+    needed = num_workers if use_gpu else num_workers + 1
+    deadline = time.monotonic() + wait_s
+    while (there := ray.cluster_resources().get(kind, 0)) < needed:
+        if time.monotonic() > deadline:
+            spare = "" if use_gpu else " (one a worker and one for decoding)"
+            fix = f"lower --workers to {max(1, int(there) - (needed - num_workers))} or add nodes"
+            raise ClusterError(
+                f"{num_workers} workers need {needed} {kind}s{spare} but the cluster has {int(there)}: "
+                f"{fix}{', or give --device cpu' if use_gpu else ''}."
+            )
+        time.sleep(1.0)
+
+
+def fit(
+    job: TrainingJob,
+    *,
+    folder: Path,
+    name: str,
+    num_workers: int,
+    use_gpu: bool,
+    max_failures: int,
+    checkpoints_to_keep: int | None,
+    on_message: Callable[[Message], None],
+) -> tuple[TrainState, str]:
+    """Train to the end on a worker group, restarting it from the last checkpoint when a worker dies.
+
+    Args:
+        folder, name: checkpoints go to folder/name/; the same pair again continues from the last one there.
+        max_failures: restarts of the worker group before giving up.
+        on_message: called in this process, from another thread, with what rank 0 says.
+    Returns: the final state and the path of the last checkpoint.
+    Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; ray.train.TrainingFailedError.
+    """
+    for variable, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    trainer = ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job, "mailbox": mailbox},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints_to_keep),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with _reading(mailbox, on_message):
+        try:
+            result = trainer.fit()
+        except SystemExit as stop:  # how Ray Train ends the driver after Ctrl-C
+            raise KeyboardInterrupt from stop
+    outcome = result.return_value
+    if outcome is None:  # Ctrl-C again: the controller was told to stop and came back without a result
+        raise KeyboardInterrupt
+    if outcome["stopped"]:
+        raise TrainingStopped(outcome["stopped"])
+    assert result.checkpoint is not None, "a finished run has saved its last step"
+    return TrainState(**outcome["state"]), result.checkpoint.path
+
+
+def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker process runs.
+
+    Returns: {"state": the final TrainState as a dict, "stopped": why training could not go on, or None}. A stop is a
+    result and not an exception because Ray would restart the group after an exception, and this would not help.
+    """
+    job: TrainingJob = settings["job"]
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    else:
+        torch.set_float32_matmul_precision("high")
+
+    torch.manual_seed(step_seed(job.loop.seed, "init"))
+    model = job.build_model().to(device)
+    optimizer = build_optimizer(model, job.optim)
+    state = TrainState()
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            saved = load_checkpoint(directory, model=model, optimizer=optimizer)
+        state = TrainState(**saved["position"])
+
+    trained: nn.Module = model
+    if job.loop.compile:
+        model.compile()  # in place: names in checkpoints stay as they are
+    if num_workers > 1:
+        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    with contextlib.ExitStack() as stack:
+        events = _WorkerEvents(job, model, optimizer, settings["mailbox"], rank=rank)
+        stack.callback(events.close)
+        batches = stack.enter_context(
+            job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step)
+        )
+        try:
+            train(
+                model=trained,
+                optimizer=optimizer,
+                peak_lr=job.optim.peak_lr(job.loop.batch_size),
+                clip_grad_norm=job.optim.clip_grad_norm,
+                step_function=job.step,
+                batches=batches,
+                state=state,
+                config=job.loop,
+                length=job.length,
+                events=events,
+                device=device,
+            )
+        except TrainingStopped as stop:
+            return {"state": vars(state), "stopped": str(stop)}
+    return {"state": vars(state), "stopped": None}
+
+
+class _WorkerEvents:
+    """The loop's Events inside a Ray Train worker: rank 0 speaks, every rank takes part in Ray's barriers."""
+
+    def __init__(
+        self, job: TrainingJob, model: nn.Module, optimizer: torch.optim.Optimizer, mailbox: Any, *, rank: int
+    ) -> None:
+        self._job, self._model, self._optimizer = job, model, optimizer
+        self._mailbox, self._rank = mailbox, rank
+        self._tracker = job.open_tracker() if rank == 0 else None
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
+        if self._tracker is None:
+            return
+        self._tracker.log_metrics(curve_names(record), step)
+        self._mailbox.put.remote(("progress", {"step": step, **record}))
+        if broken:
+            entries = [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
+            self._mailbox.put.remote(("broken", entries))
+
+    def panel(self, step: int) -> Mapping[str, float]:
+        if self._tracker is None:
+            return {}
+        self._model.eval()
+        with torch.no_grad():
+            image, metrics = self._job.draw_panel(self._model)
+        if metrics:
+            self._tracker.log_metrics(curve_names(metrics), step)
+        if image is not None:
+            self._tracker.log_image(image, "reconstruction", step)
+            png = io.BytesIO()
+            image.save(png, format="PNG")
+            self._mailbox.put.remote(("panel", (step, png.getvalue())))
+        return metrics
+
+    def save(self, state: TrainState) -> None:
+        name = f"step_{state.step:07d}"
+        if self._rank != 0:
+            ray.train.report({"step": state.step}, checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory(prefix="mixmae_checkpoint_") as parent:
+            local = Path(parent) / name
+            described = self._job.describe() | {"position": vars(state)}
+            save_checkpoint(local, model=self._model, optimizer=self._optimizer, state=described)
+            # Ray copies the folder to the run's storage and only then lists it as the latest checkpoint.
+            ray.train.report(
+                {"step": state.step},
+                checkpoint=ray.train.Checkpoint.from_directory(local),
+                checkpoint_dir_name=name,
+            )
+        self._mailbox.put.remote(("saved", state.step))
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+            # An actor takes one caller's messages in order: once this one is there, all are.
+            ray.get(self._mailbox.put.remote(("closed", None)))
+
+
+_CURVE_GROUPS = {
+    "images_per_s": "perf",
+    "data_wait_share": "perf",
+    "step_s": "perf",
+    "broken_images": "data",
+}
+
+
+def curve_names(record: Mapping[str, float]) -> dict[str, float]:
+    """Metric names as the MLflow UI groups them: train/loss, perf/images_per_s; names with a slash stay as they are."""
+    return {
+        name if "/" in name else f"{_CURVE_GROUPS.get(name, 'train')}/{name}": value for name, value in record.items()
+    }
+
+
+@ray.remote
+class _Mailbox:
+    """Messages from rank 0 to the driver, whatever node each is on; survives restarts of the worker group."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def put(self, message: Message) -> None:
+        self._messages.put(message)
+
+    def take(self) -> list[Message]:
+        """All messages since the last call."""
+        return [self._messages.get() for _ in range(self._messages.qsize())]
+
+
+@contextlib.contextmanager
+def _reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[None]:
+    """Hand the mailbox's messages to `on_message` from a thread while the context is open, the last ones at its end."""
+    done = threading.Event()
+
+    def read() -> None:
+        last = False
+        while not last:
+            last = done.wait(interval_s)
+            try:
+                messages = ray.get(mailbox.take.remote(), timeout=30)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                continue
+            for message in messages:
+                on_message(message)
+
+    thread = threading.Thread(target=read, name="messages", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=60)

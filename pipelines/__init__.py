@@ -1,0 +1,1 @@
+"""The verbs a user runs: make_shards, pretrain, finetune and their kin."""

@@ -1,0 +1,77 @@
+"""What a run says on the terminal: a live bar for people, plain lines for logs, one sentence for an error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+def fail(sentence: object, *, code: int = 1) -> NoReturn:
+    """Print one sentence on stderr and end the process."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class ProgressView:
+    """Shows the progress records of a run; safe to call from another thread than the one that made it."""
+
+    def __init__(self, total_steps: int, *, live: bool | None = None) -> None:
+        """live: draw a bar; None draws one when stdout is a terminal."""
+        self._total = total_steps
+        self._live = sys.stdout.isatty() if live is None else live
+        self._console = Console()
+        self._first: tuple[int, float] | None = None
+        self._bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"),
+            console=self._console, transient=False,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=total_steps, status="starting workers")
+
+    def __enter__(self) -> ProgressView:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def record(self, record: Mapping[str, float]) -> None:
+        """One progress record of the loop, with its `step`."""
+        step = int(record["step"])
+        status = " · ".join(
+            [
+                f"epoch {record['epoch']:.2f}",
+                f"loss {record['loss']:.4f}",
+                f"lr {record['lr']:.2e}",
+                f"{record['images_per_s']:.0f} images/s",
+                f"waiting for data {record['data_wait_share']:.0%}",
+                f"ETA {self._eta(step)}",
+            ]
+        )
+        if self._live:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            self.say(f"step {step}/{self._total} · {status}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._live:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def _eta(self, step: int) -> str:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+            return "?"
+        first_step, first_time = self._first
+        seconds = (now - first_time) / max(step - first_step, 1) * (self._total - step)
+        return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,104 @@
+"""The config of a whole pretraining run: the parts' dataclasses side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mixmae.data.augment import AugmentConfig
+from mixmae.data.streams import StreamConfig
+from mixmae.encoders.swin import SwinConfig
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.training.loop import LoopConfig
+from mixmae.training.optim import OptimConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """All that decides what a pretraining run computes."""
+
+    encoder: SwinConfig
+    """The architecture that is pretrained."""
+    method: MixMAEConfig = field(default_factory=MixMAEConfig)
+    """The pretext task."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Crop, resize and flip of the training images."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How Ray Data executes the data order."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length, batch, precision and bookkeeping."""
+    window_rows: int = 4096
+    """Images a shuffle window holds: what the data order mixes beyond whole row groups."""
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean that pixels (0..1) are normalised with, a value a channel."""
+    pixel_std: tuple[float, ...] = IMAGENET_STD
+    """Spread that pixels (0..1) are normalised with, a value a channel."""
+
+    def __post_init__(self) -> None:
+        if self.loop.batch_size % self.method.num_images:
+            raise ValueError(
+                f"A batch of {self.loop.batch_size} images cannot be mixed {self.method.num_images} at a time: make "
+                f"--loop.batch-size a multiple of --method.num-images ({self.method.num_images})."
+            )
+        size = self.augment.image_size
+        sides = (size, size) if isinstance(size, int) else size
+        if any(side % 32 or side < 64 for side in sides):
+            raise ValueError(
+                f"The image size is {size}: each side must be a multiple of 32 px (the mask unit) and at least 64 px, "
+                "change --augment.image-size."
+            )
+        channels = self.encoder.in_channels
+        if not len(self.pixel_mean) == len(self.pixel_std) == channels:
+            raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
+
+    def micro_batch(self, num_workers: int) -> int:
+        """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
+        micro = self.loop.batch_size // num_workers // self.loop.accumulation(num_workers)
+        if micro % self.method.num_images:
+            raise ValueError(
+                f"With {num_workers} workers the model sees {micro} images at once, which cannot be mixed "
+                f"{self.method.num_images} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
+            )
+        return micro
+
+
+#: Fields that may differ when a run is continued: they change speed and bookkeeping, not what is computed.
+RESUMABLE = frozenset(
+    {
+        "loop.compile",
+        "loop.log_every_steps",
+        "loop.panel_every_epochs",
+        "loop.checkpoint_every_epochs",
+        "loop.max_broken_fraction",
+        "loop.micro_batch_size",
+    }
+)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configs (as from `to_json`) differ in a way that a continued run cannot."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new and name not in RESUMABLE and not name.startswith("stream."):
+            found.append(f"{name} was {old} and is {new}")
+    return found
+
+
+def to_json(config: PretrainConfig) -> dict[str, Any]:
+    """The config as JSON values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))

@@ -1,0 +1,81 @@
+"""The arrow of imports (CONTRIBUTING.md), read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: A module may import those of a higher level than its own; on one level only its own package. Missing: level 9.
+LEVELS = {
+    "pipelines": 0,
+    "tune_spaces": 0,
+    "mixmae.finetune": 1,
+    "mixmae.methods": 1,
+    "mixmae.training": 1,
+    "mixmae.data": 1,
+    "mixmae.tracking": 1,
+    "mixmae.convert": 1,
+    "mixmae.flops": 1,
+    "mixmae.encoders": 2,
+    "mixmae.decoders": 2,
+    "mixmae.heads": 2,
+    "mixmae.layers": 3,
+}
+ANYONE = {"mixmae", "mixmae.mixing", "mixmae.masking", "mixmae.patches", "mixmae.step", "mixmae.metrics", "mixmae.panels"}
+RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/worker.py", "pipelines/", "tune_spaces/")
+SOURCES = sorted(path for folder in ("mixmae", "pipelines", "tune_spaces") for path in (ROOT / folder).rglob("*.py"))
+
+
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return parts[0] if parts[0] != "mixmae" else ".".join(parts[:2])
+
+
+def test_there_is_something_to_check():
+    assert len(SOURCES) > 10
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrow(path):
+    relative = path.relative_to(ROOT)
+    room = _room(".".join(relative.with_suffix("").parts))
+    for name in _imported(path):
+        if name.split(".")[0] not in ("mixmae", "pipelines", "tune_spaces"):
+            continue
+        target = _room(name)
+        if target == room or target in ANYONE:
+            continue
+        # convert and flops read the shapes of models and configs: they sit above the methods.
+        if room in ("mixmae.convert", "mixmae.flops") and target in ("mixmae.methods", "mixmae.finetune"):
+            continue
+        assert room not in ANYONE, f"{relative} is for anyone, so it may not import {name}"
+        assert LEVELS[room] < LEVELS[target], f"{relative} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_ray_and_mlflow_stay_in_their_rooms(path):
+    relative = str(path.relative_to(ROOT))
+    tops = {name.split(".")[0] for name in _imported(path)}
+    if not relative.startswith(RAY_ALLOWED):
+        assert "ray" not in tops
+    if relative != "mixmae/tracking.py":
+        assert "mlflow" not in tops
+
+
+def test_importing_the_library_loads_neither_ray_nor_mlflow():
+    code = "import sys, mixmae, mixmae.training.loop, mixmae.tracking; print({'ray', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,60 @@
+"""What needs no server; the rest is tested against a real one in tests/ray/test_pretrain.py."""
+
+import socket
+
+import pytest
+
+from mixmae.tracking import TrackingError, create_run, finish_run, flatten, resolve_uri
+
+
+def test_default_store_is_absolute_sqlite(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri(None, tmp_path / "a" / "..") == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_given_uri_wins_over_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:1")
+    assert resolve_uri(None, tmp_path) == "http://elsewhere:1"
+    assert resolve_uri("http://here:2/", tmp_path) == "http://here:2"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///relative.db"])
+def test_stores_that_cannot_work_are_refused(uri, tmp_path):
+    with pytest.raises(TrackingError, match="ABSOLUTE|absolute"):
+        resolve_uri(uri, tmp_path)
+
+
+def test_flatten_joins_names_and_keeps_numbers():
+    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": [1, 2]}) == {"a.b": 1, "a.c.d": "none", "e": [1, 2]}
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_is_away_is_named(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(TrackingError, match=f"127.0.0.1:{port} cannot be used"):
+        create_run(uri=f"http://127.0.0.1:{port}", experiment="e", name="n", params={}, tags={})
+
+
+@pytest.mark.timeout(120)
+def test_run_in_sqlite_has_params_dataset_tags_and_status(tmp_path):
+    from mlflow import MlflowClient
+
+    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    run = create_run(
+        uri=uri,
+        experiment="e",
+        name="n",
+        params={"optim": {"base_lr": 0.5, "betas": [0.9, 0.95]}},
+        tags={"stage": "pretrain"},
+        dataset={"name": "shapes", "digest": "abc", "source": "/x"},
+    )
+    finish_run(run, status="FINISHED", tags={"checkpoint": "/c"})
+    seen = MlflowClient(tracking_uri=uri).get_run(run.run_id)
+    assert seen.data.params == {"optim.base_lr": "0.5", "optim.betas": "[0.9, 0.95]"}
+    assert seen.info.status == "FINISHED"
+    assert seen.data.tags["checkpoint"] == "/c"
+    assert seen.inputs.dataset_inputs[0].dataset.digest == "abc"
+    assert (tmp_path / "mlartifacts" / run.run_id / "artifacts" / "config.json").is_file()

@@ -1,0 +1,64 @@
+"""Checkpoints are whole, load bit for bit, and refuse another model."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mixmae.training import checkpoint as checkpoints
+from mixmae.training.checkpoint import CheckpointError, load_checkpoint, read_state, save_checkpoint
+from mixmae.training.optim import OptimConfig, build_optimizer
+
+
+def _trained(seed: int = 0, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, width)
+    optimizer = build_optimizer(model, OptimConfig())
+    model(torch.randn(2, 3)).square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    model, optimizer = _trained()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={"step": 7})
+    other, other_optimizer = _trained(seed=1)
+    assert load_checkpoint(tmp_path / "c", model=other, optimizer=other_optimizer) == {"step": 7}
+    assert torch.equal(model.weight, other.weight)
+    for key, value in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other_optimizer.state_dict()["state"][0][key]))
+
+
+def test_another_model_is_refused_by_name_and_shape(tmp_path):
+    model, optimizer = _trained()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={})
+    with pytest.raises(CheckpointError, match=r"another model.*bias is \(4,\) there and \(5,\) here"):
+        load_checkpoint(tmp_path / "c", model=_trained(width=5)[0])
+    with pytest.raises(CheckpointError, match="2 unexpected, first bias"):
+        load_checkpoint(tmp_path / "c", model=nn.Sequential(nn.Linear(3, 4)))
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_no_rubbish(tmp_path, monkeypatch):
+    model, optimizer = _trained()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={"step": 1})
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert read_state(tmp_path / "c") == {"step": 1}
+
+
+def test_damage_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no state\.json"):
+        read_state(tmp_path)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_state(tmp_path)
+    (tmp_path / "state.json").write_text(json.dumps({}))
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_checkpoint(tmp_path, model=_trained()[0])

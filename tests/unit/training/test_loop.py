@@ -1,0 +1,208 @@
+"""The loop without Ray: bitwise resume, accumulation, logging, and what stops a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixmae.step import StepOutput
+from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
+from mixmae.training.loop import LoopConfig, TrainingStopped, TrainState, step_seed, train
+from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.schedule import run_length
+
+CONFIG = LoopConfig(epochs=2, warmup_epochs=0.5, batch_size=8, log_every_steps=3, seed=5)
+NUM_IMAGES = 40
+
+
+@dataclass
+class Seen:
+    """Events that keep what they hear."""
+
+    logs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+    panels: list[int] = field(default_factory=list)
+    saves: list[int] = field(default_factory=list)
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence) -> None:
+        self.logs.append((step, dict(record)))
+        self.broken += [item.row for item in broken]
+
+    def panel(self, step: int) -> Mapping[str, float]:
+        self.panels.append(step)
+        return {"heldout/loss": 1.0}
+
+    def save(self, state: TrainState) -> None:
+        self.saves.append(state.step)
+
+
+class Net(nn.Module):
+    """Uses the step's generator, the global generator (dropout) and the data: all that a resume must restore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 16), nn.Dropout(0.3), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> StepOutput:
+        target = torch.randn(4, generator=generator)
+        loss = (self.net(images) - target).square().mean()
+        return StepOutput(loss=loss, metrics={"scale": images.mean()})
+
+
+def _images(step: int, first: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step_seed(1, "image", step))
+    return torch.randint(0, 256, (8, 3, 4, 4), generator=generator, dtype=torch.uint8)[first : first + count]
+
+
+def _batches(start_step: int, micro: int, broken_every: int = 0) -> Iterator:
+    step = start_step
+    while True:
+        for first in range(0, 8, micro):
+            rows = [SimpleNamespace(row=step, where=f"shard#{step}", reason="truncated")]
+            yield SimpleNamespace(
+                images=_images(step, first, micro),
+                broken=rows if broken_every and step % broken_every == 0 and first == 0 else [],
+            )
+        step += 1
+
+
+def _step(model: nn.Module, batch, generator: torch.Generator, first_sample: int) -> StepOutput:
+    return model(batch.images.float() / 255, generator)
+
+
+def _run(config=CONFIG, *, state=None, model=None, optimizer=None, stop=None, dropout=True, broken_every=0):
+    torch.manual_seed(0)
+    model = model or Net()
+    if not dropout:
+        model.net[2].p = 0.0
+    optimizer = optimizer or build_optimizer(model, OptimConfig(base_lr=0.3))
+    state = state or TrainState()
+    length = run_length(
+        num_images=NUM_IMAGES, batch_size=config.batch_size, epochs=config.epochs, warmup_epochs=config.warmup_epochs
+    )
+    events = Seen()
+    train(
+        model=model,
+        optimizer=optimizer,
+        peak_lr=0.01,
+        clip_grad_norm=None,
+        step_function=_step,
+        batches=_batches(state.step, config.micro_batch_size or config.batch_size, broken_every),
+        state=state,
+        config=config,
+        length=length if stop is None else replace(length, total_steps=stop),
+        events=events,
+        device=torch.device("cpu"),
+    )
+    return model, optimizer, state, events
+
+
+def test_resume_is_bitwise(tmp_path):
+    whole, _, whole_state, _ = _run()
+    assert whole_state.step == 10
+    length = run_length(num_images=NUM_IMAGES, batch_size=8, epochs=2, warmup_epochs=0.5)
+    for interrupted_at in (1, 5, 9):
+        # The interrupted run has the whole run's schedule and stops because its process ends: take it from a save.
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = build_optimizer(model, OptimConfig(base_lr=0.3))
+
+        class Stop(Exception):
+            pass
+
+        class SaveAndDie(Seen):
+            def log(self, step, record, broken, at=interrupted_at, model=model, optimizer=optimizer):
+                if step == at:
+                    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={"step": step})
+                    raise Stop
+
+        with pytest.raises(Stop):
+            train(
+                model=model,
+                optimizer=optimizer,
+                peak_lr=0.01,
+                clip_grad_norm=None,
+                step_function=_step,
+                batches=_batches(0, 8),
+                state=TrainState(),
+                config=replace(CONFIG, log_every_steps=1),
+                length=length,
+                events=SaveAndDie(),
+                device=torch.device("cpu"),
+            )
+        torch.manual_seed(99)
+        model = Net()
+        optimizer = build_optimizer(model, OptimConfig(base_lr=0.3))
+        saved = load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+        _run(state=TrainState(step=saved["step"]), model=model, optimizer=optimizer)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), (interrupted_at, name)
+
+
+def test_seed_changes_the_run():
+    first, *_ = _run()
+    second, *_ = _run(replace(CONFIG, seed=6))
+    assert not torch.equal(first.net[1].weight, second.net[1].weight)
+
+
+def test_accumulation_does_not_change_the_result():
+    whole, _, _, events = _run(dropout=False)
+    parts, _, _, part_events = _run(replace(CONFIG, micro_batch_size=2), dropout=False)
+    torch.testing.assert_close(whole.net[1].weight, parts.net[1].weight, rtol=1e-5, atol=1e-7)
+    for (step, record), (part_step, part_record) in zip(events.logs, part_events.logs, strict=True):
+        assert step == part_step
+        assert record["loss"] == pytest.approx(part_record["loss"], rel=1e-5)
+        assert record["scale"] == pytest.approx(part_record["scale"], rel=1e-5)
+
+
+def test_events_and_records():
+    *_, state, events = _run()
+    assert [step for step, _ in events.logs] == [1, 3, 6, 9, 10]
+    assert events.panels == events.saves == [3, 6, 9, 10]  # an epoch is 5 steps, but at least four a run
+    record = events.logs[-1][1]
+    assert record["epoch"] == 2.0
+    assert record["lr"] == pytest.approx(0.000432272712)  # 0.01 (1 + cos(6.5 pi / 7.5)) / 2
+    assert 0 <= record["data_wait_share"] <= 1
+    assert record["images_per_s"] > 0
+    assert state.metrics["heldout/loss"] == 1.0
+    assert state.images_seen == 80
+
+
+def test_divergence_stops_with_a_sentence():
+    class Diverges(Net):
+        def forward(self, images, generator):
+            output = super().forward(images, generator)
+            return StepOutput(loss=output.loss * float("nan"))
+
+    with pytest.raises(TrainingStopped, match=r"loss is nan at step 1.*base-lr"):
+        _run(model=Diverges())
+
+
+def test_broken_images_are_reported_and_too_many_stop_the_run():
+    *_, state, events = _run(replace(CONFIG, max_broken_fraction=0.2), broken_every=5)
+    assert events.broken == [0, 5]
+    assert state.broken_images == 2
+    with pytest.raises(TrainingStopped, match=r"2 of 48 images could not be decoded \(4\.2%.*max-broken-fraction"):
+        _run(broken_every=5)
+
+
+def test_batches_that_cannot_be_cut_are_refused():
+    with pytest.raises(ValueError, match="shared equally by 3 workers"):
+        LoopConfig(batch_size=8, warmup_epochs=0).accumulation(3)
+    with pytest.raises(ValueError, match="multiple of the micro-batch of 3"):
+        LoopConfig(batch_size=8, micro_batch_size=3, warmup_epochs=0).accumulation(1)
+    assert LoopConfig(batch_size=8, micro_batch_size=2, warmup_epochs=0).accumulation(2) == 2
+
+
+@pytest.mark.parametrize(
+    ("field_name", "value"),
+    [("epochs", 0), ("warmup_epochs", 601), ("steps", 0), ("batch_size", 0), ("max_broken_fraction", 1.5)],
+)
+def test_impossible_settings_are_refused(field_name, value):
+    with pytest.raises(ValueError, match=field_name):
+        LoopConfig(**{field_name: value})
