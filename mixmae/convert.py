@@ -1,7 +1,7 @@
 """Weights in other people's names and files, and back. Now: the official MixMIM release (pretraining and finetuning).
 
-Every other format is to be a pair of the same two functions, from_X and to_X, on plain dicts of tensors; reading a file,
-loading into a model and the report are shared.
+Every other format is to be a pair of the same two functions, from_X and to_X, on plain dicts of tensors; reading a
+file, loading into a model and the report are shared.
 
 Official names against ours, which are those of methods.mixmae.MixMAE (encoder.*, decoder.*) and
 finetune.classification.ImageClassifier (encoder.*, head.*):
@@ -65,8 +65,8 @@ def read_state_dict(path: Path | str) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} was not read: it is damaged, or asks for more than tensors and plain values, which could run code. "
-            f"Ask its author for a safetensors file. ({str(error).splitlines()[0]})"
+            f"{path} was not read: it is damaged, or asks for more than tensors and plain values, which could run "
+            f"code; ask its author for a safetensors file ({str(error).splitlines()[0]})"
         ) from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -175,7 +175,8 @@ def config_from_official(
             another size the table does not fit, and the encoder keeps its own, which has the same formula.
         decoder_num_heads: shapes do not tell the heads of the decoder; needed unless it has the released width of 512.
     Returns: configs to build the models from. Drop path and the like are not in weights and keep their defaults.
-    Raises: ValueError if it is not such a model, the size is not given and not square, or the decoder's heads are unknown.
+    Raises: ValueError if it is not such a model, the size is not given and not square, or the decoder's heads are not
+        known.
     """
     _check_official(state)
     embed_dim, in_channels, *_ = state["patch_embed.proj.weight"].shape
@@ -208,7 +209,9 @@ def config_from_official(
         )
         num_values = state["decoder_pred.weight"].shape[0]
         if num_values != MASK_UNIT_PX**2 * in_channels:
-            raise ValueError(f"the decoder predicts {num_values} values a cell, not {MASK_UNIT_PX} px of {in_channels} channels")
+            raise ValueError(
+                f"the decoder predicts {num_values} values a cell, not {MASK_UNIT_PX} px of {in_channels} channels"
+            )
     num_classes = state["head.weight"].shape[0] if "head.weight" in state else None
     return OfficialConfigs(encoder=encoder, decoder=decoder, num_classes=num_classes)
 

@@ -1,7 +1,7 @@
 """Decoders: encoded cells to pixels.
 
-Legend: M mixes, S sequences decoded from each (K images for MixMAE, 1 for others), L = h*w cells, E the encoder's width,
-C the decoder's, P = unit*unit*channels values of a cell's pixels in the order (row, column, channel).
+Legend: M mixes, S sequences decoded from each (K images for MixMAE, 1 for others), L = h*w cells, E the encoder's
+width, C the decoder's, P = unit*unit*channels values of a cell's pixels in the order (row, column, channel).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DecoderConfig:
             raise ValueError(f"depth and num_heads must be at least 1 and mlp_ratio above 0, got {self}")
         if self.dim < 4 or self.dim % 4 or self.dim % self.num_heads:
             raise ValueError(
-                f"the decoder's dim must be a multiple of 4 and of num_heads, got {self.dim} with {self.num_heads} heads"
+                f"the decoder's dim must be a multiple of 4 and of num_heads, got {self.dim} and {self.num_heads}"
             )
 
 

@@ -2,9 +2,9 @@
 
 Conventions, found by matching the figures of the official classes to all their printed digits:
 - A parameter count includes the fixed position tables, which the official classes keep as parameters without gradient.
-- A MAC is one multiply-accumulate; a matrix product of (a, b) by (b, c) is a*b*c of them. Linear layers, convolutions and
-  both products of attention count (all pairs of a window, blocked ones too), biases, additions, activations, the softmax
-  and pooling do not. A layer norm counts 5 per element, as in fvcore, whose counts the official figures are.
+- A MAC is one multiply-accumulate; a matrix product of (a, b) by (b, c) is a*b*c of them. Linear layers, convolutions
+  and both products of attention count (all pairs of a window, blocked ones too); biases, additions, activations, the
+  softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, whose counts the official figures are.
 - fvcore did not see the products inside the official DECODER's attention, which is one fused function there. total
   includes them; official_macs leaves them out, to compare with the official 19.002 G of pretraining.
 What papers call FLOPs is MACs here (the paper's "16.3 G FLOPs" of Swin-B/W14 are 16.35 GMACs).
@@ -105,7 +105,7 @@ def official_macs(model: nn.Module, image_size: int | tuple[int, int], **options
     """Count MACs as the official figures do: all but the products inside the decoder's attention.
 
     Args: as in count_macs.
-    Source: figures of the official classes, counted with fvcore: finetune base 16.353 G, pretraining base 19.002 G (K = 2).
+    Source: counts of the official classes: finetune base 16.353 G, pretraining base 19.002 G (K = 2).
     """
     unseen = count_macs(model, image_size, part=DECODER, **options).attention if hasattr(model, DECODER) else 0
     return count_macs(model, image_size, **options).total - unseen

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 MASK_UNIT_PX = 32
-"""Side of a mask cell in pixels. Paper section 4: the coarsest stride of the encoders, so groups never share a token."""
+"""Side of a mask cell in pixels: the coarsest stride of the encoders, so groups share no token (paper section 4)."""
 
 
-def draw_group_map(
-    grid: tuple[int, int], num_images: int, generator: torch.Generator, num_maps: int = 1
-) -> Tensor:
+def draw_group_map(grid: tuple[int, int], num_images: int, generator: torch.Generator, num_maps: int = 1) -> Tensor:
     """Draw random balanced partitions of a grid of cells into groups, one for each image of a mix.
 
     Group sizes differ by at most one. Where L is no multiple of K, the larger groups start at a drawn image and move on
@@ -56,10 +54,10 @@ def cyclic_partners(num_samples: int, num_images: int) -> Tensor:
     """Pair the images of a batch so that each one appears in K mixes, once in every group.
 
     Blocks of K consecutive images mix with each other: mix j*K + i shows image j*K + (i + k) % K in group k.
-    The official pairing (for any K: mix b takes image (b + k*B/K) mod B in group k) also cuts the batch into closed sets of K.
-    For a shuffled stream the two are the same up to the order of the samples, but blocks do not depend on how a global
-    batch is cut into micro-batches and workers, as long as each part is a multiple of K. The stream must be shuffled:
-    neighbours mix.
+    The other natural extension of the official pairing (mix b takes image (b + k*B/K) mod B in group k) cuts the batch
+    into closed sets of K as well. For a shuffled stream the two are the same up to the order of the samples, but blocks
+    do not depend on how a global batch is cut into micro-batches and workers, as long as each part is a multiple of K.
+    The stream must be shuffled: neighbours mix.
 
     Args:
         num_samples: B, a multiple of K.
@@ -101,7 +99,7 @@ def upsample_group_map(group_map: Tensor, size: tuple[int, int]) -> Tensor:
 def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
     """Fill each mix with the pixels of its K images, cell by cell.
 
-    Done on pixels: with a patch embedding whose patches do not overlap and divide the cell, it equals mixing the tokens.
+    Done on pixels: where the patches of the embedding do not overlap and divide the cell, it equals mixing the tokens.
 
     Args:
         images: (B, C, H, W), any dtype.

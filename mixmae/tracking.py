@@ -187,7 +187,7 @@ class MlflowTracker(NullTracker):
             self._mlflow.flush_async_logging()
 
 
-class _warn_only:  # noqa: N801 - used like a function
+class _warn_only:
     """Turn any failure of the store into a warning: hours of training are worth more than a point of a curve."""
 
     def __init__(self, what: str) -> None:
@@ -253,7 +253,7 @@ def _client(uri: str) -> Any:
 
 
 def _experiment_id(client: Any, name: str, uri: str) -> str:
-    """The experiment's id, made if it is new; with sqlite its artifacts lie beside the database, at an absolute path."""
+    """The experiment's id, made if it is new; with sqlite its artifacts lie beside the database (absolute path)."""
     from mlflow.exceptions import MlflowException
 
     existing = client.get_experiment_by_name(name)

@@ -27,7 +27,7 @@ from torch import nn
 import mixmae
 from mixmae.data.blocks import eval_batch
 from mixmae.data.order import Plan
-from mixmae.data.shards import DataError, Source, open_source, split_holdout
+from mixmae.data.sources import Source, list_splits, open_source, split_holdout
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.flops import count_macs, count_parameters
@@ -38,18 +38,16 @@ from mixmae.step import StepOutput
 from mixmae.tracking import (
     MlflowTracker,
     RunRef,
-    TrackingError,
     create_run,
     finish_run,
     log_file,
     reopen_run,
     resolve_uri,
 )
-from mixmae.training.checkpoint import CheckpointError
-from mixmae.training.loop import Batch, LoopConfig, TrainingStopped, TrainState, step_seed
+from mixmae.training.loop import Batch, LoopConfig, TrainingStopped, step_seed
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength, run_length
-from mixmae.training.worker import Message, choose_device, connect, fit, require_resources
+from mixmae.training.worker import Message, WorkersFailed, choose_device, connect, fit, require_resources
 from pipelines.console import ProgressView, fail
 from pipelines.recipes import find_recipe, list_recipes
 from pipelines.recipes.config import PretrainConfig, differences, to_json
@@ -70,8 +68,8 @@ class Arguments:
     """Folder of Parquet shards, or of image files (prepared once into shards beside the output). Without it: the
     built-in set of shapes."""
     output: Path | None = None
-    """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it must
-    be one that all nodes share."""
+    """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
+    must be one that all nodes share."""
     workers: int = 1
     """Training processes: one a GPU, or some on CPU."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -116,7 +114,7 @@ class PretrainJob:
         return length_of(self.config, self.source)
 
     def build_model(self) -> nn.Module:
-        return MixMAE(SwinEncoder(self.config.encoder), self.config.method)
+        return MixMAE(SwinEncoder(self.config.sized_encoder()), self.config.method)
 
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
@@ -141,7 +139,7 @@ class PretrainJob:
     def step(self, model: nn.Module, batch: Batch, generator: torch.Generator, first_sample: int) -> StepOutput:
         device = next(model.parameters()).device
         images = self._normalise(batch.images.to(device, non_blocking=True))
-        return model(images, generator=generator, first_sample=first_sample)
+        return model(images, generator=generator)
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         device = next(model.parameters()).device
@@ -172,7 +170,7 @@ class PretrainJob:
     def _heldout_images(self) -> torch.Tensor:
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images a mix."""
         num_images = self.config.method.num_images
-        count = min(HELDOUT_IMAGES, int(self.heldout.chunk_sizes.sum())) // num_images * num_images
+        count = min(HELDOUT_IMAGES, self.heldout.num_rows) // num_images * num_images
         return eval_batch(self.heldout, range(count), self.config.augment.image_size)
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -186,7 +184,7 @@ def length_of(config: PretrainConfig, source: Source) -> RunLength:
     """The run's length in steps on this training set."""
     loop = config.loop
     return run_length(
-        num_images=int(source.chunk_sizes.sum()),
+        num_images=source.num_rows,
         batch_size=loop.batch_size,
         epochs=loop.epochs,
         warmup_epochs=loop.warmup_epochs,
@@ -204,16 +202,14 @@ def open_data(data: str | None, folder: Path) -> tuple[Source, Source]:
     if data is None:
         shards = default_shapes(folder / "shapes")
     elif is_image_folder(data):
-        path = Path(data).resolve()
-        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
-        make_shards(str(path), shards)
+        path = Path(data).expanduser().resolve()
+        shards = make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder
     else:
-        shards = Path(data) if "://" not in data else data  # type: ignore[assignment]
-    train = open_source(str(shards), split="train")
-    try:
-        return train, open_source(str(shards), split="validation")
-    except DataError:
-        return split_holdout(train, min(HELDOUT_IMAGES, int(train.chunk_sizes.sum()) // 10))
+        shards = Path(data).expanduser()
+    train = open_source(shards, split="train")
+    if "validation" in list_splits(shards):
+        return train, open_source(shards, split="validation")
+    return split_holdout(train, max(1, min(HELDOUT_IMAGES, train.num_rows // 10)))
 
 
 class RunFolder:
@@ -305,7 +301,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     )
     print(
         f"{'Continuing' if before and 'mlflow' in before else 'Pretraining'} {recipe} on {source.name} "
-        f"({int(source.chunk_sizes.sum())} images): {length.total_steps} steps of {config.loop.batch_size} images, "
+        f"({source.num_rows} images): {length.total_steps} steps of {config.loop.batch_size} images, "
         f"{arguments.workers} {'GPU' if use_gpu else 'CPU'} worker{'s' * (arguments.workers > 1)}\n"
         f"output {folder.path}\nMLflow {run.uri}"
     )
@@ -377,7 +373,7 @@ def start_tracking(
             return run
         print(f"note: the interrupted run {run.run_id} is not in {uri}; its curves go on in a new one")
     with torch.device("meta"):
-        model = MixMAE(SwinEncoder(config.encoder), config.method)
+        encoder = SwinEncoder(config.sized_encoder())
     size = config.augment.image_size
     return create_run(
         uri=uri,
@@ -395,8 +391,8 @@ def start_tracking(
             "seed": config.loop.seed,
             "workers": arguments.workers,
             "gpu": int(use_gpu),
-            "params_m": round(count_parameters(model.encoder) / 1e6, 3),
-            "gmacs": round(count_macs(model.encoder, size) / 1e9, 3),
+            "params_m": round(count_parameters(encoder) / 1e6, 3),
+            "gmacs": round(count_macs(encoder, size, in_channels=config.encoder.in_channels).total / 1e9, 3),
         },
         tags={"stage": "pretrain", "output": str(folder.path), **{f"version.{k}": v for k, v in versions().items()}},
         dataset=content["data"],
@@ -413,6 +409,10 @@ def receive(message: Message, folder: RunFolder, view: ProgressView) -> None:
     elif kind == "broken":
         folder.add_broken(content)
         view.say(f"{len(content)} images could not be decoded, first {content[0]['where']}: {content[0]['reason']}")
+    elif kind == "failed":
+        view.say(f"worker failed, {content}")
+    elif kind == "started" and content > 0:
+        view.say(f"continuing from step {content}")
 
 
 def versions() -> dict[str, str]:
@@ -452,8 +452,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
     try:
         return pretrain(arguments, recipe.__name__)
-    except (ValueError, DataError, CheckpointError, TrackingError, TrainingStopped) as error:
+    except (ValueError, TrainingStopped) as error:
         fail(error)
+    except WorkersFailed as error:
+        fail(
+            f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "
+            "dashboard or /tmp/ray/session_latest). The same command continues from the last checkpoint."
+        )
 
 
 if __name__ == "__main__":

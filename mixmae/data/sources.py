@@ -233,7 +233,7 @@ def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
     """
     if not 0 < num_rows < source.num_rows:
         raise DataError(
-            f"cannot hold out {num_rows} of {source.num_rows} images of {source.name}: choose 1 to {source.num_rows - 1}"
+            f"cannot hold out {num_rows} of the {source.num_rows} images of {source.name}: choose 1 to all but one"
         )
     cut = source.num_rows - num_rows
     return RowRange(base=source, start=0, stop=cut), RowRange(base=source, start=cut, stop=source.num_rows)

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 GroupIsolation = Literal["exact", "partial", "none"]
-"""exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, the encoder's docstring says
-how far. none: the encoder cannot take a group map and raises ValueError when given one."""
+"""exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, and the encoder's docstring
+says how far. none: the encoder cannot take a group map and raises ValueError when given one."""
 
 DepthRule = Literal["official", "timm"]
 """Whose layer decay: see head_depth."""

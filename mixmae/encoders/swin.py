@@ -211,12 +211,12 @@ class SwinEncoder(nn.Module):
 
 
 def swin_tiny() -> SwinConfig:
-    """28 M parameters: Swin-T's widths and depths. Not in the paper."""
+    """29 M parameters: Swin-T's widths and depths. Not in the paper."""
     return SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 
 
 def swin_small() -> SwinConfig:
-    """49 M parameters: Swin-S's widths and depths. Not in the paper."""
+    """50 M parameters: Swin-S's widths and depths. Not in the paper."""
     return SwinConfig(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
 
 

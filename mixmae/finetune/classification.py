@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mixmae.encoders.base import Encoder
 
 HEAD_STD = 2e-5
-"""Deviation of the head's initial weights: nearly zero, so that the first steps move the encoder little. Official code."""
+"""Deviation of the head's initial weights (official code): nearly zero, so that the first steps spare the encoder."""
 
 
 class ImageClassifier(nn.Module):

@@ -49,7 +49,7 @@ def plan_windows(
     Args:
         size: (H, W) of the grid.
         window: configured side of a window.
-        group_map: (M, H, W) int64 at the grid's own resolution, M = 1 for a map shared by all samples; None = no groups.
+        group_map: (M, H, W) int64 at the grid's own resolution, M = 1 where all samples share it; None = no groups.
         device: where the plan's tensor goes if there is no group map to follow; default torch's.
     Returns: the plan.
     Raises: ValueError if the group map has another size than the grid.

@@ -3,8 +3,8 @@
 In the paper's order: draw which image fills which cell, mix, encode with attention kept inside each image's cells,
 unmix, decode each image, compare the cells that the mix did not show.
 
-Unusual, beside MAE: the encoder sees no mask tokens; a batch of B images gives B mixed ones (each image is in K of them),
-so an epoch costs B encoder runs and K*B runs of the small decoder; who mixes with whom is an explicit argument.
+Unusual, beside MAE: the encoder sees no mask tokens; a batch of B images gives B mixed ones (each image is in K of
+them), so an epoch costs B encoder runs and K*B runs of the small decoder; who mixes with whom is an explicit argument.
 
 Legend: B images, M mixes (B by default), K images in a mix, H W pixels, h w cells, L = h*w, C channels, D the encoder's
 last width, P = unit*unit*C values of a cell's pixels. `group_map` and `partners` are explained in mixing.py.
@@ -92,7 +92,7 @@ class MixMAE(nn.Module):
         return self.encoder(mixed, group_map if self.config.masked_attention else None)
 
     def targets(self, images: Tensor) -> NormalisedPatches:
-        """Cut images into cells (B, L, P) in float32, normalised if the config says so; mean and std (B, L, 1) undo it."""
+        """Cut images into cells (B, L, P), float32, normalised if the config says so; mean, std (B, L, 1) undo it."""
         patches = patchify(images.float(), MASK_UNIT_PX)
         if self.config.normalise_targets:
             return normalise_patches(patches)

@@ -1,8 +1,8 @@
 """The training loop, in the order things happen: fetch, schedule, forward, backward, clip, step, log, save.
 
 Plain torch: it runs in any process, alone or as one worker of an initialised torch.distributed group, and knows neither
-Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for bit
-and the number of workers does not change what is computed, up to the order of float additions.
+Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for
+bit, and the number of workers does not change what is computed, up to the order of float additions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mixmae.step import StepOutput
 from mixmae.training.schedule import RunLength, learning_rate
@@ -61,7 +62,9 @@ class LoopConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
         if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}: it must lie between 0 and epochs ({self.epochs}).")
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}: it must lie between 0 and epochs ({self.epochs})."
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count in epochs.")
         if not 0 <= self.max_broken_fraction <= 1:
@@ -95,10 +98,13 @@ class BrokenImage(Protocol):
 class Batch(Protocol):
     """One worker's micro-batch as the data plane hands it over."""
 
-    images: Tensor
-    """uint8 (B, C, H, W), on the CPU."""
-    broken: Sequence[Any]
-    """The BrokenImage records met while making it."""
+    @property
+    def images(self) -> Tensor:
+        """uint8 (B, C, H, W), on the CPU."""
+
+    @property
+    def broken(self) -> Sequence[Any]:
+        """The BrokenImage records met while making it."""
 
 
 class Events(Protocol):
@@ -190,7 +196,9 @@ def train(
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
             first_sample = rank * accumulation * micro_batch + index * micro_batch
             last = index == accumulation - 1
-            sync = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+            # Workers add up their gradients once a step, with the last micro-batch.
+            alone = last or not isinstance(model, DistributedDataParallel)
+            sync = contextlib.nullcontext() if alone else model.no_sync()
             with sync:
                 with autocast:
                     output = step_function(model, batch, generator, first_sample)

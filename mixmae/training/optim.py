@@ -40,9 +40,9 @@ class OptimConfig:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into decayed and undecayed ones.
 
-    Returns: two groups, {params, weight_decay, names}; vectors and scalars (biases, norms) are in the one without decay.
-    Source: the rule of the official code (through timm): one-dimensional parameters and biases are not decayed, relative
-    position tables and the mask token are.
+    Returns: two groups, {params, weight_decay, names}; vectors and scalars (biases, norms) are in the undecayed one.
+    Source: the rule of the official code (through timm): one-dimensional parameters and biases are not decayed,
+    relative position tables and the mask token are.
     """
     decayed: dict[str, nn.Parameter] = {}
     undecayed: dict[str, nn.Parameter] = {}
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the loop sets each group's lr at every step (times its `lr_scale`, if it has one)."""
+    """AdamW over `parameter_groups`; the loop sets each group's lr at every step, times its `lr_scale` if any."""
     # The fused kernel is torch's fastest on CPU and GPU and gives the same bits from run to run.
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.base_lr, betas=config.betas, fused=True

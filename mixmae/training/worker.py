@@ -32,11 +32,16 @@ from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
 
 Message = tuple[str, Any]
-"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("saved", step)."""
+"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("saved", step),
+("started", step that training starts from), ("failed", one line; the worker group restarts if it may)."""
 
 
 class ClusterError(ValueError):
     """The cluster cannot run what was asked for; the message says why and what to do."""
+
+
+class WorkersFailed(RuntimeError):
+    """Workers failed more often than they may be restarted; the message has the first cause in one line."""
 
 
 class Tracker(Protocol):
@@ -60,9 +65,7 @@ class TrainingJob(Protocol):
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
 
-    def open_batches(
-        self, *, rank: int, num_workers: int, start_step: int
-    ) -> AbstractContextManager[Iterator[Batch]]:
+    def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
         """This worker's micro-batches from a step on; leaving the context stops the stream."""
 
     def step(self, model: nn.Module, batch: Batch, generator: torch.Generator, first_sample: int) -> StepOutput:
@@ -150,7 +153,7 @@ def fit(
         max_failures: restarts of the worker group before giving up.
         on_message: called in this process, from another thread, with what rank 0 says.
     Returns: the final state and the path of the last checkpoint.
-    Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; ray.train.TrainingFailedError.
+    Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; WorkersFailed.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -159,15 +162,16 @@ def fit(
     }.items():
         os.environ.setdefault(variable, value)
     mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    # The ignores: ray.train is typed as its first version, but is the second one at run time.
     trainer = ray.train.torch.TorchTrainer(
-        run_worker,
+        run_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
@@ -180,7 +184,9 @@ def fit(
             result = trainer.fit()
         except SystemExit as stop:  # how Ray Train ends the driver after Ctrl-C
             raise KeyboardInterrupt from stop
-    outcome = result.return_value
+        except ray.train.TrainingFailedError as error:
+            raise WorkersFailed(_cause(error)) from error
+    outcome = result.return_value  # type: ignore[attr-defined]
     if outcome is None:  # Ctrl-C again: the controller was told to stop and came back without a result
         raise KeyboardInterrupt
     if outcome["stopped"]:
@@ -195,7 +201,15 @@ def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Returns: {"state": the final TrainState as a dict, "stopped": why training could not go on, or None}. A stop is a
     result and not an exception because Ray would restart the group after an exception, and this would not help.
     """
-    job: TrainingJob = settings["job"]
+    try:
+        return _run_worker(settings["job"], settings["mailbox"])
+    except Exception as error:
+        line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_first_line(error)}"
+        ray.get(settings["mailbox"].put.remote(("failed", line)))
+        raise
+
+
+def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -222,11 +236,11 @@ def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
         trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     with contextlib.ExitStack() as stack:
-        events = _WorkerEvents(job, model, optimizer, settings["mailbox"], rank=rank)
+        events = _WorkerEvents(job, model, optimizer, mailbox, rank=rank)
+        if rank == 0:
+            mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
-        batches = stack.enter_context(
-            job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step)
-        )
+        batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
         try:
             train(
                 model=trained,
@@ -302,6 +316,19 @@ class _WorkerEvents:
             self._tracker.close()
             # An actor takes one caller's messages in order: once this one is there, all are.
             ray.get(self._mailbox.put.remote(("closed", None)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _cause(error: ray.train.TrainingFailedError) -> str:
+    """What went wrong first, in one line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", None) or failure.__cause__ or failure
+        return f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}"
+    return _first_line(error)
 
 
 _CURVE_GROUPS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mixmae.data.augment import AugmentConfig
@@ -22,7 +22,7 @@ class PretrainConfig:
     """All that decides what a pretraining run computes."""
 
     encoder: SwinConfig
-    """The architecture that is pretrained."""
+    """The architecture that is pretrained, built for augment.image_size whatever its own image_size says."""
     method: MixMAEConfig = field(default_factory=MixMAEConfig)
     """The pretext task."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -46,16 +46,18 @@ class PretrainConfig:
                 f"A batch of {self.loop.batch_size} images cannot be mixed {self.method.num_images} at a time: make "
                 f"--loop.batch-size a multiple of --method.num-images ({self.method.num_images})."
             )
-        size = self.augment.image_size
-        sides = (size, size) if isinstance(size, int) else size
-        if any(side % 32 or side < 64 for side in sides):
+        if any(side % 32 or side < 64 for side in self.augment.size):
             raise ValueError(
-                f"The image size is {size}: each side must be a multiple of 32 px (the mask unit) and at least 64 px, "
-                "change --augment.image-size."
+                f"The image size is {self.augment.image_size}: each side must be a multiple of 32 px (the mask unit) "
+                "and at least 64 px, change --augment.image-size."
             )
         channels = self.encoder.in_channels
         if not len(self.pixel_mean) == len(self.pixel_std) == channels:
             raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
+
+    def sized_encoder(self) -> SwinConfig:
+        """The encoder's config for the size of the training images."""
+        return replace(self.encoder, image_size=self.augment.image_size)
 
     def micro_batch(self, num_workers: int) -> int:
         """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""

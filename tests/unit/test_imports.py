@@ -24,7 +24,15 @@ LEVELS = {
     "mixmae.heads": 2,
     "mixmae.layers": 3,
 }
-ANYONE = {"mixmae", "mixmae.mixing", "mixmae.masking", "mixmae.patches", "mixmae.step", "mixmae.metrics", "mixmae.panels"}
+ANYONE = {
+    "mixmae",
+    "mixmae.mixing",
+    "mixmae.masking",
+    "mixmae.patches",
+    "mixmae.step",
+    "mixmae.metrics",
+    "mixmae.panels",
+}
 RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/worker.py", "pipelines/", "tune_spaces/")
 SOURCES = sorted(path for folder in ("mixmae", "pipelines", "tune_spaces") for path in (ROOT / folder).rglob("*.py"))
 

@@ -21,7 +21,7 @@ def test_given_uri_wins_over_the_environment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///relative.db"])
 def test_stores_that_cannot_work_are_refused(uri, tmp_path):
-    with pytest.raises(TrackingError, match="ABSOLUTE|absolute"):
+    with pytest.raises(TrackingError, match=r"ABSOLUTE|absolute"):
         resolve_uri(uri, tmp_path)
 
 

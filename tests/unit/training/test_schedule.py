@@ -7,7 +7,7 @@ import pytest
 
 from mixmae.training.schedule import RunLength, learning_rate, run_length
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "mixmim_lr_schedule.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "mixmim_optimization.json"
 
 
 def test_length_by_hand():
@@ -33,7 +33,7 @@ def test_learning_rate_at_start_warmup_end_middle_and_end():
 
 
 def test_official_learning_rates():
-    golden = json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())["lr_schedule"]
     per_epoch = 1000
     length = RunLength(
         total_steps=golden["epochs"] * per_epoch,

@@ -1,0 +1,181 @@
+"""From a list of rows to a finished block of training images: the unit of work that a stream hands out.
+
+A block is a pure function of (source, augment, seed, rows, epochs): whoever makes it, wherever, it comes out the same.
+This module knows no Ray; `local_batches` is the whole data plane in one process, for tests and small things.
+Legend: n images of a block, H W output size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mixmae.data.augment import AugmentConfig, centre_crop, draw_crops, resize_crop
+from mixmae.data.decode import BrokenImage, Uint8Array, decode_rgb, image_size
+from mixmae.data.order import Int64Array, Plan, worker_positions
+from mixmae.data.sources import Sample, Source, chunk_of
+
+_GREY = 128
+
+
+@dataclass(frozen=True)
+class BrokenRecord:
+    """A row that could not be decoded and what was found there: one line of the ledger."""
+
+    row: int
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Finished images in the order that was asked for."""
+
+    images: Uint8Array
+    """(n, 3, H, W) uint8 RGB, contiguous."""
+    rows: Int64Array
+    """(n,) int64, the rows asked for, broken ones included."""
+    labels: Int64Array
+    """(n,) int64, -1 where there is none; of the image that is shown."""
+    epochs: Int64Array
+    """(n,) int64."""
+    broken: dict[int, BrokenRecord]
+    """What could not be decoded, by its place in the block."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's micro-batch."""
+
+    images: torch.Tensor
+    """(B, 3, H, W) uint8 RGB. May be a read-only view into the object store: do not write to it."""
+    rows: torch.Tensor
+    """(B,) int64, row of every image in its source."""
+    labels: torch.Tensor
+    """(B,) int64, -1 where there is none."""
+    epochs: torch.Tensor
+    """(B,) int64."""
+    broken: tuple[BrokenRecord, ...]
+    """Images of this batch that could not be decoded and were replaced."""
+
+
+def load_block(source: Source, augment: AugmentConfig, rows: Int64Array, epochs: Int64Array, *, seed: int) -> Block:
+    """Read, decode, crop, resize and flip.
+
+    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.
+    A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the
+    broken row's own random numbers, so that the substitute too depends on the row alone; grey if there is none.
+    """
+    rows, epochs = np.asarray(rows, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
+    images: Uint8Array = np.empty((len(rows), 3, *augment.size), dtype=np.uint8)
+    labels = np.full(len(rows), -1, dtype=np.int64)
+    broken: dict[int, BrokenRecord] = {}
+    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
+    chunks = np.searchsorted(starts, rows, side="right") - 1
+    for chunk in np.unique(chunks):
+        places = np.flatnonzero(chunks == chunk)
+        samples = source.read(int(chunk), rows[places] - starts[chunk])
+        sizes = np.ones((len(places), 2), dtype=np.int64)
+        reasons: list[str | None] = [None] * len(places)
+        for i, sample in enumerate(samples):
+            try:
+                sizes[i] = image_size(sample.data)
+            except BrokenImage as error:
+                reasons[i] = str(error)
+        boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=epochs[places], rows=rows[places])
+        for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            if reasons[i] is None:
+                try:
+                    resize_crop(decode_rgb(sample.data), boxes[i], bool(flips[i]), images[place])
+                    labels[place] = sample.label
+                    continue
+                except BrokenImage as error:
+                    reasons[i] = str(error)
+            row = int(rows[place])
+            broken[int(place)] = BrokenRecord(row, sample.where, str(reasons[i]))
+            labels[place] = _substitute(source, augment, row, int(epochs[place]), seed, images[place])
+    return Block(images, rows, labels, epochs, broken)
+
+
+def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, seed: int, out: Uint8Array) -> int:
+    """Show the next image of the chunk that decodes in the place of a broken one; returns its label."""
+    chunk, inside = chunk_of(source, row)
+    size = int(source.chunk_sizes[chunk])
+    for sample in source.read(chunk, (inside + 1 + np.arange(size - 1)) % size):
+        with contextlib.suppress(BrokenImage):
+            pixels = decode_rgb(sample.data)
+            sizes = np.array([pixels.shape[:2]], dtype=np.int64)
+            boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=np.array([epoch]), rows=np.array([row]))
+            resize_crop(pixels, boxes[0], bool(flips[0]), out)
+            return sample.label
+    out[:] = _GREY
+    return -1
+
+
+def local_batches(
+    source: Source,
+    plan: Plan,
+    augment: AugmentConfig,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    stop_step: int,
+) -> Iterator[Batch]:
+    """The batches of streams.TrainStream, made here and now without Ray."""
+    share = check_batch(global_batch, micro_batch, rank, world_size)
+    for start in range(start_step * share, stop_step * share, micro_batch):
+        positions = worker_positions(start, start + micro_batch, rank, world_size, global_batch)
+        yield as_batch(load_block(source, augment, *plan.rows_of(positions), seed=plan.seed))
+
+
+def check_batch(global_batch: int, micro_batch: int, rank: int, world_size: int) -> int:
+    """One worker's share of the global batch.   Raises: ValueError if the batch cannot be cut so."""
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size} workers does not exist: ranks go from 0 to world_size - 1")
+    if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world_size):
+        raise ValueError(
+            f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch} x {world_size} workers: "
+            f"change one of them"
+        )
+    return global_batch // world_size
+
+
+def as_batch(block: Block) -> Batch:
+    """A block as a batch, without a copy."""
+    return Batch(
+        images=torch.from_numpy(block.images),
+        rows=torch.from_numpy(block.rows),
+        labels=torch.from_numpy(block.labels),
+        epochs=torch.from_numpy(block.epochs),
+        broken=tuple(block.broken[place] for place in sorted(block.broken)),
+    )
+
+
+def eval_batch(
+    source: Source, rows: Sequence[int], image_size: int | tuple[int, int], *, resize_share: float = 0.875
+) -> torch.Tensor:
+    """Fixed images without randomness, for panels and evaluation: (n, 3, H, W) uint8.
+
+    Args: rows: of the source.  image_size: side, or (H, W).  resize_share: see augment.centre_crop.
+    An image that does not decode comes out grey.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = torch.full((len(rows), 3, *size), _GREY, dtype=torch.uint8)
+    for place, row in enumerate(rows):
+        sample = read_row(source, row)
+        with contextlib.suppress(BrokenImage):
+            images[place] = torch.from_numpy(centre_crop(decode_rgb(sample.data), size, resize_share))
+    return images
+
+
+def read_row(source: Source, row: int) -> Sample:
+    """One stored image by its row."""
+    chunk, inside = chunk_of(source, row)
+    return source.read(chunk, [inside])[0]

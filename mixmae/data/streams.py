@@ -1,0 +1,328 @@
+"""Training batches through Ray Data: it executes the plan of order.py and decides nothing itself.
+
+Each worker process runs its own pipeline over its own share of the run: a list of block descriptors (which rows, of
+which epochs) goes through ONE map operator that returns a finished uint8 block for each. Order is Ray Data's
+preserve_order, checked again here by the descriptor's number.
+
+Three choices keep it from standing still on few CPUs:
+- A task returns exactly one output, one table of one row, so it never waits, holding its CPU, for someone to read.
+- Tasks ask for a fraction of a CPU and their number is bounded, so the pipelines of several workers fit side by side.
+- The run is cut into segments, each an execution of its own; the next one starts before the current one runs dry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from ray.data import DataContext, ExecutionResources
+
+from mixmae.data.augment import AugmentConfig
+from mixmae.data.blocks import Batch, Block, BrokenRecord, as_batch, check_batch, load_block
+from mixmae.data.order import Plan, worker_positions
+from mixmae.data.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How the stream is executed. Nothing here changes which images come or in which order."""
+
+    target_block_images: int = 256
+    """Aim for the images that one task decodes; whole micro-batches are packed up to it."""
+    target_block_mb: float = 32.0
+    """Aim for the size of a finished block; the smaller of the two aims holds."""
+    decode_concurrency: int | None = None
+    """Decode tasks at once, per worker. None: the cluster's CPUs beyond one per worker, shared by the workers."""
+    decode_cpus: float | None = None
+    """CPUs that Ray books for a decode task. None: one, or less where the CPUs beyond the workers' would not do."""
+    prefetch_blocks: int = 4
+    """Finished blocks that wait in a worker for the loop."""
+    object_store_mb: float | None = None
+    """Budget in the object store for one worker's blocks under way. None: enough to keep every task busy."""
+    segment_blocks: int = 1000
+    """Blocks in one Ray Data execution; the next starts while the current one ends."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: it must be above 0")
+
+
+class TrainStream:
+    """One worker's micro-batches from start_step to stop_step, decoded by Ray tasks all over the cluster.
+
+    Iterate once, and close (or leave a `contextlib.closing`) to stop the tasks. Nothing before start_step is decoded.
+
+    Args:
+        source, plan, augment: what is seen, when, and how it is cropped; the plan is of this source.
+        global_batch: images a step over all workers: micro_batch x accumulation x world_size.
+        micro_batch: images in one Batch.
+        rank, world_size: which worker this is.
+        start_step, stop_step: steps of the run, the last exclusive.
+    Raises: ValueError if the batch cannot be cut so.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        augment: AugmentConfig,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        stop_step: int,
+        settings: StreamConfig | None = None,
+    ) -> None:
+        share = check_batch(global_batch, micro_batch, rank, world_size)
+        if not np.array_equal(plan.chunk_sizes, source.chunk_sizes):
+            raise ValueError("the plan was made for another source: build it from this source's chunk_sizes")
+        self._plan = plan
+        self._position = (rank, world_size, global_batch)
+        self._settings = settings or StreamConfig()
+        self._micro_batch = micro_batch
+        # The worker's images are numbered from step 0; a block is a range of these numbers.
+        self._edges = _block_edges(start_step * share, stop_step * share, micro_batch, augment.size, self._settings)
+        self._load = _loader(source, augment, plan.seed)
+        self._concurrency, self._task_cpus = _task_shape(self._settings, world_size)
+        block_bytes = int(np.diff(self._edges).max(initial=1)) * (3 * augment.size[0] * augment.size[1] + 24) + 4096
+        self._context = _data_context(self._settings, block_bytes, self._concurrency)
+        self._segments: list[_Segment] = []
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: list[Block] = []
+        try:
+            for block in self._blocks():
+                waiting.append(block)
+                count = sum(len(held.rows) for held in waiting)
+                if count % self._micro_batch:
+                    continue  # a micro-batch larger than a block comes in parts
+                whole = _join(waiting)
+                waiting = []
+                for start in range(0, count, self._micro_batch):
+                    yield _as_read_only_batch(_part(whole, start, start + self._micro_batch))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the tasks and drop what is decoded ahead. Safe to call twice."""
+        self._closed = True
+        while self._segments:
+            self._segments.pop().close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_segments", None):
+            self.close()
+
+    def _blocks(self) -> Iterator[Block]:
+        num_blocks = len(self._edges) - 1
+        size = self._settings.segment_blocks
+        # Starting an execution takes about a second; half a segment or 64 blocks of lead cover it.
+        lead = max(1, min(64, size // 2))
+        started = 0
+        for index in range(num_blocks):
+            while started < num_blocks and index >= started - lead and not self._closed:
+                stop = min(started + size, num_blocks)
+                self._segments.append(self._start_segment(started, stop))
+                started = stop
+            if self._closed:
+                return
+            segment = self._segments[0]
+            number, block = segment.take()
+            if number != index:
+                raise RuntimeError(f"Ray Data delivered block {number} where block {index} was due: order was not kept")
+            if index + 1 == segment.stop:
+                self._segments.pop(0).close()
+            yield block
+
+    def _start_segment(self, start: int, stop: int) -> _Segment:
+        descriptors = []
+        for index in range(start, stop):
+            positions = worker_positions(int(self._edges[index]), int(self._edges[index + 1]), *self._position)
+            rows, epochs = self._plan.rows_of(positions)
+            descriptors.append({"index": index, "rows": rows.tobytes(), "epochs": epochs.tobytes()})
+        with DataContext.current(self._context):
+            # As many blocks as descriptors: one task each.
+            dataset = ray.data.from_items(descriptors, override_num_blocks=len(descriptors)).map_batches(
+                self._load,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=self._task_cpus,
+                compute=ray.data.TaskPoolStrategy(size=self._concurrency),
+            )
+        return _Segment(dataset, stop, self._settings.prefetch_blocks)
+
+
+class _Segment:
+    """One execution, drained by a thread into a short queue so that blocks are at hand when the loop asks."""
+
+    def __init__(self, dataset: ray.data.Dataset, stop: int, prefetch_blocks: int) -> None:
+        self.stop = stop
+        self._queue: queue.Queue[pa.Table | BaseException] = queue.Queue(prefetch_blocks)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._drain, args=(dataset,), name="blocks", daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[int, Block]:
+        """The next block with its number.   Raises: what the execution raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return _unpack(item)
+
+    def close(self) -> None:
+        self._stopped.set()
+        while True:  # make room for a thread that waits to put
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join(timeout=10)
+
+    def _drain(self, dataset: ray.data.Dataset) -> None:
+        try:
+            # Dropping this iterator shuts the execution down.
+            for bundle in dataset.iter_internal_ref_bundles():
+                for reference in bundle.block_refs:
+                    self._put(ray.get(reference))
+                if self._stopped.is_set():
+                    return
+            self._put(RuntimeError("the execution of Ray Data ended before all its blocks had come"))
+        except BaseException as error:  # handed to the loop, which raises it
+            self._put(error)
+
+    def _put(self, item: pa.Table | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+
+
+def _block_edges(
+    start: int, stop: int, micro_batch: int, size: tuple[int, int], settings: StreamConfig
+) -> NDArray[np.int64]:
+    """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one."""
+    image_bytes = 3 * size[0] * size[1]
+    target = max(1, min(settings.target_block_images, int(settings.target_block_mb * 1e6 / image_bytes)))
+    if micro_batch <= target:
+        edges = np.arange(start, stop, target // micro_batch * micro_batch)
+    else:
+        parts = math.ceil(micro_batch / target)
+        inside = np.arange(parts) * micro_batch // parts
+        edges = (np.arange(start, stop, micro_batch)[:, None] + inside).ravel()
+    return np.append(edges, stop).astype(np.int64) if stop > start else np.array([start], dtype=np.int64)
+
+
+def _loader(source: Source, augment: AugmentConfig, seed: int) -> Callable[[pa.Table], pa.Table]:
+    """The one map operator: a descriptor in, a finished block out."""
+
+    def load(descriptor: pa.Table) -> pa.Table:
+        torch.set_num_threads(1)  # the tasks side by side are the parallelism
+        rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
+        return _pack(descriptor["index"][0].as_py(), load_block(source, augment, rows, epochs, seed=seed))
+
+    return load
+
+
+def _pack(index: int, block: Block) -> pa.Table:
+    """A block as a table of one row, which Ray Data can neither split nor convert."""
+    columns = {name: _binary(getattr(block, name)) for name in ("images", "rows", "labels", "epochs")}
+    broken = json.dumps([[place, asdict(record)] for place, record in block.broken.items()])
+    shape = pa.array([list(block.images.shape)], type=pa.list_(pa.int64()))
+    return pa.table({"index": pa.array([index], type=pa.int64()), "shape": shape, "broken": [broken], **columns})
+
+
+def _binary(array: NDArray[Any]) -> pa.Array:
+    offsets = pa.py_buffer(np.array([0, array.nbytes], dtype=np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(np.ascontiguousarray(array))])
+
+
+def _unpack(table: pa.Table) -> tuple[int, Block]:
+    """The block and its number; the arrays are views into the object store."""
+
+    def view(name: str, kind: type) -> NDArray[Any]:
+        return np.frombuffer(table[name][0].as_buffer(), dtype=kind)
+
+    broken = {place: BrokenRecord(**record) for place, record in json.loads(table["broken"][0].as_py())}
+    images = view("images", np.uint8).reshape(table["shape"][0].as_py())
+    block = Block(images, view("rows", np.int64), view("labels", np.int64), view("epochs", np.int64), broken)
+    return table["index"][0].as_py(), block
+
+
+def _join(blocks: list[Block]) -> Block:
+    """Several blocks as one, with a copy."""
+    if len(blocks) == 1:
+        return blocks[0]
+    starts = np.cumsum([0] + [len(block.rows) for block in blocks])
+    return Block(
+        images=np.concatenate([block.images for block in blocks]),
+        rows=np.concatenate([block.rows for block in blocks]),
+        labels=np.concatenate([block.labels for block in blocks]),
+        epochs=np.concatenate([block.epochs for block in blocks]),
+        broken={
+            int(start) + place: record
+            for start, block in zip(starts, blocks, strict=False)
+            for place, record in block.broken.items()
+        },
+    )
+
+
+def _part(block: Block, start: int, stop: int) -> Block:
+    """The images [start, stop) of a block, without a copy."""
+    return Block(
+        images=block.images[start:stop],
+        rows=block.rows[start:stop],
+        labels=block.labels[start:stop],
+        epochs=block.epochs[start:stop],
+        broken={place - start: record for place, record in block.broken.items() if start <= place < stop},
+    )
+
+
+def _as_read_only_batch(block: Block) -> Batch:
+    with warnings.catch_warnings():
+        # torch has no read-only tensors; Batch says that its images are not to be written to.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return as_batch(block)
+
+
+def _task_shape(settings: StreamConfig, world_size: int) -> tuple[int, float]:
+    """Decode tasks at once for one worker, and the CPUs that each of them books.
+
+    The tasks of all workers together book what the workers, taken to hold one CPU each, leave free: more would make
+    one worker's tasks wait for another's, and Ray start processes beyond the cores.
+    """
+    free = ray.cluster_resources().get("CPU", 1) - world_size
+    concurrency = settings.decode_concurrency or max(1, int(free // world_size))
+    cpus = settings.decode_cpus or min(1.0, max(0.1, free / (world_size * concurrency)))
+    return concurrency, math.floor(cpus * 100) / 100
+
+
+def _data_context(settings: StreamConfig, block_bytes: int, concurrency: int) -> DataContext:
+    """Ray Data's settings for this stream; other users of Ray Data in the process keep theirs."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    under_way = 2 * concurrency + settings.prefetch_blocks + 2
+    budget = int((settings.object_store_mb or 0) * 1e6) or under_way * block_bytes
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = block_bytes  # what Ray Data reckons a task to put into the store
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=budget)
+    return context

@@ -1,0 +1,45 @@
+"""Tiny things for tests: a model that runs in milliseconds, images of noise, group maps."""
+
+import torch
+from torch import Tensor
+
+from mixmae.decoders import DecoderConfig
+from mixmae.encoders.swin import SwinConfig, SwinEncoder
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from mixmae.mixing import draw_group_map
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_swin(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> SwinEncoder:
+    """A Swin of 0.4 M parameters; at 96 px stages 1 and 2 have 4 windows each, across mask cells (padded in 2)."""
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=image_size,
+        in_channels=in_channels,
+        embed_dim=16,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 8),
+        window_sizes=(12, 7, 6, 3),
+    )
+    return SwinEncoder(config)
+
+
+def tiny_mixmae(
+    image_size: int | tuple[int, int] = 96,
+    in_channels: int = 3,
+    **options: object,
+) -> MixMAE:
+    """A MixMAE on tiny_swin; options are fields of MixMAEConfig."""
+    config = MixMAEConfig(decoder=DecoderConfig(dim=32, depth=1, num_heads=4), **options)  # type: ignore[arg-type]
+    return MixMAE(tiny_swin(image_size, in_channels), config)
+
+
+def noise_images(batch: int, size: tuple[int, int] = (96, 96), channels: int = 3, seed: int = 0) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=seeded(seed))
+
+
+def group_maps(num_maps: int = 1, grid: tuple[int, int] = (3, 3), num_images: int = 4, seed: int = 0) -> Tensor:
+    return draw_group_map(grid, num_images, seeded(seed), num_maps)

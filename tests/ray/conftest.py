@@ -1,0 +1,99 @@
+"""Real runs of the pipelines, as a user starts them: a process of its own, a real MLflow server, real files."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+#: The demo recipe, cut down to seconds.
+TINY = [
+    *("--encoder.image-size", "64", "--augment.image-size", "64", "--encoder.embed-dim", "16"),
+    *("--encoder.depths", "1", "1", "1", "1", "--encoder.window-sizes", "8", "8", "4", "2"),
+    *("--encoder.num-heads", "1", "2", "4", "8", "--method.decoder.dim", "32", "--method.decoder.depth", "1"),
+    *("--loop.batch-size", "16", "--loop.steps", "60", "--loop.log-every-steps", "5"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    return kept | {"RAY_USAGE_STATS_ENABLED": "0"} | extra
+
+
+def run(*arguments: object, cwd: Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 80 image files in two folders, one of them broken."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(80):
+        height, width = rng.integers(40, 120, size=2)
+        low = rng.integers(0, 256, size=(6, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(low).resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        place = folder / ("a" if index % 2 else "b")
+        place.mkdir(exist_ok=True)
+        suffix = "png" if index % 5 == 0 else "jpg"
+        picture.save(place / f"{index:03d}.{suffix}")
+    (folder / "a" / "001.jpg").write_bytes((folder / "a" / "001.jpg").read_bytes()[:300])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real tracking server with its own database and artifact folder; yields its address."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    log = (folder / "server.log").open("w")
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"),
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.5)
+        else:
+            pytest.fail("the MLflow server did not come up: " + (folder / "server.log").read_text())
+        yield address
+    finally:
+        # The server has children of its own: end its process group, which is nobody else's.
+        os.killpg(server.pid, 15)
+        server.wait(timeout=30)
+        log.close()

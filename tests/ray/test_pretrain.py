@@ -1,0 +1,179 @@
+"""Pretraining end to end: a real Ray cluster, a real MLflow server, real image files, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.ray.conftest import TINY, command, environment, run
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+LOOSE = ["--loop.max-broken-fraction", "0.2"]
+
+
+@dataclass
+class Finished:
+    output: Path
+    server: str
+    arguments: list[str]
+    text: str
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.output / "run.json").read_text())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(Path(self.state["checkpoint"]) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, photos, mlflow_server) -> Finished:
+    """One run to its end; the other runs are compared with it."""
+    base = tmp_path_factory.mktemp("runs")
+    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *TINY, *LOOSE]
+    done = run("demo", "--output", base / "whole", *arguments, cwd=base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(base / "whole", mlflow_server, arguments, done.stdout)
+
+
+def test_the_run_says_what_it_did(finished):
+    assert "step 60/60" in finished.text
+    assert "images/s" in finished.text
+    assert "waiting for data" in finished.text
+    for line in ("checkpoint", "panel", "MLflow UI"):
+        assert f"\n{line} " in finished.text
+    assert "a/001.jpg" in (finished.output / "broken_images.jsonl").read_text()
+    assert finished.state["status"] == "finished"
+
+
+def test_loss_falls(finished):
+    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in finished.text.splitlines() if "loss " in line]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_mlflow_holds_the_run(finished):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished.server)
+    seen = client.get_run(finished.state["mlflow"]["run_id"])
+    assert seen.info.status == "FINISHED"
+    params = seen.data.params
+    assert float(params["optim.base_lr"]) > 0
+    assert float(params["lr"]) == pytest.approx(float(params["optim.base_lr"]) * 16 / 256)
+    assert int(params["batch_size"]) == 16
+    assert float(params["gmacs"]) > 0
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/epoch",
+        "perf/images_per_s",
+        "perf/data_wait_share",
+        "heldout/loss",
+    } <= set(seen.data.metrics)
+    history = client.get_metric_history(seen.info.run_id, "train/loss")
+    assert sorted({point.step for point in history}) == [1, *range(5, 61, 5)]
+    assert any(name.startswith("system/") for name in seen.data.metrics)
+    assert seen.inputs.dataset_inputs[0].dataset.digest == finished.state["data"]["digest"]
+    assert len(seen.data.tags.get("mlflow.source.git.commit", "")) >= 40
+    assert seen.data.tags["checkpoint"] == finished.state["checkpoint"]
+    images = [item.path for item in client.list_artifacts(seen.info.run_id, "images")]
+    assert len(images) >= 4
+    artifacts = {item.path for item in client.list_artifacts(seen.info.run_id)}
+    assert {"config.json", "broken_images.jsonl"} <= artifacts
+
+
+def test_a_checkpoint_says_all_that_a_reader_needs(finished):
+    state = json.loads((Path(finished.state["checkpoint"]) / "state.json").read_text())
+    assert state["position"]["step"] == 60
+    assert state["position"]["images_seen"] == 960
+    assert state["config"]["encoder"]["embed_dim"] == 16
+    assert state["mlflow"]["run_id"] == finished.state["mlflow"]["run_id"]
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["data"]["digest"] == finished.state["data"]["digest"]
+    assert any(name.startswith("decoder.") for name in finished.weights)
+
+
+def test_a_finished_run_started_again_does_nothing(finished):
+    before = Path(finished.state["checkpoint"]).stat().st_mtime
+    again = run("demo", "--output", finished.output, *finished.arguments, cwd=finished.output.parent)
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    assert Path(finished.state["checkpoint"]).stat().st_mtime == before
+
+
+def test_another_model_in_the_same_output_is_refused(finished):
+    again = run(
+        "demo",
+        "--output",
+        finished.output,
+        *finished.arguments,
+        "--encoder.embed-dim",
+        "32",
+        cwd=finished.output.parent,
+    )
+    assert again.returncode == 1
+    assert "encoder.embed_dim was 16 and is 32" in again.stderr
+
+
+def test_interrupted_and_continued_equals_uninterrupted(finished):
+    """Ctrl-C in the middle, then the same command: the same weights, bit for bit, and one MLflow run."""
+    output = finished.output.parent / "interrupted"
+    arguments = command("demo", "--output", output, *finished.arguments)
+    first = subprocess.Popen(
+        arguments, cwd=output.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    for line in first.stdout:
+        if (
+            line.startswith("step ") and int(line.split()[1].split("/")[0]) >= 15
+        ):  # the first checkpoint is step 5 or so
+            first.send_signal(signal.SIGINT)
+            break
+    rest, errors = first.communicate(timeout=120)
+    assert first.returncode == 130, rest + errors
+    assert "The same command continues" in rest
+    assert json.loads((output / "run.json").read_text())["status"] == "running"
+
+    second = run("demo", "--output", output, *finished.arguments, cwd=output.parent)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Continuing" in second.stdout
+    first_step = next(
+        int(line.split()[1].split("/")[0]) for line in second.stdout.splitlines() if line.startswith("step ")
+    )
+    assert first_step > 1
+    continued = Finished(output, finished.server, finished.arguments, second.stdout)
+    for name, value in finished.weights.items():
+        assert torch.equal(value, continued.weights[name]), name
+
+    from mlflow import MlflowClient
+
+    seen = MlflowClient(tracking_uri=finished.server).get_run(continued.state["mlflow"]["run_id"])
+    assert seen.info.status == "FINISHED"
+
+
+def test_two_workers_compute_what_one_does(finished):
+    output = finished.output.parent / "two"
+    done = run("demo", "--output", output, *finished.arguments, "--workers", "2", cwd=output.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = Finished(output, finished.server, finished.arguments, done.stdout)
+    assert two.state["metrics"]["loss"] == pytest.approx(finished.state["metrics"]["loss"], rel=1e-3)
+    assert two.state["metrics"]["broken_images"] == finished.state["metrics"]["broken_images"]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished.server)
+
+    def first_loss(run: Finished) -> float:
+        history = client.get_metric_history(run.state["mlflow"]["run_id"], "train/loss")
+        return min(history, key=lambda point: point.step).value
+
+    assert first_loss(two) == pytest.approx(first_loss(finished), rel=1e-5)

@@ -1,0 +1,132 @@
+"""The official code's numbers, to 1e-5 relative in float32 (golden/README.md says what the files hold)."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import group_parameters
+
+from mixmae.convert import config_from_official, from_official, load_weights, to_official
+from mixmae.encoders.base import head_depth
+from mixmae.encoders.swin import SwinEncoder, swin_base, swin_tiny
+from mixmae.finetune.classification import ImageClassifier
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from mixmae.mixing import hidden_mask, mix
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RTOL = 1e-5
+
+
+def read(name):
+    """Split a golden file into its numbers and an official state dict."""
+    content = load_file(GOLDEN / name)
+    weights = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
+    return content, weights
+
+
+def assert_close(ours, official):
+    """Within RTOL of the largest official value."""
+    assert ours.shape == official.shape
+    assert (ours - official).abs().max() <= RTOL * official.abs().max()
+
+
+@pytest.fixture(scope="module")
+def pretraining():
+    golden, weights = read("mixmim_tiny_pretrain.safetensors")
+    configs = config_from_official(weights, decoder_num_heads=4)
+    method = MixMAE(SwinEncoder(configs.encoder), MixMAEConfig(num_images=2, decoder=configs.decoder))
+    own_tables = method.encoder.pos_embed.clone(), method.decoder.pos_embed.clone()
+    report = load_weights(method, from_official(weights))
+    assert report.matched_share == 1.0
+    assert not report.unexpected
+    return golden, weights, method, own_tables
+
+
+@pytest.fixture(scope="module")
+def official_mix(pretraining):
+    """The official mixing: mask 1 shows the partner, and the partner is the batch reversed."""
+    golden = pretraining[0]
+    batch = len(golden["input"])
+    index = torch.arange(batch)
+    return golden["mask"].view(1, 3, 3).long(), torch.stack([index, index.flip(0)], dim=1)
+
+
+def test_position_tables(pretraining):
+    _, weights, _, (encoder_table, decoder_table) = pretraining
+    assert_close(encoder_table, weights["absolute_pos_embed"])
+    assert_close(decoder_table, weights["decoder_pos_embed"])
+
+
+def test_encoded_and_reconstructed(pretraining, official_mix):
+    golden, _, method, _ = pretraining
+    group_map, partners = official_mix
+    with torch.no_grad():
+        encoded = method.encode(mix(golden["input"], group_map, partners), group_map)
+        predicted = method.decoder(encoded, hidden_mask(group_map, 2).flatten(2), (3, 3))  # (4, 2, 9, 3072)
+    assert_close(encoded, golden["encoded"])
+    assert_close(predicted.transpose(0, 1).flatten(0, 1), golden["reconstructed"])
+
+
+def test_loss_and_gradients(pretraining, official_mix):
+    golden, _, method, _ = pretraining
+    group_map, partners = official_mix
+    method.zero_grad()
+    loss = method(golden["input"], group_map=group_map, partners=partners).loss
+    assert_close(loss[None], golden["loss"])
+    loss.backward()
+    gradients = to_official({name: parameter.grad for name, parameter in method.named_parameters()})
+    norms = {name.removeprefix("grad_norm."): value for name, value in golden.items() if name.startswith("grad_norm.")}
+    assert norms.keys() == {name for name in gradients if not name.endswith("relative_position_index")}
+    for name, norm in norms.items():
+        assert gradients[name].norm().item() == pytest.approx(norm.item(), rel=RTOL), name
+
+
+@pytest.mark.parametrize("name", ["mixmim_tiny_pretrain.safetensors", "mixmim_tiny_finetune.safetensors"])
+def test_weights_come_back_identical(name):
+    weights = read(name)[1]
+    back = to_official(from_official(weights))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_logits():
+    golden, weights = read("mixmim_tiny_finetune.safetensors")
+    configs = config_from_official(weights)
+    assert configs.num_classes == 10
+    classifier = ImageClassifier(SwinEncoder(configs.encoder), configs.num_classes)
+    assert load_weights(classifier, from_official(weights)).matched_share == 1.0
+    with torch.no_grad():
+        assert_close(classifier(golden["input"]), golden["logits"])
+
+
+def test_layer_decay_of_the_official_rule():
+    golden = json.loads((GOLDEN / "mixmim_optimization.json").read_text())["layer_decay_0.75_mixmim_base"]["parameters"]
+    with torch.device("meta"):
+        encoder = SwinEncoder(swin_base())
+    depths = {f"encoder.{name}": depth for name, depth in encoder.parameter_depths("official").items()}
+    depths |= dict.fromkeys(("head.weight", "head.bias"), head_depth(encoder, "official"))
+    official = {name: value for name, value in golden.items() if name != "absolute_pos_embed"}
+    ours = {_official(name): depth for name, depth in depths.items()}
+    assert ours.keys() == official.keys()
+    for name, (scale, _) in official.items():
+        assert 0.75 ** (encoder.num_blocks + 1 - ours[name]) == pytest.approx(scale, rel=1e-6), name
+
+
+def test_layer_decay_of_timm():
+    """Against timm's own grouping of its Swin, whose names differ in `layers` and `head.fc` alone."""
+    other = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False)
+    groups = group_parameters(other, other.group_matcher(coarse=False), reverse=True)
+    with torch.device("meta"):
+        encoder = SwinEncoder(swin_tiny())
+    ours = {re.sub("^stages", "layers", name): depth for name, depth in encoder.parameter_depths("timm").items()}
+    ours |= dict.fromkeys(("head.fc.weight", "head.fc.bias"), head_depth(encoder, "timm"))
+    assert ours == dict(groups)
+    assert max(groups.values()) == encoder.num_blocks + 1  # so that timm's exponent is num_blocks + 1 - depth, too
+
+
+def _official(name):
+    return next(key for key in to_official({name: torch.empty(9, 1)}) if not key.endswith("relative_position_index"))

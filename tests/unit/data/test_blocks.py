@@ -1,0 +1,107 @@
+"""The pure function from rows to images, and the whole data plane without Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mixmae.data.augment import AugmentConfig
+from mixmae.data.blocks import eval_batch, load_block, local_batches
+from mixmae.data.order import Plan
+from mixmae.data.sources import open_source
+
+AUGMENT = AugmentConfig(image_size=(32, 48))
+
+
+def rows_and_epochs(*rows: int, epoch: int = 0):
+    return np.array(rows), np.full(len(rows), epoch)
+
+
+def test_a_block_is_made_of_its_rows_alone(write_shards):
+    source = open_source(write_shards(100))
+    block = load_block(source, AUGMENT, *rows_and_epochs(3, 99, 64, 3), seed=5)
+    assert block.images.shape == (4, 3, 32, 48)
+    assert block.images.flags["C_CONTIGUOUS"]
+    assert block.labels.tolist() == [0, 0, 1, 0]
+    assert np.array_equal(block.images[0], block.images[3])
+    alone = load_block(source, AUGMENT, *rows_and_epochs(64), seed=5)
+    assert np.array_equal(alone.images[0], block.images[2])
+    for other in (
+        load_block(source, AUGMENT, *rows_and_epochs(64, epoch=1), seed=5),
+        load_block(source, AUGMENT, *rows_and_epochs(64), seed=6),
+    ):
+        assert not np.array_equal(other.images[0], block.images[2])
+
+
+def test_a_broken_image_is_replaced_by_the_next_of_its_chunk(write_shards, make_jpeg):
+    damaged = {10: b"", 11: b"garbage", 63: make_jpeg(63)[:300]}
+    source = open_source(write_shards(100, damaged=damaged))
+    block = load_block(source, AUGMENT, *rows_and_epochs(9, 10, 63, 70), seed=0)
+    assert sorted(block.broken) == [1, 2]
+    assert [block.broken[place].row for place in (1, 2)] == [10, 63]
+    assert block.broken[1].where.endswith("train-00000-of-00001.parquet#10 / photos/10.jpg")
+    assert block.broken[1].reason == "the file is empty"
+    assert block.rows.tolist() == [9, 10, 63, 70]
+    assert block.labels.tolist() == [0, 12 % 3, 0, 1]  # rows 12 and 0 are shown
+
+    mended = open_source(write_shards(100, damaged={10: make_jpeg(12), 63: make_jpeg(0)}))
+    expected = load_block(mended, AUGMENT, *rows_and_epochs(9, 10, 63, 70), seed=0)
+    assert np.array_equal(block.images, expected.images)
+
+
+def test_a_chunk_without_any_good_image_is_grey(write_shards):
+    source = open_source(write_shards(5, damaged=dict.fromkeys(range(5), b"x")))
+    block = load_block(source, AUGMENT, *rows_and_epochs(0, 4), seed=0)
+    assert (block.images == 128).all()
+    assert block.labels.tolist() == [-1, -1]
+    assert len(block.broken) == 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_workers_together_see_what_one_would(write_shards, world_size):
+    source = open_source(write_shards(50, 20))
+    plan = Plan(chunk_sizes=source.chunk_sizes, seed=3, window_rows=32)
+    options = {"global_batch": 12, "stop_step": 9}  # crosses an epoch
+    alone = torch.cat([b.images for b in local_batches(source, plan, AUGMENT, micro_batch=12, **options)])
+    parts = [
+        torch.cat(
+            [
+                batch.images
+                for batch in local_batches(
+                    source, plan, AUGMENT, micro_batch=12 // world_size, rank=rank, world_size=world_size, **options
+                )
+            ]
+        ).unflatten(0, (9, -1))
+        for rank in range(world_size)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), alone)
+
+
+def test_accumulation_and_resume_change_nothing(write_shards):
+    source = open_source(write_shards(50, 20))
+    plan = Plan(chunk_sizes=source.chunk_sizes, seed=3)
+    whole = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=4, stop_step=6))
+    assert len(whole) == 24
+    resumed = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=8, start_step=4, stop_step=6))
+    assert torch.equal(torch.cat([b.images for b in whole[16:]]), torch.cat([b.images for b in resumed]))
+    assert torch.cat([b.rows for b in whole]).tolist() == plan.rows_at(0, 96)[0].tolist()
+    assert torch.cat([b.epochs for b in whole]).tolist() == plan.rows_at(0, 96)[1].tolist()
+
+
+def test_bad_batches(write_shards):
+    source = open_source(write_shards(20))
+    plan = Plan(chunk_sizes=source.chunk_sizes)
+    with pytest.raises(ValueError, match="global_batch 10 is not a multiple of micro_batch 4"):
+        next(local_batches(source, plan, AUGMENT, global_batch=10, micro_batch=4, stop_step=1))
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        next(local_batches(source, plan, AUGMENT, global_batch=8, micro_batch=4, rank=2, world_size=2, stop_step=1))
+
+
+def test_eval_batch(write_shards):
+    source = open_source(write_shards(10, damaged={3: b"x"}))
+    images = eval_batch(source, range(10), 32)
+    assert images.shape == (10, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert (images[3] == 128).all()
+    assert torch.equal(eval_batch(source, [7], (32, 32))[0], images[7])

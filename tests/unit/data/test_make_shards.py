@@ -1,0 +1,210 @@
+"""From folders of files to shards, as a user runs it; no Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mixmae.data.sources import DataError, list_splits, open_source
+from pipelines.make_shards import default_shapes, is_image_folder, make_shards
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path, make_jpeg):
+    """Makes a folder of files from relative names; a name may come with its bytes."""
+
+    def make(*names: str, **contents: bytes) -> Path:
+        root = tmp_path / "photos"
+        root.mkdir(exist_ok=True)
+        for number, name in enumerate([*names, *contents]):
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(contents.get(name, make_jpeg(number)))
+        return root
+
+    return make
+
+
+def stored(path: Path, split: str) -> dict[str, tuple[bytes, int]]:
+    source = open_source(path, split)
+    return {
+        sample.where.split(" / ")[1]: (sample.data, sample.label)
+        for chunk, rows in enumerate(source.chunk_sizes)
+        for sample in source.read(chunk, range(rows))
+    }
+
+
+def test_flat_folder_keeps_every_byte(folder, tmp_path):
+    png = io.BytesIO()
+    Image.new("P", (9, 7)).save(png, "PNG")
+    source = folder(
+        *(f"{i}.jpg" for i in range(30)), **{"odd.PNG": png.getvalue(), "empty.jpg": b"", "notes.txt": b"x"}
+    )
+    lines: list[str] = []
+    made = make_shards(source, tmp_path / "out", say=lines.append)
+    assert made.rows == {"train": 24, "validation": 7}  # a quarter at most is held out
+    assert made.class_names is None
+    assert made.unreadable == ("empty.jpg (empty)",)
+    assert any("empty.jpg" in line for line in lines)
+    both = stored(made.folder, "train") | stored(made.folder, "validation")
+    assert {name: data for name, (data, _) in both.items()} == {
+        path.name: path.read_bytes() for path in source.iterdir() if path.name not in ("empty.jpg", "notes.txt")
+    }
+    assert not open_source(made.folder).has_labels
+    names = list(stored(made.folder, "train"))
+    assert names != sorted(names)
+
+
+def test_image_folder_with_classes(folder, tmp_path):
+    made = make_shards(folder(*(f"{name}/{i}.jpg" for name in ("dog", "cat") for i in range(20))), tmp_path / "out")
+    assert made.class_names == ("cat", "dog")
+    train = stored(made.folder, "train")
+    assert {label for name, (_, label) in train.items() if name.startswith("dog/")} == {1}
+    assert open_source(made.folder).class_names == ("cat", "dog")
+
+
+def test_train_and_val_folders(folder, tmp_path):
+    names = [f"{split}/{name}/{i}.jpg" for split in ("train", "val", "test") for name in ("a", "b") for i in range(5)]
+    made = make_shards(folder(*names), tmp_path / "out")
+    assert made.rows == {"test": 10, "train": 10, "validation": 10}
+    assert list_splits(made.folder) == ("train", "validation", "test")
+    assert all(name.startswith("val/") for name in stored(made.folder, "validation"))
+    assert made.class_names == ("a", "b")
+
+
+def test_nested_folders_are_no_classes(folder, tmp_path):
+    made = make_shards(folder(*(f"2019/{i % 3}/{i}.jpg" for i in range(20)), "2020/x.jpg"), tmp_path / "out")
+    assert made.class_names is None
+    assert sum(made.rows.values()) == 21
+
+
+def test_hidden_files_and_link_cycles(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(9)), ".hidden.jpg", ".thumbnails/a.jpg", "__MACOSX/b.jpg")
+    (source / "loop").symlink_to(source, target_is_directory=True)
+    assert sum(make_shards(source, tmp_path / "out").rows.values()) == 9
+
+
+def test_shards_are_small_pieces_without_compression(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(200)))
+    made = make_shards(source, tmp_path / "out", shard_mb=0.1)
+    files = sorted(made.folder.glob("train-*.parquet"))
+    assert len(files) > 2
+    assert files[-1].name == f"train-{len(files) - 1:05d}-of-{len(files):05d}.parquet"
+    footer = pq.read_metadata(files[0])
+    assert max(footer.row_group(group).num_rows for group in range(footer.num_row_groups)) <= 64
+    assert footer.row_group(0).column(0).compression == "UNCOMPRESSED"
+    manifest = json.loads((made.folder / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["rows"] == made.rows["train"]
+    assert len(manifest["splits"]["train"]["files"][0]["sha256"]) == 64
+    assert not [path for path in made.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_source_gives_the_same_shards(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(40)))
+    first, second = (make_shards(source, tmp_path / name, workers=n) for name, n in (("a", 1), ("b", 3)))
+    assert first.digest == second.digest
+    assert make_shards(source, tmp_path / "c", seed=1).digest != first.digest
+
+
+def test_running_again_does_nothing_until_the_source_changes(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(20)))
+    made = make_shards(source, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
+    again = make_shards(source, tmp_path / "out")
+    assert made.made
+    assert not again.made
+    assert again.rows == made.rows
+    assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == times
+    folder("new.jpg")
+    with pytest.raises(DataError, match=r"not empty .* --overwrite"):
+        make_shards(source, tmp_path / "out")
+    assert sum(make_shards(source, tmp_path / "out", overwrite=True).rows.values()) == 21
+
+
+def test_an_interrupted_run_is_continued(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(200)))
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(source, tmp_path / "out", shard_mb=0.1, workers=1, say=interrupt)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    assert kept
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    made = make_shards(source, tmp_path / "out", shard_mb=0.1)
+    assert {name: (made.folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert made.digest == make_shards(source, tmp_path / "straight", shard_mb=0.1).digest
+
+
+def test_bad_input(folder, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        make_shards(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(DataError, match="no image in"):
+        make_shards(folder("notes.txt"), tmp_path / "out")
+    with pytest.raises(DataError, match=r"1 are empty or unreadable, such as a.jpg \(empty\)"):
+        make_shards(folder(**{"a.jpg": b""}), tmp_path / "out")
+    with pytest.raises(DataError, match="only 3 images .* at least 8"):
+        make_shards(folder("1.jpg", "2.jpg", "3.jpg"), tmp_path / "out")
+    source = folder(*(f"{i}.jpg" for i in range(9)))
+    with pytest.raises(DataError, match="shard_mb is 0"):
+        make_shards(source, tmp_path / "out", shard_mb=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write to"):
+        make_shards(source, tmp_path / "file")
+    with pytest.raises(DataError, match="is not a folder"):
+        make_shards(tmp_path / "file", tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
+def test_permissions(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(20)))
+    (source / "3.jpg").chmod(0)
+    assert make_shards(source, tmp_path / "out").unreadable == ("3.jpg (no permission)",)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(DataError, match="cannot write to"):
+        make_shards(source, tmp_path / "locked")
+
+
+def test_is_image_folder(folder, write_shards, tmp_path):
+    assert is_image_folder(folder("a.jpg"))
+    assert not is_image_folder(write_shards(5))
+    assert not is_image_folder(tmp_path / "nowhere")
+
+
+def test_the_default_set(tmp_path):
+    shards = default_shapes(tmp_path / "shapes")
+    train, validation = open_source(shards), open_source(shards, "validation")
+    assert (train.num_rows, validation.num_rows) == (4000, 1000)
+    assert train.class_names is not None
+    assert len(train.class_names) == 20
+    table = pq.read_table(validation.files[0])  # type: ignore[attr-defined]
+    row = table.slice(17, 1).to_pylist()[0]
+    mask = np.asarray(Image.open(io.BytesIO(row["mask"]["bytes"])))
+    columns = np.flatnonzero(mask.any(axis=0))
+    assert row["box"][::2] == [columns[0], columns[-1] + 1]
+    assert row["image"]["path"].startswith(train.class_names[row["label"]])
+
+
+def test_command_line(folder, tmp_path):
+    command = [sys.executable, str(ROOT / "pipelines" / "make_shards.py")]
+    options = {"capture_output": True, "text": True, "check": False, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    source = folder(*(f"{i}.jpg" for i in range(20)))
+    done = subprocess.run([*command, str(source), str(tmp_path / "out")], **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert "15 train + 5 validation images" in done.stdout
+    failed = subprocess.run([*command, str(tmp_path / "x"), str(tmp_path / "out")], **options)  # type: ignore[call-overload]
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: the image folder")
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,86 @@
+"""Window attention against a plain loop over tokens, and the size of what is added to the scores."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mixmae.layers.positions import relative_position_bias
+from mixmae.layers.windows import WindowAttention, plan_windows
+
+DIM, HEADS, BATCH = 8, 2, 3
+
+
+def attend_by_hand(attention, x, window, group_map):
+    """Let each token read, one at a time, the tokens of its window and its group."""
+    batch, height, width, dim = x.shape
+    rows, columns = min(window, height), min(window, width)
+    bias = relative_position_bias(attention.relative_position_bias_table, (rows, columns))
+    head_dim = dim // attention.num_heads
+    query, key, value = attention.qkv(x).view(batch, height, width, 3, attention.num_heads, head_dim).unbind(3)
+    read = torch.zeros(batch, height, width, attention.num_heads, head_dim)
+    for b in range(batch):
+        groups = torch.zeros(height, width) if group_map is None else group_map[b % len(group_map)]
+        for i in range(height):
+            for j in range(width):
+                top, left = i // rows * rows, j // columns * columns
+                near = [
+                    (k, m)
+                    for k in range(top, min(top + rows, height))
+                    for m in range(left, min(left + columns, width))
+                    if groups[k, m] == groups[i, j]
+                ]
+                own = (i - top) * columns + j - left
+                others = [(k - top) * columns + m - left for k, m in near]
+                keys = torch.stack([key[b, k, m] for k, m in near])  # (n, heads, head_dim)
+                values = torch.stack([value[b, k, m] for k, m in near])
+                scores = (keys * query[b, i, j]).sum(-1) / head_dim**0.5 + bias[:, own, others].T
+                read[b, i, j] = (scores.softmax(0)[..., None] * values).sum(0)
+    return attention.proj(read.flatten(3))
+
+
+@pytest.mark.parametrize("num_maps", [0, 1, BATCH])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [((4, 6), 2), ((3, 3), 3), ((5, 7), 3), ((2, 5), 4)],
+    ids=["divides", "one-window", "padded", "clamped-and-padded"],
+)
+def test_attention_is_that_of_a_plain_loop(size, window, num_maps):
+    torch.manual_seed(0)
+    attention = WindowAttention(DIM, HEADS, window)
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    x = torch.randn(BATCH, *size, DIM)
+    group_map = torch.randint(0, 3, (num_maps, *size)) if num_maps else None
+    plan = plan_windows(size, window, group_map)
+    torch.testing.assert_close(
+        attention(x, plan), attend_by_hand(attention, x, window, group_map), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_padding_changes_nothing_without_a_group_map():
+    """What stands in the padding is never read: not even its gradient exists."""
+    plan = plan_windows((5, 7), 3, None)
+    assert plan.padding == (1, 2)
+    assert plan.blocked is not None
+    assert plan_windows((6, 9), 3, None).blocked is None
+
+
+@pytest.mark.parametrize(
+    ("num_maps", "expected"), [(0, (1, HEADS, 9, 9)), (1, (1, 4 * HEADS, 9, 9)), (BATCH, (BATCH, 4 * HEADS, 9, 9))]
+)
+def test_a_shared_map_adds_nothing_of_the_size_of_the_scores(monkeypatch, num_maps, expected):
+    seen = []
+
+    def record(query, key, value, attn_mask):
+        seen.append(tuple(attn_mask.shape))
+        return attend(query, key, value, attn_mask=attn_mask)
+
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    group_map = torch.zeros(num_maps, 6, 6, dtype=torch.int64) if num_maps else None
+    WindowAttention(DIM, HEADS, 3)(torch.randn(BATCH, 6, 6, DIM), plan_windows((6, 6), 3, group_map))
+    assert seen == [expected]
+
+
+def test_map_of_another_size():
+    with pytest.raises(ValueError, match="does not fit a grid of 4 x 4"):
+        plan_windows((4, 4), 2, torch.zeros(1, 2, 2, dtype=torch.int64))
