@@ -22,6 +22,9 @@ def reconstruction_panel(
 ) -> Image.Image:
     """One row a mix: the K originals, the mix, the K reconstructions; cells a group shows are outlined in its colour.
 
+    A reconstruction shows the model's pixels in hidden cells, and the original's in the cells that the model saw: there
+    its output is not trained and means nothing.
+
     Args:
         pictures: originals (N,C,H,W), mixed (M,C,H,W), reconstructions (M,K,C,H,W), all in normalised pixels,
             group_map (M or 1, h, w) and partners (M,K): image shown by each group.
@@ -51,7 +54,11 @@ def reconstruction_panel(
     for column, title in enumerate(titles):
         draw.text((GAP_PX + column * (width + GAP_PX), 2), title, fill=(0, 0, 0), font=font)
     for m in range(num_mixes):
-        tiles = [*originals[partners[m]], mixed[m], *reconstructions[m]]
+        shown_pixels = _to_pixels(group_map[m], originals.shape[-2:])
+        filled = [
+            torch.where(shown_pixels == k, originals[partners[m, k]], reconstructions[m, k]) for k in range(num_images)
+        ]
+        tiles = [*originals[partners[m]], mixed[m], *filled]
         shown = [*range(num_images), None, *range(num_images)]
         for column, (tile, group) in enumerate(zip(tiles, shown, strict=True)):
             left, top = GAP_PX + column * (width + GAP_PX), TITLE_PX + m * (height + GAP_PX)
@@ -61,6 +68,12 @@ def reconstruction_panel(
     if caption:
         draw.text((GAP_PX, panel.height - TITLE_PX + 1), caption, fill=(0, 0, 0), font=font)
     return panel
+
+
+def _to_pixels(cells: Tensor, size: Sequence[int]) -> Tensor:
+    """(h, w) cells -> (H, W) pixels by repetition."""
+    rows, columns = size[0] // cells.shape[0], size[1] // cells.shape[1]
+    return cells.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
 def to_image(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

@@ -139,7 +139,7 @@ class PretrainJob:
     def step(self, model: nn.Module, batch: Batch, generator: torch.Generator, first_sample: int) -> StepOutput:
         device = next(model.parameters()).device
         images = self._normalise(batch.images.to(device, non_blocking=True))
-        return model(images, generator=generator)
+        return model(images, generator=generator, first_sample=first_sample)
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         device = next(model.parameters()).device
@@ -155,8 +155,8 @@ class PretrainJob:
             pictures,
             mean=self.config.pixel_mean,
             std=self.config.pixel_std,
-            caption="Outlined cells are shown to the model. Reconstructions are un-normalised with each original "
-            "patch's own mean and spread.",
+            caption="Outlined cells are shown to the model; in reconstructions they are the original's pixels. Hidden "
+            "cells are un-normalised with the mean and spread of the original's patch.",
         )
         return panel, {"heldout/loss": loss}
 

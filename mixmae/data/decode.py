@@ -147,6 +147,8 @@ def _refuse_bomb(height: int, width: int) -> None:
 def _orientation(image: Image.Image, data: bytes) -> int:
     if data[:2] == b"\xff\xd8":
         return jpeg_orientation(data)
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1  # Pillow would decode the whole file in search of a later chunk, and hide its damage.
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # Damaged EXIF must not cost the picture.

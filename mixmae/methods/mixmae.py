@@ -82,10 +82,16 @@ class MixMAE(nn.Module):
             config=config.decoder,
         )
 
-    def group_maps(self, num_mixes: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Draw the group maps of a batch: (1, h, w) or (num_mixes, h, w) int64 on the CPU, as the config says."""
-        num_maps = 1 if self.config.group_map_per == "batch" else num_mixes
-        return draw_group_map(grid, self.config.num_images, generator, num_maps)
+    def group_maps(
+        self, num_mixes: int, grid: tuple[int, int], generator: torch.Generator, first_sample: int = 0
+    ) -> Tensor:
+        """Draw the group maps of a batch: (1, h, w) or (num_mixes, h, w) int64 on the CPU, as the config says.
+
+        A part of a global batch that starts at `first_sample` gets the maps that the whole batch would have there.
+        """
+        if self.config.group_map_per == "batch":
+            return draw_group_map(grid, self.config.num_images, generator)
+        return draw_group_map(grid, self.config.num_images, generator, first_sample + num_mixes)[first_sample:]
 
     def encode(self, mixed: Tensor, group_map: Tensor) -> Tensor:
         """Encode mixed images (M, C, H, W) to (M, L, D), each cell from its own image alone (section 3.3)."""
@@ -118,6 +124,7 @@ class MixMAE(nn.Module):
         generator: torch.Generator | None = None,
         group_map: Tensor | None = None,
         partners: Tensor | None = None,
+        first_sample: int = 0,
         with_pictures: bool = False,
     ) -> StepOutput:
         """Compute the loss on a batch of images.
@@ -127,6 +134,8 @@ class MixMAE(nn.Module):
             generator: CPU generator that the group map is drawn from; needed unless group_map is given.
             group_map: (M, h, w) or (1, h, w) int64 in [0, K), instead of drawing one.
             partners: (M, K) int64 in [0, B), the image in each group of each mix; default cyclic_partners(B, K).
+            first_sample: place of this batch's first mix in the global batch, of which it may be a part: with the same
+                generator, the parts together get the group maps of the whole.
             with_pictures: also return what a panel is drawn from.
         Returns: the loss and, if asked for, detached pictures:
             originals (B, C, H, W), as given;  mixed (M, C, H, W);
@@ -137,7 +146,7 @@ class MixMAE(nn.Module):
         Raises: ValueError if B is no multiple of K (with default partners), sides are no multiples of 32, or shapes
             disagree.
         """
-        grid, group_map, partners = self._prepare(images, generator, group_map, partners)
+        grid, group_map, partners = self._prepare(images, generator, group_map, partners, first_sample)
         mixed = mix(images, group_map, partners)  # (M, C, H, W)
         encoded = self.encode(mixed, group_map)  # (M, L, D)
         hidden = hidden_mask(group_map, self.config.num_images).flatten(2)  # (M or 1, K, L)
@@ -162,6 +171,7 @@ class MixMAE(nn.Module):
         generator: torch.Generator | None,
         group_map: Tensor | None,
         partners: Tensor | None,
+        first_sample: int,
     ) -> tuple[tuple[int, int], Tensor, Tensor]:
         """Check the inputs, fill in the defaults, and bring the group map and the partners to the images' device."""
         num_images = self.config.num_images
@@ -181,6 +191,6 @@ class MixMAE(nn.Module):
         if group_map is None:
             if generator is None:
                 raise ValueError("pass generator= (a CPU torch.Generator) to draw a group map, or pass group_map=")
-            group_map = self.group_maps(len(partners), grid, generator)
+            group_map = self.group_maps(len(partners), grid, generator, first_sample)
         check_group_map(group_map, num_mixes=len(partners), grid=grid)
         return grid, group_map.to(images.device), partners.to(images.device)

@@ -29,7 +29,7 @@ def make_jpeg() -> Callable[..., bytes]:
 
 @pytest.fixture
 def write_shards(tmp_path: Path) -> WriteShards:
-    """Writes shards of given sizes and returns their folder; each image is a JPEG of its own, or as `damaged` has it."""
+    """Writes shards of given sizes and returns their folder; each image is a JPEG of its own, or what `damaged` has."""
 
     def write(
         *shard_rows: int,

@@ -155,7 +155,7 @@ def test_bad_input(folder, tmp_path):
         make_shards(folder("notes.txt"), tmp_path / "out")
     with pytest.raises(DataError, match=r"1 are empty or unreadable, such as a.jpg \(empty\)"):
         make_shards(folder(**{"a.jpg": b""}), tmp_path / "out")
-    with pytest.raises(DataError, match="only 3 images .* at least 8"):
+    with pytest.raises(DataError, match=r"only 3 images .* at least 8"):
         make_shards(folder("1.jpg", "2.jpg", "3.jpg"), tmp_path / "out")
     source = folder(*(f"{i}.jpg" for i in range(9)))
     with pytest.raises(DataError, match="shard_mb is 0"):

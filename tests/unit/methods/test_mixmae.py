@@ -75,6 +75,16 @@ def test_one_map_a_sample_or_a_batch():
     assert len(maps.unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_parts_of_a_batch_get_the_maps_of_the_whole(per):
+    images = noise_images(8)
+    model = tiny_mixmae(group_map_per=per).eval()
+    whole = model(images, generator=seeded(), with_pictures=True).pictures
+    second = model(images[4:], generator=seeded(), first_sample=4, with_pictures=True).pictures
+    torch.testing.assert_close(second["mixed"], whole["mixed"][4:])
+    torch.testing.assert_close(second["reconstructions"], whole["reconstructions"][4:], rtol=1e-4, atol=1e-5)
+
+
 def test_equal_maps_a_sample_are_the_shared_map():
     method, images, group_map = tiny_mixmae(), noise_images(8), group_maps()
     shared = method(images, group_map=group_map).loss

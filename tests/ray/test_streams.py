@@ -1,0 +1,154 @@
+"""The data plane on a real Ray: what it delivers is what the plan says, whoever asks and from wherever."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from mixmae.data.augment import AugmentConfig
+from mixmae.data.blocks import Batch, local_batches
+from mixmae.data.order import Plan
+from mixmae.data.shards import StoredImage, shard_name, shard_schema, write_shard
+from mixmae.data.sources import Source, open_source
+from mixmae.data.streams import StreamConfig, TrainStream
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+AUGMENT = AugmentConfig(image_size=32)
+NUM_ROWS, BROKEN_ROW = 150, 77
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, address="local", include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("shards")
+    random = np.random.default_rng(0)
+    images = []
+    for row in range(NUM_ROWS):
+        stream = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, size=(40, 48, 3), dtype=np.uint8)).save(stream, "JPEG")
+        data = stream.getvalue()
+        images.append(StoredImage(data[:200] if row == BROKEN_ROW else data, f"{row}.jpg", row % 5))
+    write_shard(folder / shard_name("train", 0, 1), images, shard_schema(list("abcde")))
+    return open_source(folder)
+
+
+@pytest.fixture(scope="module")
+def plan(source: Source) -> Plan:
+    return Plan(chunk_sizes=source.chunk_sizes, seed=4, window_rows=64)
+
+
+def images_of(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([batch.images for batch in batches])
+
+
+SMALL = StreamConfig(target_block_images=16, segment_blocks=5, prefetch_blocks=2)
+
+
+@pytest.mark.usefixtures("cluster")
+class TestStream:
+    def test_it_delivers_what_the_plan_says(self, source, plan):
+        """Over three epochs and many segments, with accumulation: identical to the plain loop without Ray."""
+        options = {"global_batch": 32, "micro_batch": 8, "stop_step": 15}
+        streamed = list(TrainStream(source, plan, AUGMENT, settings=SMALL, **options))
+        expected = list(local_batches(source, plan, AUGMENT, **options))
+        assert len(streamed) == 60
+        assert torch.equal(images_of(streamed), images_of(expected))
+        for name in ("rows", "labels", "epochs"):
+            assert all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(streamed, expected, strict=True))
+        assert [batch.broken for batch in streamed] == [batch.broken for batch in expected]
+        rows = torch.cat([batch.rows for batch in streamed])
+        epochs = torch.cat([batch.epochs for batch in streamed])
+        for epoch in range(3):
+            assert sorted(rows[epochs == epoch].tolist()) == list(range(NUM_ROWS))
+        found = [record for batch in streamed for record in batch.broken]
+        assert len(found) == int((rows == BROKEN_ROW).sum()) >= 3
+        assert {record.row for record in found} == {BROKEN_ROW}
+        assert found[0].where.endswith(f"train-00000-of-00001.parquet#{BROKEN_ROW} / {BROKEN_ROW}.jpg")
+
+    def test_two_workers_at_once_see_what_one_would(self, source, plan):
+        def worker(rank: int) -> list[Batch]:
+            return list(
+                TrainStream(
+                    source,
+                    plan,
+                    AUGMENT,
+                    global_batch=24,
+                    micro_batch=12,
+                    rank=rank,
+                    world_size=2,
+                    stop_step=12,
+                    settings=SMALL,
+                )
+            )
+
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(worker, range(2))
+        together = [batch.images for pair in zip(first, second, strict=True) for batch in pair]
+        alone = list(local_batches(source, plan, AUGMENT, global_batch=24, micro_batch=24, stop_step=12))
+        assert torch.equal(torch.cat(together), images_of(alone))
+
+    def test_a_resumed_stream_continues_with_the_next_image(self, source, plan):
+        options = {"global_batch": 16, "micro_batch": 16, "stop_step": 12, "settings": SMALL}
+        broken_off = TrainStream(source, plan, AUGMENT, **options)
+        before = [batch for _, batch in zip(range(7), broken_off, strict=False)]
+        broken_off.close()
+        after = list(TrainStream(source, plan, AUGMENT, start_step=7, **options))
+        whole = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=12))
+        assert torch.equal(images_of(before + after), images_of(whole))
+        assert after[0].rows.tolist() == plan.rows_at(7 * 16, 8 * 16)[0].tolist()
+
+    def test_a_micro_batch_may_be_larger_than_a_block(self, source, plan):
+        options = {"global_batch": 40, "micro_batch": 40, "stop_step": 3}
+        streamed = list(TrainStream(source, plan, AUGMENT, settings=SMALL, **options))
+        expected = list(local_batches(source, plan, AUGMENT, **options))
+        assert torch.equal(images_of(streamed), images_of(expected))
+        assert [batch.broken for batch in streamed] == [batch.broken for batch in expected]
+
+    def test_closing_stops_the_tasks(self, source, plan):
+        stream = TrainStream(
+            source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=100_000, settings=StreamConfig()
+        )
+        next(iter(stream))
+        stream.close()
+        total = ray.cluster_resources()["CPU"]
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU", 0) < total and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert ray.available_resources()["CPU"] == total
+
+    def test_a_vanished_shard_raises_in_the_loop(self, source, plan, tmp_path):
+        moved = tmp_path / "train.parquet"
+        moved.write_bytes(Path(source.files[0]).read_bytes())
+        lost = open_source(tmp_path)
+        moved.unlink()
+        stream = TrainStream(lost, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=5, settings=SMALL)
+        with pytest.raises(Exception, match="cannot be read any more"):
+            list(stream)
+
+    def test_nothing_to_do(self, source, plan):
+        assert list(TrainStream(source, plan, AUGMENT, global_batch=8, micro_batch=8, start_step=3, stop_step=3)) == []
+
+
+def test_bad_arguments(source, plan):
+    with pytest.raises(ValueError, match="not a multiple of micro_batch"):
+        TrainStream(source, plan, AUGMENT, global_batch=10, micro_batch=4, stop_step=1)
+    with pytest.raises(ValueError, match="made for another source"):
+        TrainStream(source, Plan(chunk_sizes=np.array([3])), AUGMENT, global_batch=8, micro_batch=4, stop_step=1)
+    with pytest.raises(ValueError, match="prefetch_blocks is 0"):
+        StreamConfig(prefetch_blocks=0)
