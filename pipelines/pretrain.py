@@ -27,7 +27,7 @@ from torch import nn
 import mixmae
 from mixmae.data.blocks import eval_batch
 from mixmae.data.order import Plan
-from mixmae.data.sources import Source, list_splits, open_source, split_holdout
+from mixmae.data.sources import Source, open_train_and_held_out
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.flops import count_macs, count_parameters
@@ -206,10 +206,7 @@ def open_data(data: str | None, folder: Path) -> tuple[Source, Source]:
         shards = make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder
     else:
         shards = Path(data).expanduser()
-    train = open_source(shards, split="train")
-    if "validation" in list_splits(shards):
-        return train, open_source(shards, split="validation")
-    return split_holdout(train, max(1, min(HELDOUT_IMAGES, train.num_rows // 10)))
+    return open_train_and_held_out(shards, HELDOUT_IMAGES)
 
 
 class RunFolder:
@@ -277,15 +274,15 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         print(f"This run is finished: {before['checkpoint']}\nTo train again choose another --output.")
         return 0
 
-    beside = folder.path.parent
+    content: dict[str, Any] = {"status": "preparing", "recipe": recipe, "config": to_json(config)}
+    refuse_changes(before, content, folder.path)
+    uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
-        folder.write({"status": "preparing", "recipe": recipe, "config": to_json(config)})
-    source, heldout = open_data(arguments.data, beside / "data")
+        folder.write(content)
+    source, heldout = open_data(arguments.data, folder.path.parent / "data")
     length = length_of(config, source)
-    dataset = {"name": source.name, "digest": source.digest, "source": arguments.data or "built-in shapes"}
-    content = {"status": "running", "recipe": recipe, "config": to_json(config), "data": dataset}
-    if before is not None:
-        refuse_changes(before, content, folder.path)
+    content["data"] = {"name": source.name, "digest": source.digest, "source": arguments.data or "built-in shapes"}
+    refuse_changes(before, content, folder.path)
 
     connect(arguments.ray_address, num_workers=arguments.workers)
     use_gpu = choose_device(arguments.device)
@@ -293,11 +290,11 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if use_gpu and config.loop.precision == "float32":
         print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
-    run = start_tracking(arguments, folder, before, content, length, use_gpu)
-    content["mlflow"] = vars(run)
+    run = start_tracking(arguments, uri, folder, before, content, length, use_gpu)
+    content |= {"status": "running", "mlflow": vars(run)}
     folder.write(content)
     job = PretrainJob(
-        config=config, source=source, heldout=heldout, run=run, facts={"data": dataset, "versions": versions()}
+        config=config, source=source, heldout=heldout, run=run, facts={"data": content["data"], "versions": versions()}
     )
     print(
         f"{'Continuing' if before and 'mlflow' in before else 'Pretraining'} {recipe} on {source.name} "
@@ -343,10 +340,12 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     return 0
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raise ValueError if a run would be continued as another one than it was begun."""
+def refuse_changes(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a run that was begun before would be continued as another one, as far as is known now."""
+    if before is None:
+        return
     changed = differences(before["config"], now["config"])
-    if "data" in before and before["data"]["digest"] != now["data"]["digest"]:
+    if "data" in before and "data" in now and before["data"]["digest"] != now["data"]["digest"]:
         changed.append(f"data was {before['data']['name']} ({before['data']['digest']}) and is {now['data']['name']}")
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -358,6 +357,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> N
 
 def start_tracking(
     arguments: Arguments,
+    uri: str,
     folder: RunFolder,
     before: dict[str, Any] | None,
     content: dict[str, Any],
@@ -366,7 +366,6 @@ def start_tracking(
 ) -> RunRef:
     """The MLflow run to log to: the interrupted run's own, or a new one with all that is known before training."""
     config = arguments.config
-    uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is not None and "mlflow" in before:
         run = RunRef(**before["mlflow"])
         if arguments.mlflow_uri in (None, run.uri) and reopen_run(run):

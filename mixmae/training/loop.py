@@ -194,12 +194,11 @@ def train(
 
             # The same generator for all micro-batches and workers: they share the step's group map.
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
-            first_sample = rank * accumulation * micro_batch + index * micro_batch
+            first_sample = (rank * accumulation + index) * micro_batch
             last = index == accumulation - 1
-            # Workers add up their gradients once a step, with the last micro-batch.
-            alone = last or not isinstance(model, DistributedDataParallel)
-            sync = contextlib.nullcontext() if alone else model.no_sync()
-            with sync:
+            with contextlib.ExitStack() as stack:
+                if isinstance(model, DistributedDataParallel) and not last:
+                    stack.enter_context(model.no_sync())  # gradients are added up once a step, with the last
                 with autocast:
                     output = step_function(model, batch, generator, first_sample)
                 (output.loss / accumulation).backward()
