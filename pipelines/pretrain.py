@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import sys
 import time
@@ -236,14 +235,13 @@ class RunFolder:
                 f"The output folder {self.path} cannot be written ({error.strerror}): choose another --output."
             ) from error
 
-    def add_broken(self, entries: list[dict[str, Any]]) -> None:
-        """Add images to the ledger, each row once."""
+    def add_broken(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add images to the ledger, each row once; returns those that are new."""
         known = {entry["row"] for entry in self.broken()}
+        new = list({entry["row"]: entry for entry in entries if entry["row"] not in known}.values())
         with self.ledger.open("a") as file:
-            for entry in entries:
-                if entry["row"] not in known:
-                    known.add(entry["row"])
-                    file.write(json.dumps(entry) + "\n")
+            file.writelines(json.dumps(entry) + "\n" for entry in new)
+        return new
 
     def broken(self) -> list[dict[str, Any]]:
         """The ledger's entries: row, where, reason."""
@@ -406,8 +404,8 @@ def receive(message: Message, folder: RunFolder, view: ProgressView) -> None:
     elif kind == "panel":
         folder.keep_panel(*content)
     elif kind == "broken":
-        folder.add_broken(content)
-        view.say(f"{len(content)} images could not be decoded, first {content[0]['where']}: {content[0]['reason']}")
+        for entry in folder.add_broken(content)[:3]:
+            view.say(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
     elif kind == "failed":
         view.say(f"worker failed, {content}")
     elif kind == "started" and content > 0:
@@ -448,7 +446,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         fail(error, code=2)
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
     try:
         return pretrain(arguments, recipe.__name__)
     except (ValueError, TrainingStopped) as error:

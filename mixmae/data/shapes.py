@@ -65,7 +65,7 @@ def shape_image(seed: int, index: int) -> ShapeImage:
 
     ground_colour, shape_colour = _contrasting_colours(draw)
     canvas = _texture(draw, height, width, ground_colour)
-    for _ in range(draw.integer(0, 3)):
+    for _ in range(draw.integer(0, 2)):
         size = draw.between(0.06, 0.14) * min(height, width)
         centre = (draw.between(0, width), draw.between(0, height))
         small = _coverage(_outline(draw, draw.integer(0, num_classes - 1), centre, size), height, width)
@@ -151,7 +151,7 @@ def _contrasting_colours(draw: _Draws) -> tuple[FloatArray, FloatArray]:
 def _texture(draw: _Draws, height: int, width: int, colour: FloatArray) -> FloatArray:
     """A field of one colour under stripes, checks, rings or clouds: (H, W, 3) float32."""
     y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
-    angle, period = draw.between(0, 2 * math.pi), draw.between(5, 16)
+    angle, period = draw.between(0, 2 * math.pi), draw.between(20, 64)
     phases = [2 * math.pi * float(phase) for phase in draw.many(2)]
     along = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
     across = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period)

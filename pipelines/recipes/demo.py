@@ -12,16 +12,20 @@ from pipelines.recipes.config import PretrainConfig
 
 
 def demo() -> PretrainConfig:
-    """MixMAE of a very small Swin at 128 px: a few minutes on two CPU cores.
+    """MixMAE of a very small Swin on images of 96 px: a few minutes on two CPU cores.
+
+    Two images a mix, as in the paper's ablations: an image of 96 px has only nine 32 px cells, too few for the default
+    of four. Small batches and a high rate, because minutes on a CPU are few steps.
 
     Command:  make pretrain, or python pipelines/pretrain.py demo --data FOLDER_OF_IMAGES
+    Expected: on the built-in shapes the loss falls from 1.1 to about 0.6 and hidden parts of shapes begin to appear.
     """
     return PretrainConfig(
         encoder=SwinConfig(
-            image_size=128, embed_dim=32, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 8, 4)
+            image_size=96, embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_sizes=(12, 12, 6, 3)
         ),
-        method=MixMAEConfig(num_images=4, decoder=DecoderConfig(dim=128, depth=2, num_heads=4)),
-        augment=AugmentConfig(image_size=128),
-        optim=OptimConfig(base_lr=2e-3),
-        loop=LoopConfig(epochs=10, warmup_epochs=1, steps=800, batch_size=64),
+        method=MixMAEConfig(num_images=2, decoder=DecoderConfig(dim=96, depth=2, num_heads=4)),
+        augment=AugmentConfig(image_size=96, crop_scale=(0.5, 1.0)),
+        optim=OptimConfig(base_lr=0.02),
+        loop=LoopConfig(epochs=10, warmup_epochs=0.5, steps=2400, batch_size=16, log_every_steps=100),
     )
