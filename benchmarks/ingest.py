@@ -119,6 +119,7 @@ class PreparedSource:
     digest: str = "0" * 16
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
+    exact_reads: bool = True
 
     @staticmethod
     def write(folder: Path, jpegs: list[bytes]) -> None:
@@ -182,17 +183,17 @@ class Meter:
         return total
 
     def memory_mb(self) -> tuple[float, float]:
-        """Memory of all processes without what they share, and what the object store has touched."""
-        own = store = 0
+        """Memory of all processes, pages that several of them share counted once: their own, and shared memory."""
+        own = store = 0.0
         for process in self.processes():
             try:
-                memory = process.memory_info()
-                own += memory.rss - memory.shared
-                if process.name() == "raylet":
-                    store = max(store, memory.shared)
-            except psutil.Error:
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+            except OSError:
                 continue
-        return own / 1e6, store / 1e6
+            shares = {line.split(":")[0]: float(line.split()[1]) / 1e3 for line in lines}
+            own += shares["Pss"] - shares["Pss_Shmem"]
+            store += shares["Pss_Shmem"]
+        return own, store
 
 
 def measure(arrivals: Iterator[int], started: float, seconds: float, warmup_s: float, meter: Meter) -> Rate:
