@@ -19,6 +19,7 @@ import torch
 
 from mixmae.data.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
 from mixmae.data.decode import BrokenImage, Header, Uint8Array, decode_box, decode_rgb, read_header
+from mixmae.data.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Int64Array, Plan, worker_positions
 from mixmae.data.sources import Sample, Source, chunk_of
 
@@ -122,6 +123,9 @@ def load_block(
             row = int(rows[place])
             broken[place] = BrokenRecord(row, samples[i].where, reason)
             labels[place] = _substitute(source, augment, row, int(epochs[place]), seed, images[place])
+        if isinstance(augment, FinetuneAugmentConfig):
+            for place in places.tolist():
+                augment_further(augment, images[place], seed=seed, epoch=int(epochs[place]), row=int(rows[place]))
         return broken
 
     # The rows of one chunk are read at once.

@@ -105,7 +105,9 @@ class TrainStream:
         self._concurrency, self._task_cpus, threads = _task_shape(self._settings, world_size)
         self._load = _loader(source, augment, plan.seed, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (3 * augment.size[0] * augment.size[1] + 24) + 4096
-        self._context = _data_context(self._settings, block_bytes, self._concurrency)
+        store_bytes = ray.cluster_resources().get("object_store_memory", math.inf) / world_size
+        self._prefetch, budget = _store_shares(self._settings, block_bytes, self._concurrency, store_bytes)
+        self._context = _data_context(block_bytes, budget)
         self._segments: list[_Segment] = []
         self._closed = False
 
@@ -170,7 +172,7 @@ class TrainStream:
                 num_cpus=self._task_cpus,
                 compute=ray.data.TaskPoolStrategy(size=self._concurrency),
             )
-        return _Segment(dataset, stop, self._settings.prefetch_blocks)
+        return _Segment(dataset, stop, self._prefetch)
 
 
 class _Segment:
@@ -328,11 +330,21 @@ def _task_shape(settings: StreamConfig, world_size: int) -> tuple[int, float, in
     return concurrency, math.floor(cpus * 100) / 100, threads
 
 
-def _data_context(settings: StreamConfig, block_bytes: int, concurrency: int) -> DataContext:
+def _store_shares(settings: StreamConfig, block_bytes: int, concurrency: int, store_bytes: float) -> tuple[int, int]:
+    """Blocks that wait in the worker, and bytes in the object store for the execution behind them.
+
+    What one worker holds, these two and the blocks in the hands of its thread and of its loop, fits into its part of
+    the store: Ray would spill the rest to disk. Where the part is small, less is decoded ahead.
+    """
+    room = int(0.8 * min(store_bytes, 1e15) // block_bytes)
+    prefetch = max(1, min(settings.prefetch_blocks, room // 3))
+    wanted = int((settings.object_store_mb or 0) * 1e6) or (2 * concurrency + prefetch + 2) * block_bytes
+    return prefetch, min(wanted, max(2, room - prefetch - 2) * block_bytes)
+
+
+def _data_context(block_bytes: int, budget: int) -> DataContext:
     """Ray Data's settings for this stream; other users of Ray Data in the process keep theirs."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    under_way = 2 * concurrency + settings.prefetch_blocks + 2
-    budget = int((settings.object_store_mb or 0) * 1e6) or under_way * block_bytes
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
