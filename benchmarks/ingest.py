@@ -421,7 +421,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _ratios(rates: dict[str, Rate]) -> dict[str, float]:
+def _ratios(rates: dict[str, float]) -> dict[str, float]:
     pairs = {
         "ours_per_peer": ("ours", "peer"),
         "ours_per_hard_peer": ("ours", "hard_peer"),
@@ -430,11 +430,7 @@ def _ratios(rates: dict[str, Rate]) -> dict[str, float]:
         "plain_per_peer": ("plain", "peer"),
         "plain_per_limit": ("plain", "limit"),
     }
-    return {
-        name: round(rates[a].images_per_s / rates[b].images_per_s, 3)
-        for name, (a, b) in pairs.items()
-        if a in rates and b in rates
-    }
+    return {name: round(rates[a] / rates[b], 3) for name, (a, b) in pairs.items() if a in rates and b in rates}
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -471,7 +467,9 @@ def run(options: Options) -> dict[str, Any]:
             add("plain", run_ours(options, open_source(folder / "plain"), normalised=False)["uint8"])
     return {
         **{name: round(rate.images_per_s, 1) for name, rate in rates.items()},
-        **_ratios(rates),
+        **_ratios({name: rate.images_per_s for name, rate in rates.items()}),
+        # The same of CPU seconds: what to look at where other programs took part of the cores.
+        "cpu_ratios": _ratios({name: rate.per_cpu_s for name, rate in rates.items()}),
         "per_cpu_s": {name: round(rate.per_cpu_s, 1) for name, rate in rates.items()},
         "startup_s": {name: round(rate.startup_s, 1) for name, rate in rates.items()},
         "peak_rss_mb": {name: round(rate.peak_rss_mb) for name, rate in rates.items()},
