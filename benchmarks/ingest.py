@@ -52,8 +52,9 @@ from mixmae.data.tiles import retile
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
-FORMAT = "1"
+FORMAT = "2"
 """Of the cached files; another number makes them anew."""
+_PLAIN_COPIES = 6
 Leg = Literal["limit", "peer", "hard_peer", "ours", "plain"]
 LEGS: tuple[Leg, ...] = ("limit", "peer", "hard_peer", "ours", "plain")
 
@@ -102,9 +103,9 @@ def make_files(options: Options) -> Path:
         (folder / "files" / f"{number:05d}.jpg").write_bytes(data)
     images = [{"bytes": data, "path": f"{number:05d}.jpg"} for number, data in enumerate(jpegs)]
     table = pa.table({"image": images, "label": [number % 10 for number in range(len(jpegs))]})
-    for number, start in enumerate(range(0, len(jpegs), 500)):
-        path = folder / "plain" / f"train-{number:05d}.parquet"
-        pq.write_table(table.slice(start, 500), path, row_group_size=100)
+    # Several times over, or a decoding process would keep the whole set in memory, as it never does with a real one.
+    for number in range(_PLAIN_COPIES):
+        pq.write_table(table, folder / "plain" / f"train-{number:05d}.parquet", row_group_size=100)
     PreparedSource.write(folder / "prepared", jpegs)
     (folder / "done").touch()
     return folder
