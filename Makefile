@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 RECIPE ?= demo
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup pretrain test test-all lint format ui clean
+.PHONY: help setup pretrain test test-all lint format bench ui clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,9 @@ lint: $(READY)  ## style and types
 format: $(READY)  ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY)  ## how fast images come in, beside the peers and the decoder's limit (about 5 minutes, on quiet cores)
+	$(BIN)/python benchmarks/ingest.py $(ARGS)
 
 ui: $(READY)  ## open MLflow's pages of the runs under runs/
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db

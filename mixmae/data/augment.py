@@ -6,6 +6,7 @@ Legend: n images of a block, H W output size in pixels, h w size of an input ima
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from mixmae.data.decode import Uint8Array
 from mixmae.data.order import Draw, Int64Array, uniforms
 
 _ATTEMPTS = 10
+_bicubic: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa
+"""torch.nn.functional.interpolate(mode="bicubic", antialias=True) without its checks, and with `out=`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +103,25 @@ def resize_crop(pixels: Uint8Array, box: Int64Array, flip: bool, out: Uint8Array
     """Cut a box, resize it with antialiased bicubic, write it channels-first.
 
     Args: pixels: (h, w, 3) uint8.  box: (top, left, height, width).  out: (3, H, W) uint8 contiguous, written to.
+    """
+    top, left, height, width = box
+    resize(pixels[top : top + height, left : left + width], flip, torch.from_numpy(out))
+
+
+def resize(pixels: Uint8Array, flip: bool, out: torch.Tensor) -> None:
+    """Resize with antialiased bicubic, write channels-first.
+
+    Args: pixels: (h, w, 3) uint8, contiguous or not.  out: (3, H, W) uint8 contiguous, written to.
     Source: torch's uint8 kernel; mean absolute difference from Pillow's bicubic is about 0.05 of 255.
     """
-    top, left, height, width = (int(value) for value in box)
     # A packed copy of the crop is faster than the kernel's walk over rows with gaps.
-    crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-    target = torch.from_numpy(out)
-    if crop.shape[:2] == out.shape[1:]:
-        target.copy_(torch.from_numpy(crop).permute(2, 0, 1))
+    source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if source.shape == out.shape:
+        out.copy_(source)
     else:
-        source = torch.from_numpy(crop).permute(2, 0, 1)[None]
-        torch._C._nn._upsample_bicubic2d_aa(source, out.shape[1:], False, None, None, out=target[None])  # type: ignore[call-arg]
+        _bicubic(source[None], out.shape[1:], False, None, None, out=out[None])
     if flip:
-        target.copy_(target.flip(-1))
+        out.copy_(out.flip(-1))
 
 
 def centre_crop(pixels: Uint8Array, size: tuple[int, int], resize_share: float = 0.875) -> Uint8Array:

@@ -8,18 +8,28 @@ Legend: n images of a block, H W output size.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mixmae.data.augment import AugmentConfig, centre_crop, draw_crops, resize_crop
-from mixmae.data.decode import BrokenImage, Uint8Array, decode_rgb, image_size
+from mixmae.data.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
+from mixmae.data.decode import BrokenImage, Header, Uint8Array, decode_box, decode_rgb, read_header
+from mixmae.data.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Int64Array, Plan, worker_positions
 from mixmae.data.sources import Sample, Source, chunk_of
 
 _GREY = 128
+_MIN_PARTS = 8
+"""Parts of a block, at least, that threads share; a few per thread even out their ends."""
+_CACHE_BYTES = 192_000_000
+"""Room for a window of the plan: 1024 images of 107 KB, and as much again for the turn to the next window."""
+_CACHE_ROWS = 512
+"""Larger chunks are not read whole for the sake of a few rows."""
 
 
 @dataclass(frozen=True)
@@ -63,42 +73,108 @@ class Batch:
     """Images of this batch that could not be decoded and were replaced."""
 
 
-def load_block(source: Source, augment: AugmentConfig, rows: Int64Array, epochs: Int64Array, *, seed: int) -> Block:
+def load_block(
+    source: Source,
+    augment: AugmentConfig,
+    rows: Int64Array,
+    epochs: Int64Array,
+    *,
+    seed: int,
+    pool: Executor | None = None,
+) -> Block:
     """Read, decode, crop, resize and flip.
 
-    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.
+    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  pool: threads that share the work;
+            decoder and resize let go of Python's lock.
     A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the
     broken row's own random numbers, so that the substitute too depends on the row alone; grey if there is none.
     """
     rows, epochs = np.asarray(rows, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
     images: Uint8Array = np.empty((len(rows), 3, *augment.size), dtype=np.uint8)
+    canvas = torch.from_numpy(images)
     labels = np.full(len(rows), -1, dtype=np.int64)
-    broken: dict[int, BrokenRecord] = {}
     starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
     chunks = np.searchsorted(starts, rows, side="right") - 1
-    for chunk in np.unique(chunks):
-        places = np.flatnonzero(chunks == chunk)
-        samples = source.read(int(chunk), rows[places] - starts[chunk])
-        sizes = np.ones((len(places), 2), dtype=np.int64)
-        reasons: list[str | None] = [None] * len(places)
+
+    def load(places: Int64Array) -> dict[int, BrokenRecord]:
+        chunk = int(chunks[places[0]])
+        samples = _read(source, chunk, rows[places] - starts[chunk])
+        headers: list[Header | None] = []
+        reasons: dict[int, str] = {}
         for i, sample in enumerate(samples):
             try:
-                sizes[i] = image_size(sample.data)
+                headers.append(read_header(sample.data))
             except BrokenImage as error:
+                headers.append(None)
                 reasons[i] = str(error)
+        sizes = np.array([header[:2] if header else (1, 1) for header in headers], dtype=np.int64)
         boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=epochs[places], rows=rows[places])
-        for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
-            if reasons[i] is None:
+        drawn = zip(samples, headers, places.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+        for i, (sample, header, place, box, flip) in enumerate(drawn):
+            if header is not None:
                 try:
-                    resize_crop(decode_rgb(sample.data), boxes[i], bool(flips[i]), images[place])
+                    resize(decode_box(sample.data, header, box, sample.restart_offsets), flip, canvas[place])
                     labels[place] = sample.label
-                    continue
                 except BrokenImage as error:
                     reasons[i] = str(error)
+        broken = {}
+        for i, reason in reasons.items():
+            place = int(places[i])
             row = int(rows[place])
-            broken[int(place)] = BrokenRecord(row, sample.where, str(reasons[i]))
+            broken[place] = BrokenRecord(row, samples[i].where, reason)
             labels[place] = _substitute(source, augment, row, int(epochs[place]), seed, images[place])
+        if isinstance(augment, FinetuneAugmentConfig):
+            for place in places.tolist():
+                augment_further(augment, images[place], seed=seed, epoch=int(epochs[place]), row=int(rows[place]))
+        return broken
+
+    # The rows of one chunk are read at once.
+    order = np.argsort(chunks, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1)
+    if pool is not None and len(parts) < _MIN_PARTS:  # too few to keep several threads busy to the end
+        parts = [piece for part in parts for piece in np.array_split(part, min(len(part), _MIN_PARTS))]
+    broken = {place: record for found in (pool.map if pool else map)(load, parts) for place, record in found.items()}
     return Block(images, rows, labels, epochs, broken)
+
+
+class _ChunkCache:
+    """The last chunks that were read whole, for all threads of a process.
+
+    Neighbouring blocks take their rows from the same window, and with it from the same chunks.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[tuple[int, int], tuple[Source, list[Sample], int]] = OrderedDict()
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def read(self, source: Source, chunk: int) -> list[Sample]:
+        key = (id(source), chunk)  # an entry holds its source, so an id is not given anew
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key][1]
+        samples = source.read(chunk, np.arange(int(source.chunk_sizes[chunk])))
+        size = sum(len(sample.data) for sample in samples)
+        with self._lock:
+            if size <= self._limit // 4 and key not in self._held:
+                self._held[key] = (source, samples, size)
+                self._total += size
+            while self._total > self._limit:
+                self._total -= self._held.popitem(last=False)[1][2]
+        return samples
+
+
+_cache = _ChunkCache(_CACHE_BYTES)
+
+
+def _read(source: Source, chunk: int, rows_in_chunk: Int64Array) -> list[Sample]:
+    """Rows of a chunk; a source that cannot read single rows is read a chunk at once, and seldom twice."""
+    if getattr(source, "exact_reads", False) or source.chunk_sizes[chunk] > _CACHE_ROWS:
+        return source.read(chunk, rows_in_chunk)
+    samples = _cache.read(source, chunk)
+    return [samples[row] for row in rows_in_chunk.tolist()]
 
 
 def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, seed: int, out: Uint8Array) -> int:

@@ -9,6 +9,9 @@ simplejpeg refuses. Both give the same pixels for the same JPEG. The rules:
 - 16-bit grey (modes I and I;16): divided by 257. Float: [0, 1] is stretched to 255 if nothing exceeds 1.
 - Animations and multi-page files: the first frame.
 - Strictness: a file that ends too early is broken, even if part of it could be shown.
+
+Training wants a box of each picture: `read_header` and then `decode_box`, which decodes as little of the file as its
+layout lets it (tiles.py) and gives the pixels that decode_rgb would give.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+
+from mixmae.data.tiles import Layout, Offsets, head, read_layout, splice
 
 Uint8Array = NDArray[np.uint8]
 
@@ -48,6 +55,55 @@ def image_size(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
         width, height = image.size
         return (width, height) if _orientation(image, data) >= 5 else (height, width)
+
+
+class Header(NamedTuple):
+    """What is known of an image file before it is decoded."""
+
+    height: int
+    """In pixels, after orientation."""
+    width: int
+    layout: Layout | None
+    """Of a baseline JPEG that stands upright; None for all else."""
+
+
+def read_header(data: bytes) -> Header:
+    """Size and layout from the header alone.   Raises: BrokenImage as image_size does."""
+    layout = read_layout(data)
+    if layout is None or (layout.exif is not None and _tiff_orientation(data[slice(*layout.exif)]) != 1):
+        return Header(*image_size(data), None)
+    _refuse_bomb(layout.height, layout.width)
+    return Header(layout.height, layout.width, layout)
+
+
+def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets | None = None) -> Uint8Array:
+    """Decode a box of an image.
+
+    Args:   header: of this file.  box: (top, left, height, width) inside it.  offsets: of its restart tiles.
+    Returns: (height, width, 3) uint8 RGB, the same pixels as of the whole picture; most often not contiguous.
+    Raises: BrokenImage with a one-line reason.
+    """
+    top, left, height, width = box
+    pixels = _decode_part(data, header.layout, box, offsets) if header.layout is not None else None
+    if pixels is None:
+        return decode_rgb(data)[top : top + height, left : left + width]
+    return pixels
+
+
+def _decode_part(data: bytes, layout: Layout, box: Sequence[int], offsets: Offsets | None) -> Uint8Array | None:
+    """The box of a baseline JPEG, decoded with little beside it; None if that does not go as it should."""
+    top, left, height, width = box
+    try:
+        if offsets is not None:
+            spliced, top, left = splice(data, layout, offsets, box)
+            pixels = simplejpeg.decode_jpeg(spliced, colorspace="RGB")
+        elif (short := head(data, layout, top + height)) is not None:
+            pixels = simplejpeg.decode_jpeg(short, colorspace="RGB", strict=False)
+        else:
+            return None
+    except ValueError:
+        return None  # the whole file will tell what is the matter
+    return pixels[top : top + height, left : left + width]
 
 
 def decode_rgb(data: bytes) -> Uint8Array:

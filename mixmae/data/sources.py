@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mixmae.data.order import Int64Array
 
@@ -50,6 +51,8 @@ class Sample:
     """Class index, -1 where there is none."""
     where: str
     """The shard with the row inside it, and the file's original path if the shard kept it."""
+    restart_offsets: NDArray[np.uint32] | None = None
+    """Where the tiles of a retiled JPEG begin (tiles.py); None for any other file."""
 
 
 class Source(Protocol):

@@ -19,7 +19,9 @@ import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,8 @@ class StreamConfig:
     """Aim for the size of a finished block; the smaller of the two aims holds."""
     decode_concurrency: int | None = None
     """Decode tasks at once, per worker. None: the cluster's CPUs beyond one per worker, shared by the workers."""
+    decode_threads: int | None = None
+    """Threads in a decode task. None: 1, or more where the tasks at once are fewer than the cores."""
     decode_cpus: float | None = None
     """CPUs that Ray books for a decode task. None: one, or less where the CPUs beyond the workers' would not do."""
     prefetch_blocks: int = 4
@@ -98,10 +102,12 @@ class TrainStream:
         self._micro_batch = micro_batch
         # The worker's images are numbered from step 0; a block is a range of these numbers.
         self._edges = _block_edges(start_step * share, stop_step * share, micro_batch, augment.size, self._settings)
-        self._load = _loader(source, augment, plan.seed)
-        self._concurrency, self._task_cpus = _task_shape(self._settings, world_size)
+        self._concurrency, self._task_cpus, threads = _task_shape(self._settings, world_size)
+        self._load = _loader(source, augment, plan.seed, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (3 * augment.size[0] * augment.size[1] + 24) + 4096
-        self._context = _data_context(self._settings, block_bytes, self._concurrency)
+        store_bytes = ray.cluster_resources().get("object_store_memory", math.inf) / world_size
+        self._prefetch, budget = _store_shares(self._settings, block_bytes, self._concurrency, store_bytes)
+        self._context = _data_context(block_bytes, budget)
         self._segments: list[_Segment] = []
         self._closed = False
 
@@ -166,7 +172,7 @@ class TrainStream:
                 num_cpus=self._task_cpus,
                 compute=ray.data.TaskPoolStrategy(size=self._concurrency),
             )
-        return _Segment(dataset, stop, self._settings.prefetch_blocks)
+        return _Segment(dataset, stop, self._prefetch)
 
 
 class _Segment:
@@ -230,15 +236,23 @@ def _block_edges(
     return np.append(edges, stop).astype(np.int64) if stop > start else np.array([start], dtype=np.int64)
 
 
-def _loader(source: Source, augment: AugmentConfig, seed: int) -> Callable[[pa.Table], pa.Table]:
+def _loader(source: Source, augment: AugmentConfig, seed: int, threads: int) -> Callable[[pa.Table], pa.Table]:
     """The one map operator: a descriptor in, a finished block out."""
 
     def load(descriptor: pa.Table) -> pa.Table:
-        torch.set_num_threads(1)  # the tasks side by side are the parallelism
+        torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
-        return _pack(descriptor["index"][0].as_py(), load_block(source, augment, rows, epochs, seed=seed))
+        return _pack(
+            descriptor["index"][0].as_py(), load_block(source, augment, rows, epochs, seed=seed, pool=_pool(threads))
+        )
 
     return load
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor | None:
+    """The threads of a task's process; they outlive the task."""
+    return ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
 
 def _pack(index: int, block: Block) -> pa.Table:
@@ -302,23 +316,35 @@ def _as_read_only_batch(block: Block) -> Batch:
         return as_batch(block)
 
 
-def _task_shape(settings: StreamConfig, world_size: int) -> tuple[int, float]:
-    """Decode tasks at once for one worker, and the CPUs that each of them books.
+def _task_shape(settings: StreamConfig, world_size: int) -> tuple[int, float, int]:
+    """Decode tasks at once for one worker, the CPUs that each of them books, and its threads.
 
     The tasks of all workers together book what the workers, taken to hold one CPU each, leave free: more would make
     one worker's tasks wait for another's, and Ray start processes beyond the cores.
     """
-    free = ray.cluster_resources().get("CPU", 1) - world_size
+    total = ray.cluster_resources().get("CPU", 1)
+    free = total - world_size
     concurrency = settings.decode_concurrency or max(1, int(free // world_size))
     cpus = settings.decode_cpus or min(1.0, max(0.1, free / (world_size * concurrency)))
-    return concurrency, math.floor(cpus * 100) / 100
+    threads = settings.decode_threads or max(1, round(total / (world_size * concurrency)))
+    return concurrency, math.floor(cpus * 100) / 100, threads
 
 
-def _data_context(settings: StreamConfig, block_bytes: int, concurrency: int) -> DataContext:
+def _store_shares(settings: StreamConfig, block_bytes: int, concurrency: int, store_bytes: float) -> tuple[int, int]:
+    """Blocks that wait in the worker, and bytes in the object store for the execution behind them.
+
+    What one worker holds, these two and the blocks in the hands of its thread and of its loop, fits into its part of
+    the store: Ray would spill the rest to disk. Where the part is small, less is decoded ahead.
+    """
+    room = int(0.8 * min(store_bytes, 1e15) // block_bytes)
+    prefetch = max(1, min(settings.prefetch_blocks, room // 3))
+    wanted = int((settings.object_store_mb or 0) * 1e6) or (2 * concurrency + prefetch + 2) * block_bytes
+    return prefetch, min(wanted, max(2, room - prefetch - 2) * block_bytes)
+
+
+def _data_context(block_bytes: int, budget: int) -> DataContext:
     """Ray Data's settings for this stream; other users of Ray Data in the process keep theirs."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    under_way = 2 * concurrency + settings.prefetch_blocks + 2
-    budget = int((settings.object_store_mb or 0) * 1e6) or under_way * block_bytes
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,8 +144,98 @@ class TestStream:
         with pytest.raises(Exception, match="cannot be read any more"):
             list(stream)
 
+    def test_a_worker_killed_at_a_random_step_continues_with_the_very_next_image(self, source, plan, tmp_path):
+        """Killed without a word, so that all it leaves behind is how far it came; two workers take over from one."""
+        seen = tmp_path / "seen"
+
+        @ray.remote(num_cpus=0)
+        class Worker:
+            def run(self, rank: int, world_size: int, start_step: int) -> list[tuple[int, bytes]]:
+                options = {"global_batch": 16, "micro_batch": 8, "settings": SMALL, "stop_step": 24}
+                stream = TrainStream(
+                    source, plan, AUGMENT, rank=rank, world_size=world_size, start_step=start_step, **options
+                )
+                found = []
+                for number, batch in enumerate(stream):
+                    if world_size == 1:
+                        with seen.open("ab") as log:
+                            log.write(np.append(batch.rows, batch.images.sum(dim=(1, 2, 3))).astype(np.int64).tobytes())
+                    found.append((number, batch.images.numpy().tobytes()))
+                return found
+
+        first = Worker.remote()
+        running = first.run.remote(0, 1, 0)
+        kill_at = int(np.random.default_rng().integers(2, 20))
+        record_bytes = 2 * 8 * 8
+        deadline = time.monotonic() + 60
+        while not seen.exists() or seen.stat().st_size < kill_at * 2 * record_bytes:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        ray.kill(first)
+        with pytest.raises(ray.exceptions.RayError):
+            ray.get(running)
+        step = seen.stat().st_size // record_bytes // 2
+        assert step >= kill_at
+
+        expected = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=24))
+        records = np.frombuffer(seen.read_bytes(), dtype=np.int64)[: step * 2 * 16].reshape(step, 2, 2, 8)
+        for batch, record in zip(expected[:step], records, strict=True):
+            assert batch.rows.tolist() == record[:, 0].ravel().tolist()
+            assert batch.images.sum(dim=(1, 2, 3)).tolist() == record[:, 1].ravel().tolist()
+        heirs = [Worker.remote().run.remote(rank, 2, step) for rank in range(2)]
+        parts = [ray.get(heir) for heir in heirs]
+        for number, batch in enumerate(expected[step:]):
+            halves = [part[number][1] for part in parts]
+            assert b"".join(halves) == batch.images.numpy().tobytes()
+
     def test_nothing_to_do(self, source, plan):
         assert list(TrainStream(source, plan, AUGMENT, global_batch=8, micro_batch=8, start_step=3, stop_step=3)) == []
+
+
+SMALL_STORE = """
+import os, sys, time
+from pathlib import Path
+import ray
+from benchmarks.ingest import Meter
+from mixmae.data.augment import AugmentConfig
+from mixmae.data.order import Plan
+from mixmae.data.sources import open_source
+from mixmae.data.streams import TrainStream
+
+ray.init(address="local", num_cpus=2, object_store_memory=150_000_000, include_dashboard=False, logging_level="ERROR")
+source = open_source(sys.argv[1])
+plan = Plan(chunk_sizes=source.chunk_sizes)
+options = dict(global_batch=64, micro_batch=64, stop_step=80)
+count = 0
+for batch in TrainStream(source, plan, AugmentConfig(), **options):
+    if count == 0:
+        time.sleep(4)  # all that may be decoded ahead, is
+    count += batch.images.nbytes
+print("MB", count // 10**6)
+own, store = Meter(os.getpid()).memory_mb()
+session = Path(ray._private.worker._global_node.get_session_dir_path())
+print("store touched", int(store))
+print("spilled", "Spilled" in (session / "logs" / "raylet.out").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_set_larger_than_the_object_store_streams_through_it(source):
+    """770 MB of batches through a store of 150 MB on two CPUs, the reader being slow at first: nothing is spilled."""
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_STORE, str(Path(source.files[0]).parent)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MB 770" in done.stdout
+    assert "spilled False" in done.stdout
+    # The store's pages stay touched once they are, so this is a peak.
+    assert int(done.stdout.split("store touched ")[1].split()[0]) < 165
 
 
 def test_bad_arguments(source, plan):

@@ -1,4 +1,4 @@
-"""Needs numpy and hypothesis only."""
+"""The properties of the order, by hypothesis."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixmae.data.augment import AugmentConfig, draw_crops
 from mixmae.data.order import Plan, batch_positions, hash64, permutation, uniforms, worker_positions
 
 GOLDEN_WORDS = [241634772696565473, 8714790858771135257]
@@ -78,13 +79,46 @@ def test_no_window_is_short_and_rows_of_a_window_come_from_its_chunks():
         assert not np.array_equal(window, np.sort(window))
 
 
-def test_a_class_sorted_set_is_mixed():
-    plan = Plan(chunk_sizes=np.full(500, 64), seed=0, window_rows=2048)
-    rows, _ = plan.rows_at(0, plan.num_rows)
-    assert abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 0.1
-    # A uniform shuffle of 100 classes repeats the class of the neighbour in 1 % of places.
-    classes = rows * 100 // plan.num_rows
-    assert (classes[1:] == classes[:-1]).mean() < 0.06
+@given(plans, st.integers(1, 8), st.integers(0, 10), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
+def test_a_run_resumed_by_other_workers_sees_the_very_next_images(plan, share, crash, more, before, after):
+    global_batch = 12 * share
+
+    def steps(start: int, stop: int, world_size: int) -> np.ndarray:
+        own = global_batch // world_size
+        parts = [
+            plan.rows_of(worker_positions(start * own, stop * own, rank, world_size, global_batch))[0].reshape(-1, own)
+            for rank in range(world_size)
+        ]
+        return np.concatenate(parts, axis=1).ravel()
+
+    seen = np.concatenate([steps(0, crash, before), steps(crash, crash + more, after)])
+    assert np.array_equal(seen, plan.rows_at(0, (crash + more) * global_batch)[0])
+
+
+@given(st.integers(0, 2**62), st.integers(0, 5), st.lists(st.integers(0, 10**9), min_size=1, max_size=30), st.data())
+def test_crops_are_equal_whoever_draws_them(seed, epoch, rows, data):
+    rows = np.array(rows)
+    sizes = 30 + np.stack([rows % 400, rows % 300], axis=1)
+    epochs = np.full(len(rows), epoch)
+    boxes, flips = draw_crops(AugmentConfig(), sizes, seed=seed, epochs=epochs, rows=rows)
+    part = np.array(data.draw(st.permutations(range(len(rows)))))[: len(rows) // 2 + 1]
+    again = draw_crops(AugmentConfig(), sizes[part], seed=seed, epochs=epochs[part], rows=rows[part])
+    assert np.array_equal(boxes[part], again[0])
+    assert np.array_equal(flips[part], again[1])
+
+
+def test_how_well_a_class_sorted_set_is_mixed():
+    """128,000 rows sorted by 1000 classes, in chunks of 64. A uniform shuffle repeats a neighbour's class in 0.1 % of
+    places; runs of one class are at most 2 or 3 long."""
+    for window_rows, most_repeats, longest in [(1024, 0.07, 8), (16_384, 0.006, 4)]:
+        plan = Plan(chunk_sizes=np.full(2000, 64), seed=0, window_rows=window_rows)
+        rows, _ = plan.rows_at(0, plan.num_rows)
+        # Chunks are permuted uniformly, so the correlation is that of 2000 random numbers.
+        assert abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 3 / np.sqrt(2000)
+        classes = rows * 1000 // plan.num_rows
+        assert (classes[1:] == classes[:-1]).mean() < most_repeats
+        ends = np.flatnonzero(np.append(np.diff(classes), 1))
+        assert np.diff(np.append(-1, ends)).max() <= longest
 
 
 def test_a_billion_rows_cost_no_more_than_their_chunks():
