@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixmae.data.order import Int64Array
-from mixmae.data.shard_index import LENGTH_BYTES, index_is_fresh, index_path, load_index, shard_stamp
+from mixmae.data.shard_index import LENGTH_BYTES, ShardIndex, index_is_fresh, index_path, load_index, shard_stamp
 from mixmae.data.source import DataError, Sample, chunk_of, short_digest
 from mixmae.data.storage import Storage, StoredFile
 
@@ -71,12 +71,12 @@ class ParquetSource:
         file = int(self.chunk_files[chunk])
         stamp = self.stamps[file]
         rows = np.asarray(rows_in_chunk, dtype=np.int64)
-        if stamp is None:
+        index = load_index(self.storage, index_path(self.files[file]), stamp) if stamp else None
+        if index is None:
             return self._read_group(chunk, rows)
-        return self._read_exactly(self.files[file], stamp, rows + self.chunk_offsets[chunk])
+        return self._read_exactly(self.files[file], index, rows + self.chunk_offsets[chunk])
 
-    def _read_exactly(self, path: str, stamp: bytes, rows: Int64Array) -> list[Sample]:
-        index = load_index(self.storage, index_path(path), stamp)
+    def _read_exactly(self, path: str, index: ShardIndex, rows: Int64Array) -> list[Sample]:
         # The length before each value is read along: it tells in the act that the address is right.
         parts = self.storage.read_ranges(path, index.offsets[rows] - LENGTH_BYTES, index.lengths[rows] + LENGTH_BYTES)
         samples = []

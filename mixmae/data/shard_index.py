@@ -136,14 +136,19 @@ def index_is_fresh(storage: Storage, path: str, stamp: bytes, num_rows: int) -> 
 
 
 @lru_cache(maxsize=4096)
-def load_index(storage: Storage, path: str, stamp: bytes) -> ShardIndex:
-    """A sidecar that index_is_fresh has approved; kept per process.   Raises: DataError if it has changed since."""
-    if not storage.is_local or os.path.exists(path):
+def load_index(storage: Storage, path: str, stamp: bytes) -> ShardIndex | None:
+    """A sidecar that index_is_fresh has approved, kept per process; None if it has gone since.
+
+    Raises: DataError if it belongs to another shard now.
+    """
+    try:
         table = read_arrow(storage, path)
-        if (table.schema.metadata or {}).get(_STAMP) == stamp:
-            offset, length, label, paths, restarts = (column.combine_chunks() for column in table.columns)
-            return ShardIndex(offset.to_numpy(), length.to_numpy(), label.to_numpy(), paths, restarts)
-    raise DataError(f"{storage.shown(path)} has changed since it was opened: were the shards written again?")
+    except (DataError, pa.ArrowException, OSError):
+        return None
+    if (table.schema.metadata or {}).get(_STAMP) != stamp:
+        raise DataError(f"{storage.shown(path)} has changed since it was opened: were the shards written again?")
+    offset, length, label, paths, restarts = (column.combine_chunks() for column in table.columns)
+    return ShardIndex(offset.to_numpy(), length.to_numpy(), label.to_numpy(), paths, restarts)
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:

@@ -166,6 +166,8 @@ def _read_mixture(path: Path) -> list[tuple[str, float]]:
     wanted = 'a list such as ["photos", {"source": "s3://bucket/shards", "weight": 2}]'
     try:
         entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError
         terms: list[Any] = []
         for entry in entries:
             single, weight = (
@@ -189,9 +191,8 @@ def _find(text: str) -> _Found:
     kind = storage.kind(path)
     shown = storage.shown(path)
     if not kind:
-        raise DataError(
-            f"the data path {shown} does not exist: check the spelling, or make shards there with make_shards"
-        )
+        remedy = "or make shards there with make_shards" if storage.is_local else "the credentials and the endpoint"
+        raise DataError(f"the data path {shown} does not exist: check the spelling, {remedy}")
     if storage.is_local:
         path = os.path.realpath(path)
     if kind == "file":

@@ -86,7 +86,7 @@ class Storage:
         return sorted(found, key=lambda file: file.relative)
 
     def _list_remote(self, folder: str, suffixes: Collection[str]) -> Iterator[StoredFile]:
-        selector = pa_fs.FileSelector(folder, recursive=True)
+        selector = pa_fs.FileSelector(folder, recursive=True, allow_not_found=True)
         for info in self._ask(folder, lambda: self.filesystem.get_file_info(selector)):
             relative = info.path.removeprefix(folder).lstrip("/")
             hidden = any(part.startswith((".", "__MACOSX")) for part in relative.split("/"))
