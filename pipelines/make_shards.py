@@ -321,8 +321,10 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
     unreadable: list[str] = []
     orders: dict[str, tuple[Source, Int64Array]] = {}
     for number, (split, source) in enumerate(sorted(sources.items())):
-        problems = source.problems if isinstance(source, FilesSource) else {}
-        unreadable += [f"{source.relatives[row].as_py()} ({reason})" for row, reason in problems.items()]  # type: ignore[attr-defined]
+        problems: dict[int, str] = {}
+        if isinstance(source, FilesSource):
+            problems = source.problems
+            unreadable += [f"{source.relatives[row].as_py()} ({reason})" for row, reason in problems.items()]
         usable = np.setdiff1d(np.arange(source.num_rows), list(problems))
         if len(usable):
             orders[split] = source, _shuffled(source, usable, shard_mb, seed, number)
@@ -355,7 +357,10 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
         "resize_longer_side": longer_side,
         "tiles": tiles,
     }
-    facts = [f"{split} {source.digest}" for split, source in sorted(sources.items())]
+    facts = [
+        f"{split} {source.digest} {source.stamp if isinstance(source, FilesSource) else ''}"
+        for split, source in sorted(sources.items())
+    ]
     return _Work(jobs, schema, class_names, _fingerprint(origin, facts), origin, unreadable)
 
 

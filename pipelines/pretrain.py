@@ -199,13 +199,14 @@ def open_data(data: str | None, folder: Path) -> tuple[Source, Source]:
     """
     from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
+    shards: str | Path
     if data is None:
         shards = default_shapes(folder / "shapes")
     elif is_image_folder(data):
         path = Path(data).expanduser().resolve()
         shards = make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder
     else:
-        shards = Path(data).expanduser()
+        shards = data  # as it was given: a Path would spoil the slashes of a URI
     train = open_source(shards, split="train")
     if "validation" in list_splits(shards):
         return train, open_source(shards, split="validation")
