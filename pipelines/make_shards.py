@@ -58,6 +58,7 @@ from mixmae.data.sources import (
     open_source,
     read_rows,
 )
+from mixmae.data.storage import plain_place
 from mixmae.data.summary import Summary
 
 SHAPES = "shapes"
@@ -351,7 +352,7 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
     schema = shard_schema(class_names, labelled=any(source.has_labels for source in sources.values()))
     # Only what changes the result: the same photos elsewhere are the same set.
     origin = {
-        "source": _without_credentials(place),
+        "source": plain_place(place),
         "seed": seed,
         "shard_mb": shard_mb,
         "resize_longer_side": longer_side,
@@ -426,15 +427,6 @@ def _tiler() -> Callable[[bytes], tuple[bytes, Any] | None] | None:
     except ImportError:
         return None
     return tiles.retile if tiles.tool_path() else None
-
-
-def _without_credentials(place: str) -> str:
-    """A path as an absolute one, a URI without user and query."""
-    if "://" not in place:
-        return str(Path(place).expanduser().absolute())
-    scheme, _, rest = place.partition("?")[0].partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def _fingerprint(origin: dict[str, Any], facts: Sequence[str]) -> str:

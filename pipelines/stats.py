@@ -25,6 +25,7 @@ from mixmae.data.decode import Uint8Array
 from mixmae.data.order import Draw, Int64Array, permutation
 from mixmae.data.shards import write_json
 from mixmae.data.sources import DataError, Source, layout_of, list_splits, open_source
+from mixmae.data.storage import plain_place
 from mixmae.data.summary import Summary
 
 SHEET_SIDE = 8
@@ -67,7 +68,7 @@ def stats(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
-    content: dict[str, Any] = {"source": str(source), "layout": layout_of(source), "splits": {}}
+    content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
     for split, opened in sources.items():
         summary, pictures = _look(opened, sample, seed, workers, say)

@@ -188,6 +188,14 @@ def is_uri(text: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
 
 
+def plain_place(place: str) -> str:
+    """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
+    if not is_uri(place):
+        return str(Path(place).expanduser().absolute())
+    parts = urlsplit(place)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def suffix_of(name: str) -> str:
     """The suffix in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
@@ -198,8 +206,7 @@ def _connect(uri: str) -> tuple[Any, str]:
     try:
         filesystem, path = pa_fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        parts = urlsplit(uri)
-        shown = f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path}"
+        shown = plain_place(uri)
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{shown} cannot be opened ({reason}): give a local path or a URI that pyarrow knows, such as "

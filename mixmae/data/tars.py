@@ -74,10 +74,13 @@ class TarSource:
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
         rows = np.asarray(rows_in_chunk, dtype=np.int64) + self._chunk_starts[chunk]
-        parts = self.storage.read_ranges(self.files[self.chunk_files[chunk]], self.starts[rows], self.lengths[rows])
+        path = self.files[self.chunk_files[chunk]]
+        parts = self.storage.read_ranges(path, self.starts[rows], self.lengths[rows])
+        shown = self.storage.shown(path)
+        names = [self.members[row].as_py() for row in rows.tolist()]
         return [
-            Sample(data, int(self.labels[row]), self.where(int(row)), self.members[int(row)].as_py())
-            for row, data in zip(rows, parts, strict=True)
+            Sample(data, int(self.labels[row]), f"{shown} / {name}", name)
+            for row, data, name in zip(rows, parts, names, strict=True)
         ]
 
     def where(self, row: int) -> str:
