@@ -28,7 +28,6 @@ import mixmae
 from mixmae.data.blocks import eval_batch
 from mixmae.data.order import Plan
 from mixmae.data.sources import Source, list_splits, open_source, split_holdout
-from mixmae.data.storage import plain_place
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.flops import count_macs, count_parameters
@@ -200,14 +199,13 @@ def open_data(data: str | None, folder: Path) -> tuple[Source, Source]:
     """
     from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
-    shards: str | Path
     if data is None:
         shards = default_shapes(folder / "shapes")
     elif is_image_folder(data):
         path = Path(data).expanduser().resolve()
         shards = make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder
     else:
-        shards = data  # as it was given: a Path would spoil the slashes of a URI
+        shards = Path(data).expanduser()
     train = open_source(shards, split="train")
     if "validation" in list_splits(shards):
         return train, open_source(shards, split="validation")
@@ -270,7 +268,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
     config = arguments.config
     config.micro_batch(arguments.workers)
-    data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
+    data_name = f"-{Path(arguments.data).name}" if arguments.data else ""
     folder = RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
     before = folder.read()
     if before is None and arguments.resume:
@@ -284,11 +282,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         folder.write({"status": "preparing", "recipe": recipe, "config": to_json(config)})
     source, heldout = open_data(arguments.data, beside / "data")
     length = length_of(config, source)
-    dataset = {
-        "name": source.name,
-        "digest": source.digest,
-        "source": plain_place(arguments.data) if arguments.data else "built-in shapes",
-    }
+    dataset = {"name": source.name, "digest": source.digest, "source": arguments.data or "built-in shapes"}
     content = {"status": "running", "recipe": recipe, "config": to_json(config), "data": dataset}
     if before is not None:
         refuse_changes(before, content, folder.path)

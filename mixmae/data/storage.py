@@ -223,6 +223,9 @@ class _Handle:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            # Without it the kernel reads ahead of every image: half as much again as is used.
+            os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
