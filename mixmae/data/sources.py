@@ -203,7 +203,7 @@ def _find(text: str) -> _Found:
                 f"{shown} is a single file that is not Parquet, a tar or a list of files (.txt): give one of these, or "
                 f"a folder of images or of shards"
             )
-        beside = [index_path(path)] if storage.is_local or layout == "parquet" else []
+        beside = [index_path(path)] if layout == "parquet" else []
         return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
     beside_names = {INDEX_SUFFIX, ".txt"}
     listed = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})

@@ -115,7 +115,7 @@ class Storage:
             except OSError as error:
                 return error
 
-        return [one(path) for path in paths] if self.is_local else list(_pool().map(one, paths))
+        return [one(path) for path in paths] if self.is_local else list(_pool_of(os.getpid()).map(one, paths))
 
     def read_ranges(self, path: str, starts: Int64Array, lengths: Int64Array) -> list[bytes]:
         """Byte ranges of one file, exactly these from local files; near ones in one request from remote ones.
@@ -154,7 +154,7 @@ class Storage:
                 at = int(starts[place]) - first
                 parts[place] = bytes(data[at : at + int(lengths[place])])
 
-        for _ in _pool().map(fetch, requests):
+        for _ in _pool_of(os.getpid()).map(fetch, requests):
             pass
         return parts
 
@@ -255,7 +255,7 @@ def _remote_handle(storage: Storage, path: str) -> pa.NativeFile:
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
+def _pool_of(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="remote")
 
 
