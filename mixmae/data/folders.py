@@ -83,7 +83,7 @@ class FilesSource:
             data = b"" if isinstance(content, OSError) else content
             if isinstance(content, OSError):
                 where += f" (cannot be read: {content.strerror or str(content).splitlines()[0]})"
-            samples.append(Sample(data, int(self.labels[row]), where, self.relatives[row].as_py()))
+            samples.append(Sample(data, int(self.labels[row]), where, path=self.relatives[row].as_py()))
         return samples
 
     def where(self, row: int) -> str:

@@ -99,7 +99,7 @@ class JoinedSource:
         if mapping is None:
             return sample
         label = int(mapping[sample.label]) if 0 <= sample.label < len(mapping) else -1
-        return Sample(sample.data, label, sample.where, sample.path, sample.restart_offsets)
+        return Sample(sample.data, label, sample.where, sample.restart_offsets, sample.path)
 
     def where(self, row: int) -> str:
         chunk, inside = chunk_of(self, row)

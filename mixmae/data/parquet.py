@@ -87,7 +87,7 @@ class ParquetSource:
             original = index.paths[row].as_py() or ""
             where = self._place(path, row, original)
             data = part[LENGTH_BYTES:] if length else b""
-            samples.append(Sample(data, int(index.labels[row]), where, original, index.restart_offsets(row)))
+            samples.append(Sample(data, int(index.labels[row]), where, index.restart_offsets(row), original))
         return samples
 
     def _read_group(self, chunk: int, rows: Int64Array) -> list[Sample]:
@@ -114,7 +114,7 @@ class ParquetSource:
             if restarts is not None and restarts[row].is_valid:
                 intervals = restarts[row].values.to_numpy(zero_copy_only=True)
             where = self._place(path, offset + row, original)
-            samples.append(Sample(data or b"", int(label) if label is not None else -1, where, original, intervals))
+            samples.append(Sample(data or b"", int(label) if label is not None else -1, where, intervals, original))
         return samples
 
     def _place(self, path: str, row: int, original: str) -> str:

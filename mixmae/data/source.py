@@ -31,10 +31,10 @@ class Sample:
     """Class index, -1 where there is none."""
     where: str
     """Where it is stored, for people: the file, or the shard with the row inside it and the file's original path."""
-    path: str = ""
-    """The image file's path below the root of its collection, or its name in the shard; empty if it was not kept."""
     restart_offsets: NDArray[np.uint32] | None = field(default=None, compare=False)
     """(num_intervals,) uint32: where the intervals of a restart-tile JPEG begin in `data`; None: a plain file."""
+    path: str = ""
+    """The image file's path below the root of its collection, or its name in the shard; empty if it was not kept."""
 
 
 class Source(Protocol):

@@ -79,7 +79,7 @@ class TarSource:
         shown = self.storage.shown(path)
         names = [self.members[row].as_py() for row in rows.tolist()]
         return [
-            Sample(data, int(self.labels[row]), f"{shown} / {name}", name)
+            Sample(data, int(self.labels[row]), f"{shown} / {name}", path=name)
             for row, data, name in zip(rows, parts, names, strict=True)
         ]
 
