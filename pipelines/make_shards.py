@@ -1,32 +1,41 @@
-"""Turn a folder of images, or the built-in shapes, into Parquet shards that every other command reads.
+"""Turn any collection of images, or the built-in shapes, into the Parquet shards that training reads fastest.
 
     python pipelines/make_shards.py SOURCE OUTPUT
 
-SOURCE is a folder of image files: flat, nested, one folder per class, or train/ and val/ with any of these inside.
-The word `shapes` instead of a folder draws the built-in set. Files are stored byte for byte and shuffled. Without a
-val/ folder about 1 % of the images (8 to 1000) are held out as a validation split.
+SOURCE is whatever open_source takes (docs/data.md): folders of images, Parquet, tars, file lists, globs, s3:// and
+other URIs. The word `shapes` draws the built-in set. Images keep their pixels: baseline JPEGs become restart-tile JPEGs
+(lossless, a crop decodes only what it shows) if jpegtran is installed, everything else is stored byte for byte. Rows
+are shuffled. Without a validation split about 1 % of the images (8 to 1000) are held out as one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
+from PIL import Image
 
 from mixmae.data import shapes
-from mixmae.data.folders import ImageFile, list_images
-from mixmae.data.order import Draw, permutation
+from mixmae.data.decode import BrokenImage, decode_rgb, image_size
+from mixmae.data.folders import FilesSource
+from mixmae.data.order import Draw, Int64Array, Plan, permutation
+from mixmae.data.shard_index import INDEX_SUFFIX
 from mixmae.data.shards import (
     MANIFEST_FORMAT,
     ShardFile,
@@ -39,10 +48,25 @@ from mixmae.data.shards import (
     write_manifest,
     write_shard,
 )
-from mixmae.data.sources import MANIFEST_NAME, DataError
+from mixmae.data.sources import (
+    MANIFEST_NAME,
+    DataError,
+    Sample,
+    Source,
+    layout_of,
+    list_splits,
+    open_source,
+    read_rows,
+)
+from mixmae.data.storage import plain_place
+from mixmae.data.summary import Summary
 
 SHAPES = "shapes"
 MIN_IMAGES = 8
+RESIZED_QUALITY = 95
+"""JPEG quality of images that --resize-longer-side shrinks; colour at half resolution (4:2:0), as cameras store it."""
+SUMMARY_IMAGES = 64
+"""Images of each shard that are decoded for the manifest's mean and standard deviation: its first ones, any ones."""
 
 _PROGRESS_NAME = ".making.json"
 
@@ -65,16 +89,26 @@ class MadeShards:
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to write."""
+    """One shard to write; travels to the workers of a cluster."""
 
     split: str
     number: int
     count: int
-    images: Callable[[], Iterator[StoredImage]]
+    images: Callable[[], tuple[list[StoredImage], list[str]]]
+    """Its images, and what had to be left out."""
 
     @property
     def file_name(self) -> str:
         return shard_name(self.split, self.number, self.count)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One shard that is there."""
+
+    shard: ShardFile
+    summary: Summary
+    unreadable: list[str]
 
 
 @dataclass(frozen=True)
@@ -94,8 +128,11 @@ def make_shards(
     output: str | Path,
     *,
     shard_mb: float = 128.0,
+    resize_longer_side: int | None = None,
+    tiles: bool | None = None,
     seed: int = 0,
     workers: int = 0,
+    ray_address: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> MadeShards:
@@ -103,17 +140,25 @@ def make_shards(
 
     An interrupted run is continued: finished shards are kept if the source has not changed.
 
-    Args:   source: folder of image files, or "shapes".  output: folder to write, made if missing.
-            shard_mb: aim for the size of a shard in megabytes.  seed: of the shuffle and the held-out choice.
-            workers: shards written at once; 0 means one per core.  overwrite: replace shards of another source.
-            say: where progress lines go.
+    Args:   source: what open_source takes, or "shapes".  output: local folder to write, made if missing.
+            shard_mb: aim for the size of a shard in megabytes.
+            resize_longer_side: shrink images whose longer side is above so many pixels; others stay as they are.
+            tiles: store restart-tile JPEGs; None does it if the tool is there.
+            seed: of the shuffle and the held-out choice.  workers: shards written at once; 0 means one per core.
+            ray_address: write on this Ray cluster ("local" starts one here); None uses threads of this process.
+            overwrite: replace shards of another source.  say: where progress lines go.
     Raises: DataError if the source has no usable image or the output may not be written.
     """
     started = time.monotonic()
     if shard_mb <= 0:
         raise DataError(f"shard_mb is {shard_mb}: give the aim for a shard's size in megabytes, such as 128")
+    if resize_longer_side is not None and resize_longer_side < 1:
+        raise DataError(f"resize_longer_side is {resize_longer_side}: give a length in pixels, such as 512")
     folder = Path(output).expanduser().resolve()
-    work = _plan_shapes(seed) if str(source) == SHAPES else _plan_folder(Path(source), shard_mb, seed)
+    if str(source) == SHAPES:
+        work = _plan_shapes(seed)
+    else:
+        work = _plan_source(str(source), shard_mb, resize_longer_side, tiles, seed)
     finished = read_json(folder / MANIFEST_NAME)
     if finished is not None and finished.get("fingerprint") == work.fingerprint and _is_whole(folder, finished):
         say(f"{folder} already holds these shards, up to date: nothing to do")
@@ -124,30 +169,42 @@ def make_shards(
         say(f"left out: {line}")
     if work.unreadable:
         say(f"{len(work.unreadable)} files are empty or unreadable and were left out; all are named in {MANIFEST_NAME}")
+    if str(source) != SHAPES and tiles is not False and _tiler() is None:
+        say(
+            "note: jpegtran is not installed, so JPEGs are stored as they are: training reads them, but decodes each "
+            "whole instead of the crop alone, at about two thirds of the speed. To install it: apt-get install "
+            "libjpeg-turbo-progs (Debian, Ubuntu), brew install jpeg-turbo (macOS); then make the shards again"
+        )
     write_json(folder / _PROGRESS_NAME, {"fingerprint": work.fingerprint})
 
-    done: dict[str, ShardFile] = {}
-
-    def write(job: _Job) -> None:
-        path = folder / job.file_name
-        shard = describe_shard(path) if path.exists() else write_shard(path, job.images(), work.schema)
-        done[job.file_name] = shard
-        say(f"{len(done)}/{len(work.jobs)} {shard.name}: {shard.rows} images, {shard.bytes / 1e6:.1f} MB")
-
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        futures = [pool.submit(write, job) for job in work.jobs]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    done: dict[str, _Written] = {}
+    results = _write_on_ray if ray_address else _write_in_threads
+    for job, written in results(work, folder, workers, ray_address):
+        done[job.file_name] = written
+        shard, elapsed = written.shard, time.monotonic() - started
+        left = elapsed / len(done) * (len(work.jobs) - len(done))
+        say(
+            f"{len(done)}/{len(work.jobs)} {shard.name}: {shard.rows} images, {shard.bytes / 1e6:.1f} MB"
+            + (f", about {left:.0f} s left" if left >= 10 else "")
+        )
 
     splits: dict[str, list[ShardFile]] = {}
+    summaries: dict[str, Summary] = {}
+    unreadable = set(work.unreadable)
     for job in work.jobs:
-        splits.setdefault(job.split, []).append(done[job.file_name])
-    origin = {**work.origin, "unreadable": sorted(work.unreadable)}
-    write_manifest(folder, splits=splits, class_names=work.class_names, fingerprint=work.fingerprint, origin=origin)
+        written = done[job.file_name]
+        splits.setdefault(job.split, []).append(written.shard)
+        summaries.setdefault(job.split, Summary()).merge(written.summary)
+        unreadable |= set(written.unreadable)
+    origin = {**work.origin, "unreadable": sorted(unreadable)}
+    write_manifest(
+        folder,
+        splits=splits,
+        class_names=work.class_names,
+        summaries={split: summary.as_dict(work.class_names) for split, summary in summaries.items()},
+        fingerprint=work.fingerprint,
+        origin=origin,
+    )
     (folder / _PROGRESS_NAME).unlink(missing_ok=True)
     result = _result(folder, read_json(folder / MANIFEST_NAME) or {}, tuple(origin["unreadable"]), made=True)
     counts = " + ".join(f"{rows} {split}" for split, rows in result.rows.items())
@@ -161,9 +218,72 @@ def default_shapes(output: str | Path, *, say: Callable[[str], None] = print) ->
 
 
 def is_image_folder(path: str | Path) -> bool:
-    """Whether make_shards has to prepare this path first: a folder, with no Parquet file anywhere in it."""
-    folder = Path(path).expanduser()
-    return folder.is_dir() and next(folder.rglob("*.parquet"), None) is None
+    """Whether a path is a local folder of image files, which training reads faster after make_shards.
+
+    Raises: DataError if it is a folder without any image.
+    """
+    return Path(path).expanduser().is_dir() and layout_of(path) == "files"
+
+
+def _write_in_threads(
+    work: _Work, folder: Path, workers: int, ray_address: str | None
+) -> Iterator[tuple[_Job, _Written]]:
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        futures = {pool.submit(_write, job, folder, work.schema): job for job in work.jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_on_ray(work: _Work, folder: Path, workers: int, ray_address: str | None) -> Iterator[tuple[_Job, _Written]]:
+    """One task a shard. The output folder, and a local source, must be on a disk that all nodes share."""
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        except (ConnectionError, ValueError) as error:
+            raise DataError(
+                f"no Ray cluster answers at {ray_address} ({str(error).splitlines()[0]}): start one with `ray start "
+                f"--head`, correct --ray-address, or leave it out to use this machine's cores alone"
+            ) from error
+    try:
+        task = ray.remote(num_cpus=1, max_retries=3)(_write)
+        waiting = list(reversed(work.jobs))
+        limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        running: dict[Any, _Job] = {}
+        while waiting or running:
+            while waiting and len(running) < limit:
+                job = waiting.pop()
+                running[task.remote(job, folder, work.schema)] = job
+            ready, _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(ready[0]), ray.get(ready[0])
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _write(job: _Job, folder: Path, schema: pa.Schema) -> _Written:
+    """Write a shard, or take the one that an interrupted run has left."""
+    path = folder / job.file_name
+    unreadable: list[str] = []
+    if path.exists():
+        shard = describe_shard(path)
+        table = pq.read_table(path, columns=[name for name in ("image", "label") if name in schema.names])
+        cells = table.column("image").to_pylist()
+        labels = table.column("label").to_pylist() if "label" in schema.names else [-1] * len(cells)
+        images = [StoredImage(cell["bytes"], cell["path"], label) for cell, label in zip(cells, labels, strict=True)]
+    else:
+        images, unreadable = job.images()
+        shard = write_shard(path, images, schema)
+    summary = Summary()
+    for row, image in enumerate(images):
+        summary.add(image.data, image.label, f"{path.name}#{row} / {image.path}", decode=row < SUMMARY_IMAGES)
+    return _Written(shard, summary, unreadable)
 
 
 def _plan_shapes(seed: int) -> _Work:
@@ -180,57 +300,136 @@ def _plan_shapes(seed: int) -> _Work:
     return _Work(jobs, schema, shapes.CLASS_NAMES, _fingerprint(origin, []), origin)
 
 
-def _shapes(seed: int, start: int, stop: int) -> Iterator[StoredImage]:
+def _shapes(seed: int, start: int, stop: int) -> tuple[list[StoredImage], list[str]]:
+    images = []
     for index, image in enumerate(shapes.shape_images(seed, start, stop), start):
         name = f"{shapes.CLASS_NAMES[image.label]}/{index:06d}.jpg"
-        yield StoredImage(image.jpeg, name, image.label, image.box, image.mask_png)
+        images.append(StoredImage(image.jpeg, name, image.label, image.box, image.mask_png))
+    return images, []
 
 
-def _plan_folder(source: Path, shard_mb: float, seed: int) -> _Work:
-    listing = list_images(source)
-    if listing.num_files < MIN_IMAGES:
+def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bool | None, seed: int) -> _Work:
+    if tiles and _tiler() is None:
         raise DataError(
-            f"only {listing.num_files} images in {source.expanduser().resolve()}: training needs at least {MIN_IMAGES}"
+            "restart tiles need jpegtran, which is not installed: apt-get install libjpeg-turbo-progs (Debian, "
+            "Ubuntu), brew install jpeg-turbo (macOS), or leave --tiles out to store JPEGs as they are"
         )
-    splits = {
-        split: [files[place] for place in permutation(len(files), Draw.HOLDOUT, seed, number)]
-        for number, (split, files) in enumerate(sorted(listing.splits.items()))
-    }
-    if "validation" not in splits:
-        total = len(splits["train"])
-        held_out = min(max(round(total / 100), 8), 1000, total // 4)
-        splits["validation"], splits["train"] = splits["train"][:held_out], splits["train"][held_out:]
-    unreadable = list(listing.unreadable)
+    sources = {split: open_source(place, split) for split in list_splits(place)}
+    total = sum(source.num_rows for source in sources.values())
+    if "train" not in sources:
+        raise DataError(f"{place} has no train split, only {', '.join(sources)}: name a folder or file for training")
+    train = sources["train"]
+    unreadable: list[str] = []
+    orders: dict[str, tuple[Source, Int64Array]] = {}
+    for number, (split, source) in enumerate(sorted(sources.items())):
+        problems: dict[int, str] = {}
+        if isinstance(source, FilesSource):
+            problems = source.problems
+            unreadable += [f"{source.relatives[row].as_py()} ({reason})" for row, reason in problems.items()]
+        usable = np.setdiff1d(np.arange(source.num_rows), list(problems))
+        if len(usable):
+            orders[split] = source, _shuffled(source, usable, shard_mb, seed, number)
+        total -= len(problems)
+    if total < MIN_IMAGES:
+        raise DataError(f"only {total} images in {place}: training needs at least {MIN_IMAGES}")
+    if "validation" not in orders:
+        source, rows = orders["train"]
+        count = min(max(round(len(rows) / 100), 8), 1000, len(rows) // 4)
+        chosen = np.zeros(source.num_rows, dtype=bool)
+        chosen[rows[permutation(len(rows), Draw.HOLDOUT, seed)[:count]]] = True
+        orders["validation"] = source, rows[chosen[rows]]
+        orders["train"] = source, rows[~chosen[rows]]
+
     jobs = []
-    for split in sorted(splits):
-        files = splits[split]
-        total_bytes = sum(file.num_bytes for file in files)
-        count = max(1, min(len(files), round(total_bytes / (shard_mb * 1e6))))
+    for split in sorted(orders):
+        source, rows = orders[split]
+        split_bytes = source.num_bytes * len(rows) / source.num_rows
+        count = max(1, min(len(rows), round(split_bytes / (shard_mb * 1e6))))
         for number in range(count):
-            part = files[number * len(files) // count : (number + 1) * len(files) // count]
-            jobs.append(_Job(split, number, count, partial(_stored_files, part, unreadable)))
+            part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
+            jobs.append(_Job(split, number, count, partial(_stored, source, part, longer_side, tiles is not False)))
+    class_names = train.class_names
+    schema = shard_schema(class_names, labelled=any(source.has_labels for source in sources.values()))
     # Only what changes the result: the same photos elsewhere are the same set.
-    origin = {"source": str(source.expanduser().resolve()), "seed": seed, "shard_mb": shard_mb}
+    origin = {
+        "source": plain_place(place),
+        "seed": seed,
+        "shard_mb": shard_mb,
+        "resize_longer_side": longer_side,
+        "tiles": tiles,
+    }
     facts = [
-        f"{file.relative} {file.num_bytes} {file.modified_ns} {file.label}"
-        for split in sorted(listing.splits)
-        for file in listing.splits[split]
+        f"{split} {source.digest} {source.stamp if isinstance(source, FilesSource) else ''}"
+        for split, source in sorted(sources.items())
     ]
-    schema = shard_schema(listing.class_names)
-    return _Work(jobs, schema, listing.class_names, _fingerprint(origin, facts), origin, unreadable)
+    return _Work(jobs, schema, class_names, _fingerprint(origin, facts), origin, unreadable)
 
 
-def _stored_files(files: Sequence[ImageFile], unreadable: list[str]) -> Iterator[StoredImage]:
-    for file in files:
-        try:
-            data = file.path.read_bytes()
-        except OSError as error:  # it was readable when the folder was listed
-            unreadable.append(f"{file.relative} ({error.strerror})")
+def _shuffled(source: Source, rows: Int64Array, shard_mb: float, seed: int, number: int) -> Int64Array:
+    """The rows in a shuffled order that the source can be read in without reading its chunks over and over.
+
+    Where single rows can be read, any order will do. Elsewhere rows are shuffled inside windows of permuted chunks,
+    about a shard each, so that a chunk is read once or twice.
+    """
+    if source.exact_reads:
+        return rows[permutation(len(rows), Draw.HOLDOUT, seed, number)]
+    window = max(1, int(shard_mb * 1e6 * source.num_rows / max(1, source.num_bytes)))
+    order, _ = Plan(chunk_sizes=source.chunk_sizes, seed=seed, window_rows=window).rows_at(0, source.num_rows)
+    return order[np.isin(order, rows)]
+
+
+def _stored(
+    source: Source, rows: Int64Array, longer_side: int | None, tiles: bool
+) -> tuple[list[StoredImage], list[str]]:
+    """These rows as they go into a shard, and which of them had no bytes."""
+    retile = _tiler() if tiles else None
+    images, unreadable = [], []
+    for sample in read_rows(source, rows):
+        if not sample.data:
+            reason = "" if sample.where.endswith(")") else " (empty)"
+            unreadable.append(sample.where + reason)
             continue
-        yield StoredImage(data, file.relative, file.label)
+        data, restarts = sample.data, sample.restart_offsets
+        smaller = _shrink(data, longer_side) if longer_side else None
+        if smaller is not None:
+            data, restarts = smaller, None
+        if restarts is None and retile is not None:
+            data, restarts = retile(data) or (data, None)
+        images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts))
+    return images, unreadable
 
 
-def _fingerprint(origin: dict[str, Any], facts: list[str]) -> str:
+def _stored_name(sample: Sample) -> str:
+    return sample.path or sample.where.rsplit("/", 1)[-1]
+
+
+def _shrink(data: bytes, longer_side: int) -> bytes | None:
+    """A JPEG no larger than this, upright; None if the image is small enough, or broken, and stays as it is."""
+    try:
+        height, width = image_size(data)
+        scale = longer_side / max(height, width)
+        if scale >= 1:
+            return None
+        pixels = np.ascontiguousarray(decode_rgb(data))
+    except BrokenImage:
+        return None
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    out = io.BytesIO()
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+    small.save(out, "JPEG", quality=RESIZED_QUALITY, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def _tiler() -> Callable[[bytes], tuple[bytes, Any] | None] | None:
+    """The function that makes a restart-tile JPEG, if its tool is there."""
+    try:
+        tiles = importlib.import_module("mixmae.data.tiles")
+    except ImportError:
+        return None
+    return tiles.retile if tiles.tool_path() else None
+
+
+def _fingerprint(origin: dict[str, Any], facts: Sequence[str]) -> str:
     text = "\n".join([json.dumps([MANIFEST_FORMAT, origin], sort_keys=True), *facts])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -254,6 +453,7 @@ def _prepare_output(folder: Path, fingerprint: str, overwrite: bool) -> None:
     except OSError as error:
         raise DataError(f"cannot write to {folder} ({error.strerror}): choose another output folder") from error
     ours = [path for path in folder.iterdir() if path.suffix == ".parquet" or path.name == MANIFEST_NAME]
+    ours += [path for path in folder.glob(f"*{INDEX_SUFFIX}") if path not in ours]
     leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(".tmp")]
     others = [path for path in folder.iterdir() if path not in [*ours, *leftovers] and path.name != _PROGRESS_NAME]
     progress = read_json(folder / _PROGRESS_NAME)
@@ -285,29 +485,51 @@ def main(
     source: Annotated[str, tyro.conf.Positional],
     output: Annotated[Path, tyro.conf.Positional],
     shard_mb: float = 128.0,
+    resize_longer_side: int | None = None,
+    tiles: bool | None = None,
     seed: int = 0,
     workers: int = 0,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn a folder of images, or the built-in shapes, into Parquet shards that every other command reads.
+    """Turn any collection of images, or the built-in shapes, into Parquet shards that every other command reads.
 
-    Files are stored byte for byte, in shuffled order. Folders named after classes become labels; without a val folder
-    about 1 percent of the images (8 to 1000) are held out as a validation split. An interrupted run continues.
+    Images keep their pixels and are stored in shuffled order. Folders named after classes become labels; without a
+    validation split about 1 percent of the images (8 to 1000) are held out as one. An interrupted run continues.
 
     Args:
-        source: Folder of image files (flat, nested, one folder per class, or train/ and val/ with these inside), or
-            the word "shapes" for the built-in set.
-        output: Folder for the shards and their manifest.json; made if it is missing.
+        source: Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of
+            WebDataset tars or of Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI such as
+            s3://bucket/prefix; or the word "shapes" for the built-in set.
+        output: Local folder for the shards and their manifest.json; made if it is missing.
         shard_mb: Aim for the size of a shard in megabytes.
+        resize_longer_side: Shrink images whose longer side has more pixels (JPEG quality 95, 4:2:0); others stay.
+        tiles: Store restart-tile JPEGs: lossless, and a crop decodes only the tiles it touches. Default: if jpegtran
+            is installed.
         seed: Of the shuffle and of the choice of held-out images.
         workers: Shards written at once; 0 means one per core.
+        ray_address: Write on this Ray cluster ("auto", "local", host:port) instead of in threads; OUTPUT, and a local
+            SOURCE, must be on a disk that its nodes share.
         overwrite: Replace the shards that are in the output folder.
     """
     try:
-        make_shards(source, output, shard_mb=shard_mb, seed=seed, workers=workers, overwrite=overwrite)
+        make_shards(
+            source,
+            output,
+            shard_mb=shard_mb,
+            resize_longer_side=resize_longer_side,
+            tiles=tiles,
+            seed=seed,
+            workers=workers,
+            ray_address=ray_address,
+            overwrite=overwrite,
+        )
     except DataError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    # Import ourselves by name, so that what travels to a cluster's workers is this module's and not __main__'s.
+    from pipelines.make_shards import main as _main
+
+    tyro.cli(_main)

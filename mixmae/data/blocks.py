@@ -171,7 +171,7 @@ _cache = _ChunkCache(_CACHE_BYTES)
 
 def _read(source: Source, chunk: int, rows_in_chunk: Int64Array) -> list[Sample]:
     """Rows of a chunk; a source that cannot read single rows is read a chunk at once, and seldom twice."""
-    if getattr(source, "exact_reads", False) or source.chunk_sizes[chunk] > _CACHE_ROWS:
+    if source.exact_reads or source.chunk_sizes[chunk] > _CACHE_ROWS:
         return source.read(chunk, rows_in_chunk)
     samples = _cache.read(source, chunk)
     return [samples[row] for row in rows_in_chunk.tolist()]

@@ -1,9 +1,11 @@
 """Parquet shards in the Hugging Face ImageNet schema: how they are written and what their manifest says.
 
-Columns: image, a struct of bytes (the original file, never re-encoded) and path; label, int64, where there are classes;
-the built-in shapes add box and mask. Row groups are small, so that a reader fetches little more than it needs; pages
-are not compressed, because image files are. A shard is written under a temporary name and renamed when it is whole.
-The manifest, written last, is what makes a set finished.
+Columns: image, a struct of bytes (an image file) and path; label, int64, where there are classes; restart_offsets,
+the byte offsets of the restart intervals of a restart-tile JPEG (tiles.py), null for any other file; the built-in
+shapes add box and mask. Row groups are small, so that a reader fetches little more than it needs; pages are not
+compressed, because image files are, and a sidecar (shard_index.py) holds the address of every image's bytes. A shard
+and its sidecar are written under temporary names and renamed when they are whole. The manifest, written last, is what
+makes a set finished.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from mixmae.data.parquet import RESTART_COLUMN
+from mixmae.data.shard_index import index_path, write_index
 from mixmae.data.sources import MANIFEST_NAME
 
 ROW_GROUP_ROWS = 64
@@ -39,6 +45,8 @@ class StoredImage:
     """x0, y0, x1, y1 in pixels, the last two exclusive."""
     mask: bytes | None = None
     """A PNG of the image's size, nonzero on the object."""
+    restart_offsets: NDArray[np.uint32] | None = None
+    """(num_intervals,) uint32: where the restart intervals begin in `data`, if it is a restart-tile JPEG."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,22 @@ class ShardFile:
     sha256: str
 
 
-def shard_schema(class_names: Sequence[str] | None, *, with_masks: bool = False) -> pa.Schema:
-    """The Arrow schema of a shard, with the class names where Hugging Face's `datasets` looks for them."""
+def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, with_masks: bool = False) -> pa.Schema:
+    """The Arrow schema of a shard, with the class names where Hugging Face's `datasets` looks for them.
+
+    Args: labelled: there are labels, even if their classes have no names.
+    """
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [pa.field("image", picture)]
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     if class_names is not None:
         fields.append(pa.field("label", pa.int64()))
         features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+    elif labelled:
+        fields.append(pa.field("label", pa.int64()))
+        features["label"] = {"dtype": "int64", "_type": "Value"}
+    fields.append(pa.field(RESTART_COLUMN, pa.list_(pa.uint32())))
+    features[RESTART_COLUMN] = {"feature": {"dtype": "uint32", "_type": "Value"}, "_type": "Sequence"}
     if with_masks:
         fields += [pa.field("box", pa.list_(pa.int64(), 4)), pa.field("mask", picture)]
         features["box"] = {"feature": {"dtype": "int64", "_type": "Value"}, "length": 4, "_type": "Sequence"}
@@ -72,28 +88,32 @@ def shard_name(split: str, number: int, count: int) -> str:
 
 
 def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) -> ShardFile:
-    """Write one shard: under a temporary name, renamed when whole. Holds one row group in memory at a time."""
+    """Write one shard and its sidecar: under temporary names, renamed when whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    rows = 0
+    held = list(images)  # the sidecar is made by finding their bytes again
+    labelled = "label" in schema.names
     try:
         # Without statistics and dictionaries of the image bytes, which would only repeat them.
         writer = pq.ParquetWriter(
             temporary, schema, compression="none", use_dictionary=False, write_statistics=["label"]
         )
         with writer:
-            group: list[StoredImage] = []
-            for image in images:
-                group.append(image)
-                if len(group) == ROW_GROUP_ROWS:
-                    writer.write_table(_table(group, schema))
-                    rows, group = rows + len(group), []
-            if group:
-                writer.write_table(_table(group, schema))
-                rows += len(group)
-        os.replace(temporary, path)
+            for start in range(0, len(held), ROW_GROUP_ROWS):
+                writer.write_table(_table(held[start : start + ROW_GROUP_ROWS], schema))
+        sidecar = Path(index_path(str(path)))
+        sidecar.unlink(missing_ok=True)
+        write_index(
+            temporary,
+            sidecar,
+            [image.data for image in held],
+            [image.label if labelled else -1 for image in held],
+            [image.path for image in held],
+            [image.restart_offsets for image in held],
+        )
+        os.replace(temporary, path)  # last: where a shard is, its sidecar is
     finally:
         temporary.unlink(missing_ok=True)
-    return ShardFile(path.name, rows, path.stat().st_size, file_sha256(path))
+    return ShardFile(path.name, len(held), path.stat().st_size, file_sha256(path))
 
 
 def describe_shard(path: Path) -> ShardFile:
@@ -106,12 +126,14 @@ def write_manifest(
     *,
     splits: dict[str, list[ShardFile]],
     class_names: Sequence[str] | None,
+    summaries: dict[str, dict[str, Any]],
     fingerprint: str,
     origin: dict[str, Any],
 ) -> None:
     """Write manifest.json: rows, bytes and checksums of every split, the classes, a digest of all, and the origin.
 
-    Args: fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
+    Args: summaries: of every split, see Summary.as_dict; pixels and damage are those of a sample.
+          fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
     """
     checksums = [shard.sha256 for shards in splits.values() for shard in shards]
     manifest = {
@@ -122,6 +144,7 @@ def write_manifest(
                 "rows": sum(shard.rows for shard in shards),
                 "bytes": sum(shard.bytes for shard in shards),
                 "files": [vars(shard) for shard in shards],
+                "summary": summaries[split],
             }
             for split, shards in splits.items()
         },
@@ -160,6 +183,7 @@ def _table(images: list[StoredImage], schema: pa.Schema) -> pa.Table:
         "label": [image.label for image in images],
         "box": [image.box for image in images],
         "mask": [{"bytes": image.mask, "path": None} for image in images],
+        RESTART_COLUMN: [image.restart_offsets for image in images],
     }
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,4 +1,4 @@
-"""Where images come from: one small, picklable object per collection, whatever its layout.
+"""Opening a collection of images, whatever its layout (docs/data.md lists them), and cutting it into parts.
 
 A source knows how many rows each of its chunks has and reads any rows of one chunk; who reads what, and when, is the
 business of order.py. Opening a source checks it: what is missing or damaged is said before time is lost.
@@ -6,227 +6,99 @@ business of order.py. Opening a source checks it: what is missing or damaged is 
 
 from __future__ import annotations
 
-import hashlib
+import fnmatch
+import glob
 import json
+import os
 import re
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from mixmae.data.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
+from mixmae.data.joined import JoinedSource, join
+from mixmae.data.parquet import ParquetSource, open_parquet
+from mixmae.data.shard_index import INDEX_SUFFIX, index_path
+from mixmae.data.source import DataError, RowRange, Sample, Source, chunk_of, read_rows
+from mixmae.data.storage import Storage, StoredFile, is_uri, locate, suffix_of
+from mixmae.data.tars import open_tars
 
-from mixmae.data.order import Int64Array
+__all__ = [
+    "MANIFEST_NAME",
+    "SPLITS",
+    "DataError",
+    "JoinedSource",
+    "ParquetSource",
+    "Place",
+    "RowRange",
+    "Sample",
+    "Source",
+    "chunk_of",
+    "layout_of",
+    "list_splits",
+    "open_source",
+    "open_train_and_held_out",
+    "read_rows",
+    "split_holdout",
+]
+
+Place = str | Path | Sequence[str | Path | tuple[str | Path, float]]
+"""What open_source takes: a path, a glob or a URI, or a list of these, each alone or as (path, weight)."""
+Layout = Literal["parquet", "tar", "files", "list"]
 
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id")
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
 }
-_PARQUET_MAGIC = b"PAR1"
+_LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
+_CLASS_NAME_FILES = ("classnames.txt", "classes.txt")
+_LAYOUTS: dict[str, Layout] = {
+    ".parquet": "parquet",
+    ".tar": "tar",
+    **dict.fromkeys(IMAGE_SUFFIXES, "files"),
+    **dict.fromkeys(_LIST_SUFFIXES, "list"),
+}
 
 
-class DataError(ValueError):
-    """The data that a user handed over cannot be used as it is; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One stored image."""
-
-    data: bytes
-    """The image file's bytes, not decoded."""
-    label: int
-    """Class index, -1 where there is none."""
-    where: str
-    """The shard with the row inside it, and the file's original path if the shard kept it."""
-    restart_offsets: NDArray[np.uint32] | None = None
-    """Where the tiles of a retiled JPEG begin (tiles.py); None for any other file."""
-
-
-class Source(Protocol):
-    """A collection of images in a fixed storage order."""
-
-    @property
-    def name(self) -> str:
-        """A short name for logs and for the tracker."""
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits over names, sizes and row counts: another digest is other data."""
-
-    @property
-    def chunk_sizes(self) -> Int64Array:
-        """Rows of every chunk in storage order: (num_chunks,) int64."""
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, or None if they are not known."""
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether any row has a class."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in all chunks."""
-
-    def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        """The samples at these places of one chunk, in the order asked for."""
-
-    def where(self, row: int) -> str:
-        """Where a row, counted over the whole source, is stored; for people."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ParquetSource:
-    """Images in Parquet files: a struct of bytes and path, or plain bytes, beside an optional integer label."""
-
-    name: str
-    digest: str
-    files: tuple[str, ...]
-    """Absolute paths in storage order."""
-    chunk_sizes: Int64Array
-    chunk_files: Int64Array
-    """(num_chunks,) index into `files`."""
-    chunk_groups: Int64Array
-    """(num_chunks,) row group inside the file."""
-    chunk_offsets: Int64Array
-    """(num_chunks,) first row of the chunk inside its file."""
-    image_column: str
-    has_paths: bool
-    """Whether the image column is a struct that also keeps the original path."""
-    label_column: str | None
-    class_names: tuple[str, ...] | None
-    has_labels: bool
-
-    @cached_property
-    def num_rows(self) -> int:
-        return int(self.chunk_sizes.sum())
-
-    def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        path = self.files[self.chunk_files[chunk]]
-        columns = [self.image_column] + ([self.label_column] if self.label_column else [])
-        handle = _parquet_file(path, threading.get_ident())
-        table = handle.read_row_group(int(self.chunk_groups[chunk]), columns=columns, use_threads=False)
-        images = table.column(self.image_column).combine_chunks()
-        labels = table.column(self.label_column).combine_chunks() if self.label_column else None
-        stored, paths = (images, None) if not pa.types.is_struct(images.type) else (images.field("bytes"), None)
-        if self.has_paths:
-            paths = images.field("path")
-        offset = int(self.chunk_offsets[chunk])
-        samples = []
-        for row in rows_in_chunk:
-            row = int(row)
-            data, label = stored[row].as_py(), labels[row].as_py() if labels is not None else None
-            original = paths[row].as_py() if paths is not None else None
-            where = f"{path}#{offset + row}" + (f" / {original}" if original else "")
-            samples.append(Sample(data or b"", int(label) if label is not None else -1, where))
-        return samples
-
-    def where(self, row: int) -> str:
-        chunk, inside = chunk_of(self, row)
-        return self.read(chunk, [inside])[0].where
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RowRange:
-    """The rows [start, stop) of another source, as a source."""
-
-    base: Source
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= self.base.num_rows:
-            raise DataError(
-                f"rows {self.start} to {self.stop} are not inside the {self.base.num_rows} rows of a source"
-            )
-
-    @property
-    def name(self) -> str:
-        return f"{self.base.name}[{self.start}:{self.stop}]"
-
-    @property
-    def digest(self) -> str:
-        return _short_digest(f"{self.base.digest} {self.start} {self.stop}")
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.base.class_names
-
-    @property
-    def has_labels(self) -> bool:
-        return self.base.has_labels
-
-    @property
-    def num_rows(self) -> int:
-        return self.stop - self.start
-
-    @cached_property
-    def _first_chunk(self) -> int:
-        return chunk_of(self.base, self.start)[0]
-
-    @cached_property
-    def _skipped(self) -> int:
-        """Rows of the first chunk that come before the range."""
-        return chunk_of(self.base, self.start)[1]
-
-    @cached_property
-    def chunk_sizes(self) -> Int64Array:
-        last = chunk_of(self.base, self.stop - 1)[0]
-        ends = np.cumsum(self.base.chunk_sizes[: last + 1])[self._first_chunk :]
-        edges = np.concatenate([[self.start], np.minimum(ends, self.stop)])
-        return np.diff(edges).astype(np.int64)
-
-    def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        rows = np.asarray(rows_in_chunk, dtype=np.int64)
-        return self.base.read(self._first_chunk + chunk, rows + self._skipped if chunk == 0 else rows)
-
-    def where(self, row: int) -> str:
-        return self.base.where(self.start + row)
-
-
-def chunk_of(source: Source, row: int) -> tuple[int, int]:
-    """The chunk that holds a row of the source, and the row's place in it."""
-    ends = np.cumsum(source.chunk_sizes)
-    chunk = int(np.searchsorted(ends, row, side="right"))
-    return chunk, int(row - (ends[chunk] - source.chunk_sizes[chunk]))
-
-
-def open_source(path: str | Path, split: str = "train") -> Source:
+def open_source(place: Place, split: str = "train") -> Source:
     """Open a collection of images and check that it is whole.
 
-    Args:   path: a folder of Parquet files, searched through its subfolders, or one Parquet file.
-            split: train, validation or test, told by the files' names; files without such a name are all "train".
+    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders; a Parquet file,
+                tar or file list; a glob of any of these; a URI of one in a store that pyarrow knows (s3://, gs://);
+                a list of these, each alone or as (place, weight), or a JSON file with such a list. See joined.py for
+                what a weight means; it counts for the split "train" only.
+            split: train, validation or test, told by the names of files and folders; what has no such name is "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
     if split not in SPLITS:
         raise DataError(f"there is no split called {split!r}: choose one of {', '.join(SPLITS)}")
-    root = Path(path).expanduser()
-    by_split = _parquet_files(root)
-    files = by_split.get(split)
-    if not files:
-        found = ", ".join(sorted(by_split))
-        raise DataError(f"{root} has no {split} split, only {found}: name one of these, or hold out rows of another")
-    return _open_parquet(root, split, files)
+    finds = [(_find(single), weight) for single, weight in _terms(place)]
+    there = [(found, weight) for found, weight in finds if split in found.splits]
+    if not there or (split == "train" and len(there) < len(finds)):
+        found = next(found for found, _ in finds if split not in found.splits)
+        names = ", ".join(sorted(found.splits))
+        raise DataError(
+            f"{found.title} has no {split} split, only {names}: name one of these, or hold out rows of another"
+        )
+    weights = [weight if split == "train" else 1.0 for _, weight in there]
+    return join([_open(found, split) for found, _ in there], weights)
 
 
-def list_splits(path: str | Path) -> tuple[str, ...]:
-    """The splits of a folder of Parquet files, in the order of SPLITS.   Raises: DataError if there is none."""
-    by_split = _parquet_files(Path(path).expanduser())
-    return tuple(split for split in SPLITS if split in by_split)
+def list_splits(place: Place) -> tuple[str, ...]:
+    """The splits of a collection, in the order of SPLITS.   Raises: DataError if there is none."""
+    there = {split for single, _ in _terms(place) for split in _find(single).splits}
+    return tuple(split for split in SPLITS if split in there)
+
+
+def layout_of(place: Place) -> Layout | Literal["several"]:
+    """How a collection is stored.   Raises: DataError if nothing is there."""
+    layouts = {_find(single).layout for single, _ in _terms(place)}
+    return layouts.pop() if len(layouts) == 1 else "several"
 
 
 def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
@@ -242,191 +114,236 @@ def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
     return RowRange(base=source, start=0, stop=cut), RowRange(base=source, start=cut, stop=source.num_rows)
 
 
-def open_train_and_held_out(path: str | Path, holdout_rows: int = 1000) -> tuple[Source, Source]:
+def open_train_and_held_out(place: Place, holdout_rows: int = 1000) -> tuple[Source, Source]:
     """The training split, and the validation split or, where there is none, the training set's last rows.
 
     Args: holdout_rows: at most so many are cut off, and never more than a tenth of the set.
     """
-    train = open_source(path, "train")
-    if "validation" in list_splits(path):
-        return train, open_source(path, "validation")
+    train = open_source(place, "train")
+    if "validation" in list_splits(place):
+        return train, open_source(place, "validation")
     return split_holdout(train, max(1, min(holdout_rows, train.num_rows // 10)))
 
 
-def _parquet_files(root: Path) -> dict[str, list[Path]]:
-    if not root.exists():
-        raise DataError(
-            f"the data path {root} does not exist: check the spelling, or make shards there with make_shards"
-        )
-    if root.is_file():
-        files = [root]
-        if root.suffix != ".parquet":
-            raise DataError(
-                f"{root} is a single file that is not Parquet: give a folder of images or of Parquet shards"
+@dataclass(frozen=True)
+class _Found:
+    """What lies at one place."""
+
+    layout: Layout
+    storage: Storage
+    root: str
+    """Folder below which names are relative."""
+    label: str
+    """The last part of the place's name."""
+    splits: dict[str, list[StoredFile]]
+    listing: Listing = field(default_factory=lambda: Listing({}, None))
+    """Of images, with their classes."""
+    beside: frozenset[str] = frozenset()
+    """Paths of files that describe others: sidecars of shards, names of classes."""
+
+    @property
+    def title(self) -> str:
+        return self.storage.shown(self.root)
+
+
+def _terms(place: Place) -> list[tuple[str, float]]:
+    """Single places with their weights."""
+    if isinstance(place, (str, Path)):
+        text = str(place)
+        if suffix_of(text) == ".json" and not is_uri(text):
+            return _read_mixture(Path(text).expanduser())
+        return [(text, 1.0)]
+    terms: list[tuple[str, float]] = []
+    for entry in place:
+        single, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+        terms += [(term, inner * float(weight)) for term, inner in _terms(single)]
+    if not terms:
+        raise DataError("the list of data sources is empty: name at least one folder, file or URI")
+    return terms
+
+
+def _read_mixture(path: Path) -> list[tuple[str, float]]:
+    wanted = 'a list such as ["photos", {"source": "s3://bucket/shards", "weight": 2}]'
+    try:
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError
+        terms: list[Any] = []
+        for entry in entries:
+            single, weight = (
+                (entry, 1.0) if isinstance(entry, str) else (entry["source"], float(entry.get("weight", 1)))
             )
-    else:
-        hidden = [path for path in sorted(root.rglob("*.parquet")) if path.is_file()]
-        files = [path for path in hidden if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    if not files:
-        raise DataError(
-            f"no Parquet file in {root}: turn a folder of images into shards with "
-            f"`python pipelines/make_shards.py {root} OUTPUT` first"
-        )
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file, root) or "", []).append(file)
-    unnamed = by_split.pop("", [])
-    if unnamed:
-        by_split.setdefault("train", []).extend(unnamed)
-    return by_split
+            local = not is_uri(single) and not single.startswith("~")
+            terms.append((str(path.absolute().parent / single) if local else single, weight))
+    except OSError as error:
+        raise DataError(f"the list of sources {path} cannot be read ({error.strerror}): check the spelling") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is not a list of sources: it must be JSON, {wanted}") from error
+    return _terms(terms)
 
 
-def _split_of(file: Path, root: Path) -> str | None:
-    """The split in a file's name (train-00000-of-00004.parquet) or in its folder's (train/0000.parquet)."""
-    word = re.match(r"[a-z]+", file.name.lower())
-    if word and word.group() in _SPLIT_WORDS:
-        return _SPLIT_WORDS[word.group()]
-    return _SPLIT_WORDS.get(file.parent.name.lower()) if file.parent != root else None
-
-
-def _open_parquet(root: Path, split: str, files: list[Path]) -> ParquetSource:
-    with ThreadPoolExecutor(16) as pool:
-        footers = list(pool.map(read_footer, files))
-    schema = footers[0].schema.to_arrow_schema()
-    image_column = _image_column(schema, files[0])
-    image_type = schema.field(image_column).type
-    label_column = _label_column(schema)
-    chunk_files, chunk_groups, chunk_sizes, chunk_offsets = [], [], [], []
-    has_labels = False
-    for number, (file, footer) in enumerate(zip(files, footers, strict=True)):
-        names = footer.schema.to_arrow_schema().names
-        missing = [column for column in (image_column, label_column) if column and column not in names]
-        if missing:
-            raise DataError(f"{file} has no column {missing[0]!r}, unlike {files[0].name}: keep one schema in a folder")
-        offset = 0
-        for group in range(footer.num_row_groups):
-            rows = footer.row_group(group).num_rows
-            if rows:
-                chunk_files.append(number)
-                chunk_groups.append(group)
-                chunk_sizes.append(rows)
-                chunk_offsets.append(offset)
-            offset += rows
-            if label_column and not has_labels:
-                has_labels = _group_has_labels(footer.row_group(group), label_column)
-    if not chunk_sizes:
-        raise DataError(f"the {split} files in {root} hold no rows: make the shards again")
-    facts = [
-        f"{file.name} {file.stat().st_size} {footer.num_rows}" for file, footer in zip(files, footers, strict=True)
-    ]
-    return ParquetSource(
-        name=f"{root.resolve().name}/{split}",
-        digest=_short_digest("\n".join([*facts, _manifest_digest(root)])),
-        files=tuple(str(file.resolve()) for file in files),
-        chunk_sizes=np.array(chunk_sizes, dtype=np.int64),
-        chunk_files=np.array(chunk_files, dtype=np.int64),
-        chunk_groups=np.array(chunk_groups, dtype=np.int64),
-        chunk_offsets=np.array(chunk_offsets, dtype=np.int64),
-        image_column=image_column,
-        has_paths=pa.types.is_struct(image_type) and image_type.get_field_index("path") >= 0,
-        label_column=label_column,
-        class_names=_class_names(schema, label_column),
-        has_labels=has_labels,
-    )
-
-
-def read_footer(file: Path) -> pq.FileMetaData:
-    """A Parquet file's footer, after checking that the whole file is there.   Raises: DataError that names the file."""
-    remedy = "copy or download it again, or delete it"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(4)
-        stream.seek(max(0, size - 8))
-        tail = stream.read(8)
-    if size < 12 or head != _PARQUET_MAGIC:
-        raise DataError(f"{file} is not a Parquet file ({size} bytes, no Parquet signature at its start): {remedy}")
-    if tail[4:] != _PARQUET_MAGIC or int.from_bytes(tail[:4], "little") + 12 > size:
-        raise DataError(f"{file} is truncated: its {size} bytes end without a Parquet footer; {remedy}")
-    try:
-        footer = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"the footer of {file} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
-    body = size - 8 - int.from_bytes(tail[:4], "little")
-    for group in range(footer.num_row_groups):
-        for number in range(footer.num_columns):
-            column = footer.row_group(group).column(number)
-            start = column.dictionary_page_offset or column.data_page_offset
-            if start + column.total_compressed_size > body:
-                raise DataError(
-                    f"{file} is truncated: row group {group} should reach beyond its {size} bytes; {remedy}"
-                )
-    return footer
-
-
-def _image_column(schema: pa.Schema, file: Path) -> str:
-    def holds_bytes(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and holds_bytes(kind.field(place).type)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    for name in _IMAGE_COLUMNS:
-        if name in schema.names and holds_bytes(schema.field(name).type):
-            return name
-    structs = [field.name for field in schema if pa.types.is_struct(field.type) and holds_bytes(field.type)]
-    if structs:
-        return str(structs[0])
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+def _find(text: str) -> _Found:
+    """What lies at a path, glob or URI.   Raises: DataError if that is nothing we know."""
+    wild = any(sign in text for sign in ("*[{" if is_uri(text) else "*?[{"))  # a URI's ? begins its query
+    if wild and (is_uri(text) or not os.path.exists(os.path.expanduser(text))):
+        return _find_glob(text)
+    storage, path = locate(text)
+    kind = storage.kind(path)
+    shown = storage.shown(path)
+    if not kind:
+        remedy = "or make shards there with make_shards" if storage.is_local else "the credentials and the endpoint"
+        raise DataError(f"the data path {shown} does not exist: check the spelling, {remedy}")
+    if storage.is_local:
+        path = os.path.realpath(path)
+    if kind == "file":
+        file = storage.file(path)
+        layout = _LAYOUTS.get(suffix_of(path))
+        if layout is None or layout == "files":
+            raise DataError(
+                f"{shown} is a single file that is not Parquet, a tar or a list of files (.txt): give one of these, or "
+                f"a folder of images or of shards"
+            )
+        beside = [index_path(path)] if layout == "parquet" else []
+        return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
+    beside_names = {INDEX_SUFFIX, ".txt"}
+    listed = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
+    sidecars = (INDEX_SUFFIX, *_CLASS_NAME_FILES)
+    beside = [file.path for file in listed if file.path.endswith(sidecars)]
+    by_layout: dict[str, list[StoredFile]] = {}
+    for file in listed:
+        if suffix_of(file.path) not in beside_names:
+            by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
+    for layout in ("parquet", "tar", "files"):  # pictures beside shards are previews
+        if layout in by_layout:
+            return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path))
     raise DataError(
-        f"{file} has no image column: it holds {columns}; name the column with the encoded files "
-        f"'image' (a struct of bytes and path, as Hugging Face writes it, or plain bytes)"
+        f"no image in {shown}: it needs Parquet files, WebDataset tars, or files ending in "
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}"
     )
 
 
-def _label_column(schema: pa.Schema) -> str | None:
-    for name in _LABEL_COLUMNS:
-        if name in schema.names and pa.types.is_integer(schema.field(name).type):
-            return name
-    return None
+def _find_glob(text: str) -> _Found:
+    address, mark, query = text.partition("?") if is_uri(text) else (os.path.expanduser(text), "", "")
+    parts = address.split("/")
+    fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?[{"))
+    storage, root = locate("/".join(parts[:fixed]) + mark + query if fixed else ".")
+    pattern = "/".join(parts[fixed:])
+    patterns = _expand_braces(pattern)
+    if storage.is_local:
+        root = os.path.realpath(root or "/")
+        names = sorted({name for one in patterns for name in glob.glob(one, root_dir=root, recursive=True)})
+        matched = [storage.file(os.path.join(root, name), name) for name in names]
+        folders = [file.path for file in matched if os.path.isdir(file.path)]
+        matched = [file for file in matched if suffix_of(file.path) in _LAYOUTS and file.path not in set(folders)]
+        if folders and not matched:
+            listed = [storage.list_files(folder, _LAYOUTS) for folder in folders]
+            matched = [
+                StoredFile(file.path, os.path.relpath(file.path, root), file.num_bytes, file.modified_ns, file.problem)
+                for files in listed
+                for file in files
+                if _LAYOUTS[suffix_of(file.path)] != "list"
+            ]
+    else:
+        regex = re.compile("|".join(_glob_regex(one) for one in patterns))
+        matched = [file for file in storage.list_files(root, _LAYOUTS) if regex.fullmatch(file.relative)]
+        folders = []
+    named = {one.rstrip("/") for one in patterns if not any(sign in one for sign in "*?[")}
+    lost = sorted(named - {file.relative for file in matched} - {os.path.relpath(path, root) for path in folders})
+    if not matched or lost:
+        pattern = lost[0] if lost else pattern
+        raise DataError(
+            f"nothing matches {storage.shown(root)}/{pattern}: check the spelling; it should name Parquet files, tars, "
+            f"lists of files or images"
+        )
+    layouts = sorted({_LAYOUTS[suffix_of(file.path)] for file in matched})
+    if len(layouts) > 1 or (layouts == ["list"] and len(matched) > 1):
+        raise DataError(
+            f"{storage.shown(root)}/{pattern} matches files of several sources ({', '.join(layouts)}): narrow it, or "
+            f"give a list of sources"
+        )
+    # A store would be asked once for every sidecar; a folder's listing has them for nothing.
+    beside = [index_path(file.path) for file in matched if storage.is_local and os.path.exists(index_path(file.path))]
+    return _found(layouts[0], storage, root, matched, beside, os.path.basename(root))
 
 
-def _group_has_labels(group: Any, label_column: str) -> bool:
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == label_column:
-            statistics = column.statistics
-            return statistics is None or not statistics.has_min_max or int(statistics.max) >= 0
-    return False
+def _found(
+    layout: str, storage: Storage, root: str, files: list[StoredFile], beside: Sequence[str], label: str
+) -> _Found:
+    splits: dict[str, list[StoredFile]] = {}
+    if layout == "files":
+        listing = arrange(files)
+        splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
+        return _Found("files", storage, root, label, splits, listing)
+    for file in files:
+        splits.setdefault(_split_of(file.relative) or "", []).append(file)
+    unnamed = splits.pop("", [])
+    if unnamed:
+        splits.setdefault("train", []).extend(unnamed)
+    kind: Layout = "parquet" if layout == "parquet" else "tar" if layout == "tar" else "list"
+    return _Found(kind, storage, root, label, splits, beside=frozenset(beside))
 
 
-def _class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...] | None:
-    stored = (schema.metadata or {}).get(b"huggingface")
-    if stored is None or label_column is None:
-        return None
+def _open(found: _Found, split: str) -> Source:
+    storage, files = found.storage, found.splits[split]
+    name = f"{found.label}/{split}"
+    if found.layout == "parquet":
+        return open_parquet(storage, name, files, found.beside, _manifest_digest(found))
+    if found.layout == "tar":
+        return open_tars(storage, name, files, _tar_class_names(found))
+    if found.layout == "list":
+        storage, root, listing = read_file_list(storage, files[0].path)
+        return open_files(storage, root, name, listing.splits[""], listing.class_names)
+    return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names)
+
+
+def _split_of(relative: str) -> str | None:
+    """The split in a file's name (train-00000-of-00004.parquet, set-val-1.tar) or its folder's (train/0.parquet)."""
+    folder, _, base = relative.rpartition("/")
+    for word in re.findall(r"[a-z]+", base.lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return _SPLIT_WORDS.get(folder.rpartition("/")[2].lower())
+
+
+def _manifest_digest(found: _Found) -> str:
+    if not found.storage.is_local:
+        return ""
     try:
-        names = json.loads(stored)["info"]["features"][label_column]["names"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    if isinstance(names, dict):  # {"0": "tench", ...} in hand-written metadata
-        names = [names[key] for key in sorted(names, key=int)]
-    return tuple(str(name) for name in names)
-
-
-def _manifest_digest(root: Path) -> str:
-    try:
-        return str(json.loads((root / MANIFEST_NAME).read_text())["digest"])
+        return str(json.loads((Path(found.root) / MANIFEST_NAME).read_text())["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def _short_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _tar_class_names(found: _Found) -> tuple[str, ...] | None:
+    for name in _CLASS_NAME_FILES:
+        path = f"{found.root}/{name}"
+        if path in found.beside:
+            lines = found.storage.read_file(path).decode().splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    return None
 
 
-@lru_cache(maxsize=32)
-def _parquet_file(path: str, thread: int) -> pq.ParquetFile:
-    """An open file per thread, so that its footer is parsed once and no two threads share a reader."""
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read any more ({error}): was it moved or overwritten?") from error
+def _expand_braces(text: str) -> list[str]:
+    """name-{0..3}.tar and {a,b}/c as lists of names, as a shell does."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    steps = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if steps:
+        width = len(steps.group(1))
+        choices = [f"{number:0{width}d}" for number in range(int(steps.group(1)), int(steps.group(2)) + 1)]
+    else:
+        choices = match.group(1).split(",")
+    return [name for choice in choices for name in _expand_braces(text[: match.start()] + choice + text[match.end() :])]
+
+
+def _glob_regex(pattern: str) -> str:
+    """A glob as a regular expression over relative paths: ** is any number of folders, * stays inside one."""
+    parts = []
+    for part in pattern.split("/"):
+        if part == "**":
+            parts.append(r"(?:[^/]+/)*")
+        else:
+            inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z")
+            parts.append(inner.replace(".*", "[^/]*") + "/")
+    return "".join(parts).removesuffix("/")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mixmae.data.sources import DataError, list_splits, open_source
+from mixmae.data.decode import decode_rgb, image_size
+from mixmae.data.sources import DataError, ParquetSource, list_splits, open_source, read_rows
 from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +57,7 @@ def test_flat_folder_keeps_every_byte(folder, tmp_path):
         *(f"{i}.jpg" for i in range(30)), **{"odd.PNG": png.getvalue(), "empty.jpg": b"", "notes.txt": b"x"}
     )
     lines: list[str] = []
-    made = make_shards(source, tmp_path / "out", say=lines.append)
+    made = make_shards(source, tmp_path / "out", tiles=False, say=lines.append)
     assert made.rows == {"train": 24, "validation": 7}  # a quarter at most is held out
     assert made.class_names is None
     assert made.unreadable == ("empty.jpg (empty)",)
@@ -136,7 +141,8 @@ def test_an_interrupted_run_is_continued(folder, tmp_path):
     source = folder(*(f"{i}.jpg" for i in range(200)))
 
     def interrupt(line: str) -> None:
-        raise KeyboardInterrupt
+        if line.startswith("1/"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_shards(source, tmp_path / "out", shard_mb=0.1, workers=1, say=interrupt)
@@ -146,6 +152,162 @@ def test_an_interrupted_run_is_continued(folder, tmp_path):
     made = make_shards(source, tmp_path / "out", shard_mb=0.1)
     assert {name: (made.folder / name).stat().st_mtime_ns for name in kept} == kept
     assert made.digest == make_shards(source, tmp_path / "straight", shard_mb=0.1).digest
+
+
+def test_a_killed_run_is_continued_to_the_same_files(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(400)))
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "pipelines" / "make_shards.py"), str(source), str(out)]
+    killed = subprocess.Popen(
+        [*command, "--shard-mb", "0.005", "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    while len(list(out.glob("*.parquet"))) < 5:
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    assert not (out / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    for path in kept:
+        pq.read_table(path)  # whole
+    made = make_shards(source, out, shard_mb=0.005)
+    assert len(list(out.glob("*.parquet"))) > len(kept) >= 5
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    straight = make_shards(source, tmp_path / "straight", shard_mb=0.005)
+    assert made.digest == straight.digest
+    assert contents(made.folder) == contents(straight.folder)
+    assert len([name for name in contents(made.folder) if name.endswith(".index")]) == len(list(out.glob("*.parquet")))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class TestAnySource:
+    def test_tars_with_numbers_for_classes(self, tmp_path, make_jpeg):
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            for i in range(60):
+                for name, data in ((f"{i}.jpg", make_jpeg(i)), (f"{i}.cls", str(i % 7).encode())):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        made = make_shards(tmp_path / "set.tar", tmp_path / "out", tiles=False)
+        both = stored(made.folder, "train") | stored(made.folder, "validation")
+        assert both == {f"{i}.jpg": (make_jpeg(i), i % 7) for i in range(60)}
+        assert made.class_names is None
+        assert open_source(made.folder).has_labels
+
+    def test_shards_of_others_are_read_chunk_by_chunk(self, write_shards, tmp_path, monkeypatch):
+        source = write_shards(640, 128)
+        for sidecar in source.glob("*.index"):
+            sidecar.unlink()
+        reads = []
+        honest = ParquetSource.read
+        monkeypatch.setattr(ParquetSource, "read", lambda *args: reads.append(args[1]) or honest(*args))
+        made = make_shards(source, tmp_path / "out", shard_mb=0.5, tiles=False)
+        assert sum(made.rows.values()) == 768
+        chunks, shards = 12, len(list(made.folder.glob("train-*.parquet")))
+        # Each chunk for one or two training shards, and once more for those of its rows that are held out.
+        assert len(reads) <= 2 * chunks + shards + chunks
+        names = list(stored(made.folder, "train"))
+        assert names != sorted(names, key=lambda name: int(name.split("/")[1].split(".")[0]))
+        assert len({path.split("/")[1] for path in names}) == made.rows["train"]
+
+    def test_several_sources(self, folder, write_shards, tmp_path):
+        photos = folder(*(f"{name}/{i}.jpg" for name in ("cat", "yak") for i in range(10)))
+        write_shards(20)
+        (tmp_path / "mix.json").write_text(json.dumps([str(photos), {"source": "shards", "weight": 2}]))
+        made = make_shards(tmp_path / "mix.json", tmp_path / "out")
+        assert sum(made.rows.values()) == 60
+        assert made.class_names == ("cat", "yak", "dog", "emu")
+
+    def test_resized_images(self, folder, tmp_path, make_jpeg):
+        png = io.BytesIO()
+        Image.new("RGBA", (300, 100)).save(png, "PNG")
+        broken = make_jpeg(0, 200, 300)[:500]
+        source = folder(
+            *(f"{i}.jpg" for i in range(8)),
+            **{"large.jpg": make_jpeg(50, 200, 300), "wide.png": png.getvalue(), "broken.jpg": broken},
+        )
+        made = make_shards(source, tmp_path / "out", resize_longer_side=60, tiles=False)
+        both = stored(made.folder, "train") | stored(made.folder, "validation")
+        assert both["3.jpg"][0] == (source / "3.jpg").read_bytes()
+        assert both["broken.jpg"][0] == broken
+        assert image_size(both["wide.png"][0]) == (20, 60)
+        small = decode_rgb(both["large.jpg"][0])
+        assert small.shape == (40, 60, 3)
+        large = Image.open(io.BytesIO(make_jpeg(50, 200, 300)))
+        wanted = np.asarray(large.resize((60, 40), Image.Resampling.LANCZOS)).astype(int)
+        assert np.abs(small - wanted).mean() < 2
+        with pytest.raises(DataError, match="resize_longer_side is 0"):
+            make_shards(source, tmp_path / "out", resize_longer_side=0)
+
+
+def test_what_the_manifest_says(folder, tmp_path, make_jpeg):
+    grey = io.BytesIO()
+    Image.new("RGB", (300, 260), (51, 102, 204)).save(grey, "PNG")
+    names = {f"{kind}/{i}.png": grey.getvalue() for kind in ("a", "b") for i in range(10 if kind == "a" else 30)}
+    made = make_shards(folder(**names), tmp_path / "out")
+    manifest = json.loads((made.folder / "manifest.json").read_text())
+    parts = [manifest["splits"][split]["summary"] for split in ("train", "validation")]
+    assert sum(part["classes"].get("a", 0) for part in parts) == 10
+    assert sum(part["classes"].get("b", 0) for part in parts) == 30
+    assert parts[0]["images"] == parts[0]["shorter_side_px"]["256"] == made.rows["train"]
+    assert parts[0]["pixels"] == {"images": made.rows["train"], "mean": [0.2, 0.4, 0.8], "std": [0.0, 0.0, 0.0]}
+    assert parts[0]["smallest_px"] == [300, 260]
+    assert manifest["classes"] == ["a", "b"]
+    for entry in manifest["splits"]["train"]["files"]:
+        assert hashlib.sha256((made.folder / entry["name"]).read_bytes()).hexdigest() == entry["sha256"]
+
+
+class TestTiles:
+    """With a stand-in for the tool, so that this runs where it is not installed."""
+
+    @pytest.fixture
+    def with_tool(self, monkeypatch):
+        def retile(data: bytes) -> tuple[bytes, np.ndarray] | None:
+            return (data + b"tiles", np.array([20, len(data)], dtype=np.uint32)) if len(data) % 2 else None
+
+        tiles = types.SimpleNamespace(retile=retile, tool_path=lambda: "/usr/bin/jpegtran")
+        monkeypatch.setitem(sys.modules, "mixmae.data.tiles", tiles)
+
+    @pytest.fixture
+    def without_tool(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "mixmae.data.tiles", types.SimpleNamespace(tool_path=lambda: None))
+
+    def test_offsets_travel_with_the_image(self, with_tool, folder, tmp_path):
+        source = folder(*(f"{i}.jpg" for i in range(40)))
+        lines: list[str] = []
+        made = make_shards(source, tmp_path / "out", say=lines.append)
+        assert not any("jpegtran" in line for line in lines)
+        kinds = set()
+        for sample in all_rows(open_source(made.folder)):
+            original = (source / sample.path).read_bytes()
+            kinds.add(sample.restart_offsets is None)
+            if sample.restart_offsets is None:
+                assert sample.data == original
+            else:
+                assert sample.data == original + b"tiles"
+                assert sample.restart_offsets.tolist() == [20, len(original)]
+        assert kinds == {True, False}
+        again = make_shards(made.folder, tmp_path / "again", tiles=False)  # offsets that are there stay
+        assert {sample.restart_offsets is None for sample in all_rows(open_source(again.folder))} == kinds
+        plain = make_shards(source, tmp_path / "plain", tiles=False)
+        assert {sample.restart_offsets is None for sample in all_rows(open_source(plain.folder))} == {True}
+
+    def test_without_the_tool(self, without_tool, folder, tmp_path):
+        source = folder(*(f"{i}.jpg" for i in range(10)))
+        lines: list[str] = []
+        make_shards(source, tmp_path / "out", say=lines.append)
+        assert len([line for line in lines if "apt-get install libjpeg-turbo-progs" in line]) == 1
+        with pytest.raises(DataError, match="brew install jpeg-turbo"):
+            make_shards(source, tmp_path / "other", tiles=True)
+
+
+def all_rows(source):
+    return read_rows(source, range(source.num_rows))
 
 
 def test_bad_input(folder, tmp_path):
@@ -163,7 +325,7 @@ def test_bad_input(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write to"):
         make_shards(source, tmp_path / "file")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="is a single file that is not Parquet"):
         make_shards(tmp_path / "file", tmp_path / "out")
 
 
@@ -206,5 +368,5 @@ def test_command_line(folder, tmp_path):
     assert "15 train + 5 validation images" in done.stdout
     failed = subprocess.run([*command, str(tmp_path / "x"), str(tmp_path / "out")], **options)  # type: ignore[call-overload]
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: the image folder")
+    assert failed.stderr.startswith("error: the data path")
     assert "Traceback" not in failed.stderr

@@ -140,11 +140,11 @@ class TestBadInput:
     def test_nothing_there(self, tmp_path: Path):
         with pytest.raises(DataError, match="does not exist"):
             open_source(tmp_path / "nowhere")
-        with pytest.raises(DataError, match="no Parquet file in"):
+        with pytest.raises(DataError, match="no image in"):
             open_source(tmp_path)
-        (tmp_path / "notes.txt").write_text("hello")
+        (tmp_path / "notes.md").write_text("hello")
         with pytest.raises(DataError, match="not Parquet"):
-            open_source(tmp_path / "notes.txt")
+            open_source(tmp_path / "notes.md")
 
     @pytest.mark.parametrize("kept_share", [0.0, 0.001, 0.4, 0.99])
     def test_truncated_file_is_named(self, write_shards, kept_share):

@@ -1,0 +1,152 @@
+"""Several sources as one, each counted with a weight.
+
+A row of a source of weight w comes floor(w) times an epoch, or once more: round((w - floor(w)) * rows) of its rows,
+chosen by a hash of the row, get one more. So each row comes exactly floor(w) or ceil(w) times; weight 1 is exactly
+once, weight 3 exactly three times, and weight 0.25 a fixed quarter of the rows. The choice is the same in every epoch:
+an epoch stays a fixed set of rows, which is what makes it countable and resumable. Copies of a row are rows of their
+own with crops of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mixmae.data.order import Draw, Int64Array, hash64
+from mixmae.data.source import CHUNK_ROWS, DataError, Sample, Source, chunk_of, read_rows, short_digest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JoinedSource:
+    """The chunks of all parts, as often as the weights say, then the rows that come once more."""
+
+    parts: tuple[Source, ...]
+    weights: tuple[float, ...]
+    class_names: tuple[str, ...] | None
+    label_maps: tuple[Int64Array | None, ...]
+    """(num_parts,) of each part, new label by old label; None keeps labels as they are."""
+    has_labels: bool
+
+    @property
+    def name(self) -> str:
+        terms = [
+            part.name if weight == 1 else f"{weight:g} x {part.name}"
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        ]
+        return " + ".join(terms)
+
+    @property
+    def digest(self) -> str:
+        facts = [f"{part.digest} {weight!r}" for part, weight in zip(self.parts, self.weights, strict=True)]
+        return short_digest("\n".join(facts))
+
+    @cached_property
+    def num_rows(self) -> int:
+        return int(self.chunk_sizes.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        return int(sum(part.num_bytes * weight for part, weight in zip(self.parts, self.weights, strict=True)))
+
+    @property
+    def exact_reads(self) -> bool:
+        return all(part.exact_reads for part in self.parts)
+
+    @cached_property
+    def _extra_rows(self) -> list[Int64Array]:
+        """Of each part, the rows that come once more, in storage order."""
+        chosen = []
+        for number, (part, weight) in enumerate(zip(self.parts, self.weights, strict=True)):
+            count = math.floor((weight - math.floor(weight)) * part.num_rows + 0.5)
+            order = np.argsort(hash64(Draw.SOURCES, number, np.arange(part.num_rows)), kind="stable")
+            chosen.append(np.sort(order[:count]).astype(np.int64))
+        return chosen
+
+    @cached_property
+    def _chunks(self) -> list[tuple[int, int]]:
+        """(part, chunk of it) of the whole chunks, then (part, -1 - first place among its extra rows)."""
+        chunks = []
+        for number, (part, weight) in enumerate(zip(self.parts, self.weights, strict=True)):
+            chunks += [(number, chunk) for _ in range(math.floor(weight)) for chunk in range(len(part.chunk_sizes))]
+            chunks += [(number, -1 - place) for place in range(0, len(self._extra_rows[number]), CHUNK_ROWS)]
+        return chunks
+
+    @cached_property
+    def chunk_sizes(self) -> Int64Array:
+        sizes = [
+            self.parts[part].chunk_sizes[chunk]
+            if chunk >= 0
+            else min(CHUNK_ROWS, len(self._extra_rows[part]) - (-1 - chunk))
+            for part, chunk in self._chunks
+        ]
+        return np.array(sizes, dtype=np.int64)
+
+    def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
+        part, base = self._chunks[chunk]
+        if base >= 0:
+            samples = self.parts[part].read(base, rows_in_chunk)
+        else:
+            places = np.asarray(rows_in_chunk, dtype=np.int64) + (-1 - base)
+            samples = read_rows(self.parts[part], self._extra_rows[part][places])
+        return [self._relabel(part, sample) for sample in samples]
+
+    def _relabel(self, part: int, sample: Sample) -> Sample:
+        mapping = self.label_maps[part]
+        if mapping is None:
+            return sample
+        label = int(mapping[sample.label]) if 0 <= sample.label < len(mapping) else -1
+        return Sample(sample.data, label, sample.where, sample.restart_offsets, sample.path)
+
+    def where(self, row: int) -> str:
+        chunk, inside = chunk_of(self, row)
+        part, base = self._chunks[chunk]
+        if base >= 0:
+            before = int(self.parts[part].chunk_sizes[:base].sum())
+            return self.parts[part].where(before + inside)
+        return self.parts[part].where(int(self._extra_rows[part][-1 - base + inside]))
+
+
+def join(parts: Sequence[Source], weights: Sequence[float]) -> Source:
+    """Several sources as one; a single one of weight 1 stays itself.
+
+    Classes: parts that know the names of their classes are joined by name, in the order in which names first appear;
+    if no part knows names, labels are taken as they are. If only some do, numbers would mean different things, and the
+    whole counts as unlabelled. A part without labels changes nothing.
+
+    Raises: DataError if a weight is not above 0 or nothing remains.
+    """
+    for part, weight in zip(parts, weights, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(f"the weight of {part.name} is {weight}: give a number above 0, or leave the source out")
+    if len(parts) == 1 and weights[0] == 1:
+        return parts[0]
+    labelled = [part for part in parts if part.has_labels]
+    known = [part.class_names for part in labelled if part.class_names is not None]
+    class_names: tuple[str, ...] | None = None
+    maps: list[Int64Array | None] = [None] * len(parts)
+    mixed = len({part.class_names is None for part in labelled}) > 1
+    if mixed:
+        maps = [np.empty(0, dtype=np.int64) for _ in parts]
+    elif known:
+        class_names = tuple(dict.fromkeys(name for names in known for name in names))
+        index = {name: number for number, name in enumerate(class_names)}
+        maps = [
+            np.array([index[name] for name in part.class_names or ()], dtype=np.int64)
+            if part.has_labels and part.class_names != class_names
+            else None
+            for part in parts
+        ]
+    joined = JoinedSource(
+        parts=tuple(parts),
+        weights=tuple(float(weight) for weight in weights),
+        class_names=class_names,
+        label_maps=tuple(maps),
+        has_labels=bool(labelled) and not mixed,
+    )
+    if joined.num_rows == 0:
+        raise DataError(f"{joined.name} has no rows: the weights are too small for sources of this size")
+    return joined

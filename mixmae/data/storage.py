@@ -1,0 +1,286 @@
+"""Where files lie: local paths, and the URIs of pyarrow's filesystems (s3://, gs://, ...), behind a few functions.
+
+A remote path is written as pyarrow's filesystem wants it, without the scheme (bucket/key): building URIs of single
+files would trip over every space and percent sign in a name. Messages show scheme://bucket/key, never a URI's
+credentials.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pa_fs
+
+from mixmae.data.order import Int64Array
+from mixmae.data.source import DataError
+
+_GAP_BYTES = 256 * 1024
+"""Remote ranges closer than this are fetched in one request: about what a store sends while a request waits."""
+_REQUEST_BYTES = 16 * 1024 * 1024
+_REMOTE_READERS = 16
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a listing."""
+
+    path: str
+    """Inside its storage; absolute for local files."""
+    relative: str
+    """Below the folder that was listed, with forward slashes."""
+    num_bytes: int
+    modified_ns: int
+    problem: str = ""
+    """Why it cannot be read, if that is known already."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A filesystem: the local one, or the one that a URI names. Small and picklable; connections are per process."""
+
+    uri: str = ""
+    """The URI that the user gave, with its endpoint and credentials if it has any; empty: local files."""
+
+    @property
+    def is_local(self) -> bool:
+        return not self.uri
+
+    @property
+    def filesystem(self) -> Any:
+        """pyarrow's filesystem.   Raises: DataError if the URI is none that pyarrow knows."""
+        return _connect(self.uri)[0] if self.uri else _LOCAL
+
+    def shown(self, path: str) -> str:
+        """The path as a message names it."""
+        return path if self.is_local else f"{urlsplit(self.uri).scheme}://{path}"
+
+    def kind(self, path: str) -> str:
+        """ "file", "folder" or "" if nothing is there.   Raises: DataError if the store does not answer."""
+        if self.is_local:
+            return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+        info = self._ask(path, lambda: self.filesystem.get_file_info(path))
+        return {pa_fs.FileType.Directory: "folder", pa_fs.FileType.File: "file"}.get(info.type, "")
+
+    def file(self, path: str, relative: str = "") -> StoredFile:
+        """A single file's entry; its problem says if it is missing."""
+        relative = relative or path.rsplit("/", 1)[-1]
+        if self.is_local:
+            return _local_file(path, relative)
+        info = self._ask(path, lambda: self.filesystem.get_file_info(path))
+        missing = "" if info.type == pa_fs.FileType.File else "no such file"
+        return StoredFile(path, relative, info.size or 0, info.mtime_ns or 0, missing)
+
+    def list_files(self, folder: str, suffixes: Collection[str]) -> list[StoredFile]:
+        """The files below a folder with these suffixes, by name, through links; hidden ones are left out."""
+        found = _walk(folder, suffixes) if self.is_local else self._list_remote(folder, suffixes)
+        return sorted(found, key=lambda file: file.relative)
+
+    def _list_remote(self, folder: str, suffixes: Collection[str]) -> Iterator[StoredFile]:
+        selector = pa_fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        for info in self._ask(folder, lambda: self.filesystem.get_file_info(selector)):
+            relative = info.path.removeprefix(folder).lstrip("/")
+            hidden = any(part.startswith((".", "__MACOSX")) for part in relative.split("/"))
+            if info.type == pa_fs.FileType.File and not hidden and suffix_of(relative) in suffixes:
+                empty = "" if info.size else "empty"
+                yield StoredFile(info.path, relative, info.size or 0, info.mtime_ns or 0, empty)
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A file for random access.   Raises: DataError."""
+        return self._ask(path, lambda: self.filesystem.open_input_file(path))
+
+    def read_file(self, path: str) -> bytes:
+        """A whole file.   Raises: OSError."""
+        if self.is_local:
+            with open(path, "rb") as stream:
+                return stream.read()
+        with self.filesystem.open_input_file(path) as stream:
+            return bytes(stream.readall())
+
+    def read_files(self, paths: Sequence[str]) -> list[bytes | OSError]:
+        """Whole files, each with its bytes or the error; remote ones side by side."""
+
+        def one(path: str) -> bytes | OSError:
+            try:
+                return self.read_file(path)
+            except OSError as error:
+                return error
+
+        return [one(path) for path in paths] if self.is_local else list(_pool_of(os.getpid()).map(one, paths))
+
+    def read_ranges(self, path: str, starts: Int64Array, lengths: Int64Array) -> list[bytes]:
+        """Byte ranges of one file, exactly these from local files; near ones in one request from remote ones.
+
+        Raises: DataError if the file is gone or shorter than it was.
+        """
+        if self.is_local:
+            handle = _local_handle(path, *_identity(path))
+            parts = [os.pread(handle.number, length, start) for start, length in zip(starts, lengths, strict=True)]
+        else:
+            parts = self._read_remote_ranges(path, starts, lengths)
+        if any(len(part) != length for part, length in zip(parts, lengths, strict=True)):
+            raise DataError(f"{self.shown(path)} is shorter than when it was opened: was it overwritten?")
+        return parts
+
+    def _read_remote_ranges(self, path: str, starts: Int64Array, lengths: Int64Array) -> list[bytes]:
+        order = np.argsort(starts, kind="stable")
+        requests: list[list[int]] = []  # places that one request serves
+        begin = end = 0
+        for place in order:
+            start, stop = int(starts[place]), int(starts[place] + lengths[place])
+            if requests and start - end <= _GAP_BYTES and stop - begin <= _REQUEST_BYTES:
+                requests[-1].append(int(place))
+                end = max(end, stop)
+            else:
+                requests.append([int(place)])
+                begin, end = start, stop
+        handle = _remote_handle(self, path)
+        parts = [b""] * len(starts)
+
+        def fetch(places: list[int]) -> None:
+            first = int(starts[places[0]])
+            last = max(int(starts[place] + lengths[place]) for place in places)
+            data = self._ask(path, lambda: handle.read_at(last - first, first))
+            for place in places:
+                at = int(starts[place]) - first
+                parts[place] = bytes(data[at : at + int(lengths[place])])
+
+        for _ in _pool_of(os.getpid()).map(fetch, requests):
+            pass
+        return parts
+
+    def _ask(self, path: str, question: Any) -> Any:
+        try:
+            return question()
+        except (pa.ArrowException, OSError) as error:
+            remedy = "is it there, and may you read it?"
+            if not self.is_local:
+                remedy = "check the address, the credentials and the endpoint"
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{self.shown(path)} cannot be read ({reason}): {remedy}") from error
+
+
+def locate(place: str | Path) -> tuple[Storage, str]:
+    """The storage of a path or URI and the path inside it.
+
+    Args: place: a local path (~ is expanded), file://, s3://bucket/prefix?endpoint_override=...&scheme=http, gs://, ...
+    Raises: DataError if the URI is none that pyarrow knows.
+    """
+    text = str(place)
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    if not is_uri(text):
+        return Storage(), str(Path(text).expanduser().absolute())
+    return Storage(text), _connect(text)[1].rstrip("/")
+
+
+def is_uri(text: str) -> bool:
+    """Whether this is a URI, and not a local path."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def plain_place(place: str) -> str:
+    """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
+    if not is_uri(place):
+        return str(Path(place).expanduser().absolute())
+    parts = urlsplit(place)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def suffix_of(name: str) -> str:
+    """The suffix in lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+@lru_cache(maxsize=64)
+def _connect(uri: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = pa_fs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        shown = plain_place(uri)
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{shown} cannot be opened ({reason}): give a local path or a URI that pyarrow knows, such as "
+            f"s3://bucket/prefix or gs://bucket/prefix, and check the credentials"
+        ) from error
+    return filesystem, path
+
+
+_LOCAL = pa_fs.LocalFileSystem()
+
+
+class _Handle:
+    """An open local file; closed when the cache drops it and nobody reads from it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            # Without it the kernel reads ahead of every image: half as much again as is used.
+            os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _identity(path: str) -> tuple[int, int, int]:
+    """What tells a file from another one that took its name: a handle of the old one would read the old bytes."""
+    try:
+        stat = os.stat(path)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more ({error}): was it moved or overwritten?") from error
+
+
+@lru_cache(maxsize=256)
+def _local_handle(path: str, *identity: int) -> _Handle:
+    try:
+        return _Handle(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more ({error}): was it moved or overwritten?") from error
+
+
+@lru_cache(maxsize=256)
+def _remote_handle(storage: Storage, path: str) -> pa.NativeFile:
+    return storage.open(path)  # read_at takes no lock and no position: threads share it
+
+
+@lru_cache(maxsize=1)
+def _pool_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="remote")
+
+
+def _walk(root: str, suffixes: Collection[str]) -> Iterator[StoredFile]:
+    seen = {os.path.realpath(root)}
+    for parent, folders, files in os.walk(root, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if not name.startswith((".", "__MACOSX")) and real not in seen:  # a link may lead back up
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        for name in files:
+            if not name.startswith(".") and suffix_of(name) in suffixes:
+                path = os.path.join(parent, name)
+                yield _local_file(path, os.path.relpath(path, root).replace(os.sep, "/"))
+
+
+def _local_file(path: str, relative: str) -> StoredFile:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        return StoredFile(path, relative, 0, 0, str(error.strerror))
+    problem = "" if stat.st_size else "empty"
+    if not problem and not os.access(path, os.R_OK):
+        problem = "no permission"
+    return StoredFile(path, relative, stat.st_size, stat.st_mtime_ns, problem)

@@ -1,0 +1,213 @@
+"""Say what a collection of images holds: count, sizes, classes, mean and spread of the pixels, broken files, a picture.
+
+    python pipelines/stats.py SOURCE [--output DIR]
+
+SOURCE is whatever open_source takes (docs/data.md). Every image is decoded once, so that the list of broken files is
+complete; --sample N looks at N rows chosen by a hash instead. Writes stats.json and contact_sheet.png.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw
+
+from mixmae.data.decode import Uint8Array
+from mixmae.data.order import Draw, Int64Array, permutation
+from mixmae.data.shards import write_json
+from mixmae.data.sources import DataError, Source, layout_of, list_splits, open_source
+from mixmae.data.storage import plain_place
+from mixmae.data.summary import Summary
+
+SHEET_SIDE = 8
+"""Images in a row and rows of the contact sheet."""
+CELL_PX, CAPTION_PX = 128, 14
+_NAMED = 10
+"""Classes and broken files that are printed; stats.json has all."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one task found."""
+
+    summary: Summary
+    pictures: dict[int, tuple[Uint8Array, int]]
+    """Small images for the contact sheet, with their labels, by row."""
+
+
+def stats(
+    source: str,
+    output: str | Path,
+    *,
+    sample: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Summarise every split of a collection and draw its contact sheet.
+
+    Args:   source: what open_source takes.  output: folder for stats.json and contact_sheet.png, made if missing.
+            sample: look only at so many images of each split.  seed: of the sample and of the contact sheet.
+            workers: threads that decode; 0 means one per core.  say: where the printed lines go.
+    Returns: what stats.json holds.   Raises: DataError if there is no such collection or no writable folder.
+    """
+    if sample is not None and sample < 1:
+        raise DataError(f"sample is {sample}: give the number of images to look at, or leave it out to look at all")
+    sources = {split: open_source(source, split) for split in list_splits(source)}
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
+    sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
+    for split, opened in sources.items():
+        summary, pictures = _look(opened, sample, seed, workers, say)
+        entry = {"name": opened.name, "digest": opened.digest, "rows": opened.num_rows}
+        content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
+        for line in _lines(split, content["splits"][split]):
+            say(line)
+        sheet = sheet or (opened, pictures)
+    write_json(folder / "stats.json", content)
+    if sheet is not None:
+        picture = folder / "contact_sheet.png"
+        partial = picture.with_name(".contact_sheet.partial.png")
+        draw_contact_sheet(sheet[1], sheet[0].class_names).save(partial)
+        os.replace(partial, picture)
+    say(f"written: {folder / 'stats.json'}, {folder / 'contact_sheet.png'}")
+    return content
+
+
+def draw_contact_sheet(pictures: dict[int, tuple[Uint8Array, int]], class_names: tuple[str, ...] | None) -> Image.Image:
+    """A grid of images in the order of their rows, each with its class below it.
+
+    Args: pictures: by row, (h, w, 3) uint8 of at most CELL_PX a side, and the label.
+    """
+    columns = min(SHEET_SIDE, max(1, len(pictures)))
+    rows = max(1, -(-len(pictures) // columns))
+    sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX)), (32, 32, 32))
+    pen = ImageDraw.Draw(sheet)
+    for place, row in enumerate(sorted(pictures)):
+        pixels, label = pictures[row]
+        x, y = place % columns * CELL_PX, place // columns * (CELL_PX + CAPTION_PX)
+        sheet.paste(
+            Image.fromarray(pixels), (x + (CELL_PX - pixels.shape[1]) // 2, y + (CELL_PX - pixels.shape[0]) // 2)
+        )
+        if label >= 0:
+            text = class_names[label] if class_names and label < len(class_names) else f"class {label}"
+            pen.text((x + 3, y + CELL_PX + 1), text[:20], fill=(235, 235, 235))
+    return sheet
+
+
+def _look(
+    source: Source, sample: int | None, seed: int, workers: int, say: Callable[[str], None]
+) -> tuple[Summary, dict[int, tuple[Uint8Array, int]]]:
+    """The summary of a source's rows, or of a sample, and some small pictures."""
+    order = permutation(source.num_rows, Draw.HOLDOUT, seed)
+    rows = np.sort(order[:sample]) if sample is not None else np.arange(source.num_rows)
+    # A few more than the sheet shows, for the broken ones among them.
+    shown = set(order[: 2 * SHEET_SIDE**2].tolist())
+    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
+    chunks = np.searchsorted(starts, rows, side="right") - 1
+
+    firsts = np.flatnonzero(np.diff(chunks, prepend=-1))  # rows are sorted: where the next chunk begins
+
+    def tasks() -> Iterator[tuple[int, Int64Array]]:
+        for part in np.split(np.arange(len(rows)), firsts[1:]):
+            yield int(chunks[part[0]]), rows[part]
+
+    def look(task: tuple[int, Int64Array]) -> _Part:
+        chunk, wanted = task
+        part = _Part(Summary(), {})
+        for row, found in zip(wanted.tolist(), source.read(chunk, wanted - starts[chunk]), strict=True):
+            pixels = part.summary.add(found.data, found.label, found.where, decode=True)
+            if pixels is not None and row in shown:
+                part.pictures[row] = _small(pixels), found.label
+        return part
+
+    whole = Summary()
+    pictures: dict[int, tuple[Uint8Array, int]] = {}
+    said = time.monotonic()
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for part in pool.map(look, tasks()):
+            whole.merge(part.summary)
+            pictures |= part.pictures
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                say(f"{whole.num_images} of {len(rows)} images, {len(whole.broken)} broken")
+    chosen = [row for row in order[: 2 * SHEET_SIDE**2].tolist() if row in pictures][: SHEET_SIDE**2]
+    return whole, {row: pictures[row] for row in chosen}
+
+
+def _small(pixels: Uint8Array) -> Uint8Array:
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((CELL_PX - 8, CELL_PX - 8))
+    return np.asarray(image)
+
+
+def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
+    """What is printed about one split."""
+    looked = "" if entry["looked_at"] == entry["rows"] else f" ({entry['looked_at']} looked at)"
+    yield f"{split}: {entry['rows']} images{looked}, {entry['bytes'] / 1e6:.1f} MB, digest {entry['digest']}"
+    if entry["smallest_px"]:
+        small, large = (" x ".join(map(str, entry[key])) for key in ("smallest_px", "largest_px"))
+        yield f"  sizes from {small} to {large} px; by the shorter side:"
+        peak = max(entry["shorter_side_px"].values())
+        for edge, count in entry["shorter_side_px"].items():
+            if count:
+                yield f"    {edge:>5} px and more  {count:>9}  {'#' * max(1, round(40 * count / peak))}"
+    if entry["pixels"]:
+        mean, std = (" ".join(f"{value:.3f}" for value in entry["pixels"][key]) for key in ("mean", "std"))
+        yield f"  pixels (0 to 1, R G B): mean {mean}, standard deviation {std}, of {entry['pixels']['images']} images"
+    classes = entry["classes"]
+    if classes:
+        counts = sorted(classes.values())
+        yield f"  {len(classes)} classes of {counts[0]} to {counts[-1]} images; {entry['unlabelled']} without a class"
+        for name, count in sorted(classes.items(), key=lambda item: -item[1])[:_NAMED]:
+            yield f"    {count:>9}  {name}"
+        if len(classes) > _NAMED:
+            yield f"    and {len(classes) - _NAMED} more in stats.json"
+    else:
+        yield "  no classes"
+    broken = entry["broken"]
+    share = 100 * len(broken) / max(1, entry["looked_at"])
+    yield f"  {len(broken)} broken ({share:.2f} %)"
+    for record in broken[:_NAMED]:
+        yield f"    {record['where']}: {record['reason']}"
+    if len(broken) > _NAMED:
+        yield f"    and {len(broken) - _NAMED} more in stats.json"
+
+
+def main(
+    source: Annotated[str, tyro.conf.Positional],
+    output: Path = Path("stats"),
+    sample: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Say what a collection of images holds: count, sizes, classes, pixels, broken files, and a contact sheet.
+
+    Args:
+        source: Folder of images, tars or Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI.
+        output: Folder for stats.json and contact_sheet.png.
+        sample: Look at so many images of each split, chosen by a hash, instead of all.
+        seed: Of the sample and of the contact sheet.
+        workers: Threads that decode; 0 means one per core.
+    """
+    try:
+        stats(source, output, sample=sample, seed=seed, workers=workers)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
