@@ -27,6 +27,7 @@ import mixmae
 from mixmae.data.blocks import eval_batch
 from mixmae.data.order import Plan
 from mixmae.data.sources import Source, open_train_and_held_out
+from mixmae.data.storage import plain_place
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.flops import count_macs, count_parameters
@@ -64,8 +65,8 @@ class Arguments:
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
     """The recipe's fields; any of them can be changed."""
     data: str | None = None
-    """Folder of Parquet shards, or of image files (prepared once into shards beside the output). Without it: the
-    built-in set of shapes."""
+    """Parquet shards, tars, a glob, a file list or a URI such as s3://BUCKET/PREFIX (docs/data.md), or a folder of
+    image files, which is prepared once into shards beside the output. Without it: the built-in set of shapes."""
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
     must be one that all nodes share."""
@@ -199,13 +200,13 @@ def open_data(data: str | None, folder: Path) -> tuple[Source, Source]:
     from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
     if data is None:
-        shards = default_shapes(folder / "shapes")
+        place = str(default_shapes(folder / "shapes"))
     elif is_image_folder(data):
         path = Path(data).expanduser().resolve()
-        shards = make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder
+        place = str(make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder)
     else:
-        shards = Path(data).expanduser()
-    return open_train_and_held_out(shards, HELDOUT_IMAGES)
+        place = data
+    return open_train_and_held_out(place, HELDOUT_IMAGES)
 
 
 class RunFolder:
@@ -263,23 +264,27 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
     config = arguments.config
     config.micro_batch(arguments.workers)
-    data_name = f"-{Path(arguments.data).name}" if arguments.data else ""
+    data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
     folder = RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
     before = folder.read()
     if before is None and arguments.resume:
         raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    content: dict[str, Any] = {"status": "preparing", "recipe": recipe, "config": to_json(config)}
+    refuse_changes(before, content, folder.path)
     if before is not None and before["status"] == "finished":
         print(f"This run is finished: {before['checkpoint']}\nTo train again choose another --output.")
         return 0
 
-    content: dict[str, Any] = {"status": "preparing", "recipe": recipe, "config": to_json(config)}
-    refuse_changes(before, content, folder.path)
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
         folder.write(content)
     source, heldout = open_data(arguments.data, folder.path.parent / "data")
     length = length_of(config, source)
-    content["data"] = {"name": source.name, "digest": source.digest, "source": arguments.data or "built-in shapes"}
+    content["data"] = {
+        "name": source.name,
+        "digest": source.digest,
+        "source": plain_place(arguments.data) if arguments.data else "built-in",
+    }
     refuse_changes(before, content, folder.path)
 
     connect(arguments.ray_address, num_workers=arguments.workers)

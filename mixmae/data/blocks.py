@@ -181,7 +181,8 @@ def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, se
     """Show the next image of the chunk that decodes in the place of a broken one; returns its label."""
     chunk, inside = chunk_of(source, row)
     size = int(source.chunk_sizes[chunk])
-    for sample in source.read(chunk, (inside + 1 + np.arange(size - 1)) % size):
+    for step in range(1, size):
+        (sample,) = source.read(chunk, [(inside + step) % size])
         with contextlib.suppress(BrokenImage):
             pixels = decode_rgb(sample.data)
             sizes = np.array([pixels.shape[:2]], dtype=np.int64)

@@ -19,12 +19,13 @@ from pipelines.recipes.config import differences, to_json
 
 
 @pytest.fixture
-def no_cluster(monkeypatch):
+def no_cluster(monkeypatch, tmp_path):
     """Any attempt to start Ray or MLflow fails the test: these errors must come first."""
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("reached the cluster")
 
+    monkeypatch.chdir(tmp_path)  # the default output is below the working directory
     monkeypatch.setattr(module, "connect", refuse)
     monkeypatch.setattr(module, "create_run", refuse)
 
@@ -88,7 +89,8 @@ class TestMistakes:
         assert victim.name in text
 
     def test_batch_not_divisible_by_the_images_of_a_mix(self, capsys):
-        assert "mixed 4 at a time" in _error(capsys, "demo", "--loop.batch-size", "66", code=2)
+        text = _error(capsys, "demo", "--method.num-images", "4", "--loop.batch-size", "66", code=2)
+        assert "mixed 4 at a time" in text
         text = _error(capsys, "demo", "--method.num-images", "2", "--loop.batch-size", "33", code=2)
         assert "mixed 2 at a time" in text
 
@@ -97,8 +99,8 @@ class TestMistakes:
         assert "shared equally by 3 workers" in text
 
     def test_micro_batch_not_divisible_by_the_images_of_a_mix(self, capsys, tmp_path):
-        text = _error(capsys, "demo", "--loop.micro-batch-size", "2", "--output", tmp_path / "out")
-        assert "2 images at once" in text
+        text = _error(capsys, "demo", "--loop.batch-size", "6", "--workers", "2", "--output", tmp_path / "out")
+        assert "3 images at once" in text
 
     def test_image_size_not_a_multiple_of_32(self, capsys):
         assert "multiple of 32" in _error(capsys, "demo", "--augment.image-size", "100", code=2)
