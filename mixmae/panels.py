@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ def reconstruction_panel(
             group_map (M or 1, h, w) and partners (M,K): image shown by each group.
         mean, std: of the pixel normalisation, in units of 0..1; one value a channel.
         scale: pixels of the panel a pixel of the image.
-        caption: a line under the panel, for what the numbers of the pixels mean.
+        caption: under the panel, for what the pixels mean.
     Returns: an RGB picture. Inputs of more than three channels show their first three, of fewer the first one.
     """
     originals, mixed = pictures["originals"], pictures["mixed"]
@@ -39,13 +40,12 @@ def reconstruction_panel(
     group_map = pictures["group_map"].expand(num_mixes, -1, -1)
     height, width = originals.shape[-2] * scale, originals.shape[-1] * scale
     columns = 2 * num_images + 1
-    panel = Image.new(
-        "RGB",
-        (columns * (width + GAP_PX) + GAP_PX, TITLE_PX + num_mixes * (height + GAP_PX) + (TITLE_PX if caption else 0)),
-        (255, 255, 255),
-    )
-    draw = ImageDraw.Draw(panel)
+    panel_width = columns * (width + GAP_PX) + GAP_PX
     font = ImageFont.load_default(size=11)
+    lines = textwrap.wrap(caption, max(1, int(panel_width / font.getlength("x")))) if caption else []
+    pictures_height = TITLE_PX + num_mixes * (height + GAP_PX)
+    panel = Image.new("RGB", (panel_width, pictures_height + TITLE_PX * len(lines)), (255, 255, 255))
+    draw = ImageDraw.Draw(panel)
     titles = [
         *(f"image {k + 1}" for k in range(num_images)),
         "mix",
@@ -65,8 +65,8 @@ def reconstruction_panel(
             picture = to_image(tile, mean=mean, std=std).resize((width, height), Image.Resampling.NEAREST)
             panel.paste(picture, (left, top))
             _outline_cells(draw, group_map[m].cpu().numpy(), (left, top, width, height), only=group)
-    if caption:
-        draw.text((GAP_PX, panel.height - TITLE_PX + 1), caption, fill=(0, 0, 0), font=font)
+    for number, line in enumerate(lines):
+        draw.text((GAP_PX, pictures_height + number * TITLE_PX), line, fill=(0, 0, 0), font=font)
     return panel
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import Batch, local_batches
@@ -65,6 +69,24 @@ SMALL = StreamConfig(target_block_images=16, segment_blocks=5, prefetch_blocks=2
 
 @pytest.mark.usefixtures("cluster")
 class TestStream:
+    def test_the_scheduling_loop_rests_while_nobody_reads(self, source, plan):
+        """Blocks are made ahead and no task runs: the loop must not take a core, as it did."""
+        with contextlib.closing(
+            TrainStream(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=200, settings=SMALL)
+        ) as stream:
+            next(iter(stream))
+            time.sleep(3)  # all that may be made ahead is made
+            (executor,) = (thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor))
+            steps = []
+
+            class CountSteps(ExecutionCallback):
+                def on_execution_step(self, executor: StreamingExecutor) -> None:
+                    steps.append(1)
+
+            executor._callbacks = [*executor._callbacks, CountSteps()]
+            time.sleep(2)
+        assert 0 < len(steps) < 400
+
     def test_it_delivers_what_the_plan_says(self, source, plan):
         """Over three epochs and many segments, with accumulation: identical to the plain loop without Ray."""
         options = {"global_batch": 32, "micro_batch": 8, "stop_step": 15}
