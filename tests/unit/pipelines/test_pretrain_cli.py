@@ -106,7 +106,7 @@ class TestMistakes:
         assert "multiple of 32" in _error(capsys, "demo", "--augment.image-size", "100", code=2)
 
     def test_set_smaller_than_a_batch(self, capsys, tmp_path, photos):
-        text = _error(capsys, "demo", "--data", photos, "--output", tmp_path / "out")
+        text = _error(capsys, "demo", "--data", photos, "--output", tmp_path / "out", "--loop.batch-size", "64")
         assert "a batch needs" in text
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
