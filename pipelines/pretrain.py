@@ -118,9 +118,8 @@ class PretrainJob:
 
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
-        plan = Plan(
-            chunk_sizes=self.source.chunk_sizes, seed=self.config.loop.seed, window_rows=self.config.window_rows
-        )
+        window_rows = int(self.facts["data"]["window_rows"])
+        plan = Plan(chunk_sizes=self.source.chunk_sizes, seed=self.config.loop.seed, window_rows=window_rows)
         stream = TrainStream(
             self.source,
             plan,
@@ -267,6 +266,8 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
     folder = RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
     before = folder.read()
+    if before is not None and before["status"] == "preparing":
+        before = None  # it never began to train: nothing to continue, and nothing that must stay as it was
     if before is None and arguments.resume:
         raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
     content: dict[str, Any] = {"status": "preparing", "recipe": recipe, "config": to_json(config)}
@@ -284,8 +285,12 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         "name": source.name,
         "digest": source.digest,
         "source": plain_place(arguments.data) if arguments.data else "built-in",
+        # Decided once a run: a lost index file must not change the order of a run that is continued.
+        "window_rows": config.window_rows_for(source.exact_reads),
     }
     refuse_changes(before, content, folder.path)
+    if before is not None and "data" in before:
+        content["data"] = before["data"]
 
     connect(arguments.ray_address, num_workers=arguments.workers)
     use_gpu = choose_device(arguments.device)
@@ -391,6 +396,7 @@ def start_tracking(
             "batch_size": config.loop.batch_size,
             "image_size": size if isinstance(size, int) else size[0],
             "seed": config.loop.seed,
+            "data.window_rows": content["data"]["window_rows"],
             "workers": arguments.workers,
             "gpu": int(use_gpu),
             "params_m": round(count_parameters(encoder) / 1e6, 3),

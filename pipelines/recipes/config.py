@@ -33,8 +33,9 @@ class PretrainConfig:
     """Optimiser."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length, batch, precision and bookkeeping."""
-    window_rows: int = 4096
-    """Images a shuffle window holds: what the data order mixes beyond whole row groups."""
+    window_rows: int | None = None
+    """Images a shuffle window holds: what the data order mixes beyond whole row groups. None: 16384 where single images
+    can be read (prepared shards, tars, files), else 1024, because each block reads all row groups of its window."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean that pixels (0..1) are normalised with, a value a channel."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
@@ -58,6 +59,10 @@ class PretrainConfig:
     def sized_encoder(self) -> SwinConfig:
         """The encoder's config for the size of the training images."""
         return replace(self.encoder, image_size=self.augment.image_size)
+
+    def window_rows_for(self, exact_reads: bool) -> int:
+        """The window for a source that can, or cannot, read single images (docs/benchmarks/order_202611.md)."""
+        return self.window_rows or (16384 if exact_reads else 1024)
 
     def micro_batch(self, num_workers: int) -> int:
         """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""

@@ -134,6 +134,12 @@ class TestMistakes:
         text = _error(capsys, *arguments, "--loop.batch-size", "16")
         assert f"encoder.embed_dim was {config['encoder']['embed_dim']} and is 64" in text
 
+    def test_a_run_that_never_began_does_not_bind_the_next_one(self, capsys, tmp_path):
+        arguments = ("demo", "--output", tmp_path / "run", "--data", tmp_path / "no")
+        assert "does not exist" in _error(capsys, *arguments)
+        assert "does not exist" in _error(capsys, *arguments, "--encoder.embed-dim", "64")
+        assert "no run to resume" in _error(capsys, *arguments, "--resume")
+
     def test_relative_mlflow_store(self, capsys, tmp_path):
         text = _error(capsys, "demo", "--output", tmp_path / "run", "--mlflow-uri", "./mlruns")
         assert "sqlite:////ABSOLUTE" in text
