@@ -42,7 +42,7 @@ def reconstruction_panel(
     columns = 2 * num_images + 1
     panel_width = columns * (width + GAP_PX) + GAP_PX
     font = ImageFont.load_default(size=11)
-    lines = textwrap.wrap(caption, max(1, int(panel_width / font.getlength("x")))) if caption else []
+    lines = textwrap.wrap(caption, max(1, int((panel_width - 2 * GAP_PX) / font.getlength("n")))) if caption else []
     pictures_height = TITLE_PX + num_mixes * (height + GAP_PX)
     panel = Image.new("RGB", (panel_width, pictures_height + TITLE_PX * len(lines)), (255, 255, 255))
     draw = ImageDraw.Draw(panel)

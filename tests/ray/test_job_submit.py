@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,12 +24,13 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node with a dashboard, ended by its process id; yields its jobs address and the clients' environment."""
     port, dashboard = free_port(), free_port()
     # Without a token file of our own, head and clients would share the user's.
-    env = environment(RAY_AUTH_MODE="disabled")
+    # A job runs with the head's PATH: the environment must be active where the head is started.
+    env = environment(RAY_AUTH_MODE="disabled", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     log = (tmp_path / "head.log").open("w")
     head = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--num-cpus", "4", "--port", str(port)),
-            *("--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1", "--ray-client-server-port", "20123"),
+            *("--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1"),
             *("--include-dashboard", "true", "--disable-usage-stats", "--temp-dir", f"/tmp/mixmae_ray_{port}"),
         ],
         env=env,
@@ -58,7 +60,6 @@ def test_a_job_pretrains_and_an_impossible_one_fails_within_a_minute(cluster, tm
     excluded = json.dumps({"excludes": [".venv", "runs", ".git", "tests/golden"]})
     submit[-1:-1] = ["--runtime-env-json", excluded]
     python = ["python", "pipelines/pretrain.py", "demo", "--data", str(photos), *TINY]
-    env = env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
 
     output = tmp_path / "run"
     done = subprocess.run(
