@@ -64,6 +64,7 @@ def images_of(batches: list[Batch]) -> torch.Tensor:
     return torch.cat([batch.images for batch in batches])
 
 
+ONE_SEGMENT = StreamConfig(target_block_images=16, segment_blocks=200, prefetch_blocks=2)
 SMALL = StreamConfig(target_block_images=16, segment_blocks=5, prefetch_blocks=2)
 
 
@@ -72,9 +73,10 @@ class TestStream:
     def test_the_scheduling_loop_rests_while_nobody_reads(self, source, plan):
         """Blocks are made ahead and no task runs: the loop must not take a core, as it did."""
         with contextlib.closing(
-            TrainStream(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=200, settings=SMALL)
+            TrainStream(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=200, settings=ONE_SEGMENT)
         ) as stream:
-            next(iter(stream))
+            batches = iter(stream)  # kept: dropping it would end the stream
+            next(batches)
             time.sleep(3)  # all that may be made ahead is made
             (executor,) = (thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor))
             steps = []
