@@ -11,7 +11,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +222,6 @@ def git_commit() -> str | None:
         return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def run_ref_dict(run: RunRef) -> dict[str, str]:
-    """JSON form of a RunRef, for checkpoints and run files."""
-    return asdict(run)
 
 
 def _git(folder: Path, *arguments: str) -> str:
