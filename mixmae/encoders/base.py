@@ -6,9 +6,13 @@ Legend: B samples, M group maps (B or 1), C channels, H W pixels, h w the grid o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from mixmae.mixing import upsample_group_map
 
 GroupIsolation = Literal["exact", "partial", "none"]
 """exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, and the encoder's docstring
@@ -16,6 +20,16 @@ says how far. none: the encoder cannot take a group map and raises ValueError wh
 
 DepthRule = Literal["official", "timm"]
 """Whose layer decay: see head_depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFill:
+    """Mask tokens in the encoder's input, as SimMIM has them: what stands in cells that hold no image."""
+
+    cells: Tensor
+    """(B, h, w) or (1, h, w) bool, True = the cell's tokens are replaced."""
+    token: Tensor
+    """(channels[0],), what they are replaced by: a learned mask token, or zeros."""
 
 
 @runtime_checkable
@@ -35,18 +49,20 @@ class Encoder(Protocol):
     group_isolation: GroupIsolation
     """What a group map guarantees."""
 
-    def features(self, images: Tensor, group_map: Tensor | None = None) -> list[Tensor]:
+    def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, not normalised.
 
         Args:
             images: (B, in_channels, H, W) float, H and W multiples of strides[-1].
-            group_map: (M, h, w) int64, one entry a mask cell; None = one image a sample.
+            group_map: (M, h, w) int64, one entry a mask cell; None = one image a sample. Filled cells belong to a group
+                like any other.
+            fill: tokens to replace after the patch embedding (and its norm), before positions are added; None = none.
         Returns: for each stage s (B, channels[s], H / strides[s], W / strides[s]).
         Raises: ValueError for images or maps of other shapes.
         """
         ...
 
-    def forward(self, images: Tensor, group_map: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
         """Compute the tokens of the last stage after the final norm: (B, L, channels[-1]). Arguments as in features."""
         ...
 
@@ -58,7 +74,7 @@ class Encoder(Protocol):
         ...
 
     # An encoder is also an nn.Module; these are the parts of one that its users need.
-    def __call__(self, images: Tensor, group_map: Tensor | None = None) -> Tensor: ...
+    def __call__(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -73,6 +89,18 @@ def head_depth(encoder: Encoder, rule: DepthRule) -> int:
     Source: the official finetuning code (golden/mixmim_optimization.json); timm's param_groups_layer_decay.
     """
     return encoder.num_blocks if rule == "official" else encoder.num_blocks + 1
+
+
+def fill_tokens(x: Tensor, fill: TokenFill | None) -> Tensor:
+    """Replace the tokens of the cells that a fill names.
+
+    Args: x: (B, H, W, C), the embedded patches; H and W are multiples of the fill's grid.  fill: or None for x itself.
+    Returns: (B, H, W, C), dtype of x.
+    """
+    if fill is None:
+        return x
+    covered = upsample_group_map(fill.cells, (x.shape[1], x.shape[2]))
+    return torch.where(covered[..., None], fill.token.to(x.dtype), x)
 
 
 def check_images(images: Tensor, in_channels: int) -> None:

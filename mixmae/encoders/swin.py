@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import DepthRule, GroupIsolation, check_images
+from mixmae.encoders.base import DepthRule, GroupIsolation, TokenFill, check_images, fill_tokens
 from mixmae.layers.blocks import TransformerBlock
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import init_projections
@@ -158,20 +158,20 @@ class SwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(self.channels[-1])
         init_projections(self)
 
-    def forward(self, images: Tensor, group_map: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
         """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward."""
-        return self.norm(self._run_stages(images, group_map)[-1]).flatten(1, 2)
+        return self.norm(self._run_stages(images, group_map, fill)[-1]).flatten(1, 2)
 
-    def features(self, images: Tensor, group_map: Tensor | None = None) -> list[Tensor]:
+    def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
-        return [x.permute(0, 3, 1, 2) for x in self._run_stages(images, group_map)]
+        return [x.permute(0, 3, 1, 2) for x in self._run_stages(images, group_map, fill)]
 
-    def _run_stages(self, images: Tensor, group_map: Tensor | None) -> list[Tensor]:
+    def _run_stages(self, images: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> list[Tensor]:
         check_images(images, self.in_channels)
         cells = cell_grid(images.shape[2], images.shape[3])
         if group_map is not None:
             check_group_map(group_map, num_mixes=len(images), grid=cells)
-        x = self.patch_embed(images)
+        x = fill_tokens(self.patch_embed(images), fill)
         x = x + self.positions((x.shape[1], x.shape[2]))
         outputs = []
         for stage in self.stages:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mixmae.encoders.base import Encoder, head_depth
+from mixmae.encoders.base import Encoder, TokenFill, head_depth
 from mixmae.mixing import upsample_group_map
 from tests.factories import group_maps, noise_images, seeded, tiny_swin
 
@@ -109,6 +109,21 @@ def test_samples_do_not_see_each_other(build):
     for group_map in (None, group_maps(3)):
         alone = None if group_map is None else group_map[1:2]
         torch.testing.assert_close(encoder(images, group_map)[1:2], encoder(images[1:2], alone), rtol=1e-5, atol=1e-5)
+
+
+@every_encoder
+def test_filled_cells_show_the_token_and_nothing_of_the_image(build):
+    encoder, images = build(), noise_images(2)
+    cells = torch.rand(2, 3, 3, generator=seeded(1)) < 0.5
+    fill = TokenFill(cells=cells, token=torch.randn(encoder.channels[0], generator=seeded(2)))
+    pixels = upsample_group_map(cells, (96, 96))[:, None]
+    with torch.no_grad():
+        filled = encoder(images, None, fill)
+        other = encoder(torch.where(pixels, noise_images(2, seed=3), images), None, fill)
+        torch.testing.assert_close(filled, other, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(filled, encoder(images))
+        none = TokenFill(cells=torch.zeros_like(cells), token=fill.token)
+        torch.testing.assert_close(encoder(images, None, none), encoder(images))
 
 
 @every_encoder

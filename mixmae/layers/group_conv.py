@@ -1,0 +1,103 @@
+"""Convolution and pooling whose windows reach over cells of several images, kept inside the output's own group.
+
+The mixed partial convolution of paper section A.3: an output reads only the inputs of its own group, as if the others
+were not there. Written as one gather and one product, so it costs no more multiply-accumulates than the plain
+convolution, whatever the number of groups; the gather takes kernel**2 times the memory of its input.
+
+Legend: B samples, M group maps (B or 1), C channels, H W the input grid, h w the output grid, n = rows * columns of a
+kernel, S stride. Outside of the grid counts as the output's own group, with value zero, as in a padded convolution, so
+a map of one group changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OUTSIDE = -1
+"""The group of padding while neighbours are compared; no image has it."""
+
+
+def group_conv2d(x: Tensor, conv: nn.Conv2d, group_map: Tensor | None, *, weight: Tensor | None = None) -> Tensor:
+    """Convolve each output from the inputs of its own group.
+
+    The result is scaled by the share of the kernel that was read, n / (inputs of the group), before the bias is added.
+
+    Args:
+        x: (B, C, H, W) float.
+        conv: of any kernel, stride and zero padding, undilated, dense or depthwise; with a stride, the output's group
+            is that of the first input of its block, so a block must not straddle groups.
+        group_map: (M, H, W) int64, or None for the plain convolution.
+        weight: instead of conv.weight, for a standardised one.
+    Returns: (B, out_channels, h, w).
+    Raises: ValueError for a convolution in groups of channels that is not depthwise, a dilated one, or a map of another
+        size.
+    Source: paper section A.3; the scale is that of partial convolution (Liu et al. 2018). The paper's figure of the
+        mixed version does not say whether it keeps the scale.
+    """
+    weight = conv.weight if weight is None else weight
+    if group_map is None:
+        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    if (conv.groups != 1 and not depthwise) or conv.dilation != (1, 1):
+        raise ValueError("a convolution by groups must be dense or depthwise and not dilated")
+    assert not isinstance(conv.padding, str), "the encoders give their paddings as numbers"
+    batch, channels = x.shape[:2]
+    kernel, stride, padding = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.padding)
+    own, size = same_group(group_map, x, kernel, stride, padding)  # (M, n, h*w)
+    scale = own.shape[1] / own.sum(dim=1).to(x.dtype)  # (M, h*w); an output always reads its own place
+    read = F.unfold(x, kernel, padding=padding, stride=stride)
+    read = read.view(batch, channels, own.shape[1], -1) * own[:, None]  # (B, C, n, h*w)
+    if depthwise:
+        out = torch.einsum("bcnl,cn->bcl", read, weight.flatten(1))
+    else:
+        out = torch.matmul(weight.flatten(1), read.flatten(1, 2))  # (B, out_channels, h*w)
+    out = out * scale[:, None]
+    if conv.bias is not None:
+        out = out + conv.bias[:, None]
+    return out.view(batch, -1, *size)
+
+
+def group_max_pool2d(x: Tensor, pool: nn.MaxPool2d, group_map: Tensor | None) -> Tensor:
+    """Take each output's maximum over the inputs of its own group; padding never wins.
+
+    Args: x: (B, C, H, W) float.  pool: with int kernel, stride and padding.  group_map: (M, H, W) int64, or None.
+    Returns: (B, C, h, w).   Raises: ValueError for a map of another size.
+    """
+    if group_map is None:
+        return pool(x)
+    kernel, stride, padding = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+    own, size = same_group(group_map, x, kernel, stride, padding, outside_counts=False)
+    # Padding is of no group, so the zeros that unfold puts there cannot win.
+    read = F.unfold(x, kernel, padding=padding, stride=stride).view(*x.shape[:2], own.shape[1], -1)
+    return read.masked_fill(~own[:, None], float("-inf")).amax(dim=2).view(*x.shape[:2], *size)
+
+
+def same_group(
+    group_map: Tensor,
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    outside_counts: bool = True,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Say which inputs of each output's window belong to its own group.
+
+    Returns: (M, n, h*w) bool, and (h, w).   Raises: ValueError if group_map is not of x's grid.
+    """
+    if group_map.ndim != 3 or group_map.shape[1:] != x.shape[2:]:
+        raise ValueError(f"a group map of shape {tuple(group_map.shape)} does not fit a grid of {tuple(x.shape[2:])}")
+    groups = F.pad(group_map, (padding[1], padding[1], padding[0], padding[0]), value=OUTSIDE)
+    # unfold gathers floats only; group numbers are small, so float is exact.
+    read = F.unfold(groups[:, None].float(), kernel, stride=stride)  # (M, n, h*w)
+    centre = group_map[:, :: stride[0], :: stride[1]]
+    own = read == centre.flatten(1)[:, None]
+    if outside_counts:
+        own |= read == OUTSIDE
+    return own, (centre.shape[1], centre.shape[2])
+
+
+def _pair(sides: int | tuple[int, ...]) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
