@@ -41,7 +41,7 @@ class Encoder(Protocol):
     in_channels: int
     """Channels of the images."""
     strides: tuple[int, ...]
-    """Pixels a token of each stage covers along a side; the last is the mask unit."""
+    """Pixels a token of each stage covers along a side; each divides the mask unit, and the last is it for pyramids."""
     channels: tuple[int, ...]
     """Width of the features of each stage."""
     num_blocks: int
@@ -53,7 +53,7 @@ class Encoder(Protocol):
         """Compute the output of each stage, not normalised.
 
         Args:
-            images: (B, in_channels, H, W) float, H and W multiples of strides[-1].
+            images: (B, in_channels, H, W) float, H and W multiples of the mask unit.
             group_map: (M, h, w) int64, one entry a mask cell; None = one image a sample. Filled cells belong to a group
                 like any other.
             fill: tokens to replace after the patch embedding (and its norm), before positions are added; None = none.
@@ -63,7 +63,10 @@ class Encoder(Protocol):
         ...
 
     def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
-        """Compute the tokens of the last stage after the final norm: (B, L, channels[-1]). Arguments as in features."""
+        """Compute the tokens of the last stage after the final norm: (B, L, channels[-1]). Arguments as in features.
+
+        L = (H / strides[-1]) * (W / strides[-1]), in row order.
+        """
         ...
 
     def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
@@ -79,6 +82,22 @@ class Encoder(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@runtime_checkable
+class SequenceEncoder(Encoder, Protocol):
+    """An encoder of one stage that can run on a part of its tokens alone, as MAE needs (a plain ViT)."""
+
+    def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Encode some tokens of each image as if the others did not exist; positions stay those of the whole grid.
+
+        Args:
+            images: (B, in_channels, H, W) float.
+            visible: (B, n) int64, numbers of the tokens that are kept, in row order of the grid of strides[-1].
+        Returns: (B, n, channels[-1]) after the final norm, in the order of visible; a class token takes part and is
+            dropped.
+        """
+        ...
 
 
 def head_depth(encoder: Encoder, rule: DepthRule) -> int:
