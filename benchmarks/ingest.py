@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,13 +45,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 from benchmarks.photographs import make_jpegs
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources import Sample, Source, open_source
+from mixmae.data.sources import Source, open_source
 from mixmae.data.streams import StreamConfig, TrainStream
-from mixmae.data.tiles import retile
+from pipelines.make_shards import make_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
-FORMAT = "2"
+FORMAT = "3"
 """Of the cached files; another number makes them anew."""
 _PLAIN_COPIES = 6
 Leg = Literal["limit", "peer", "hard_peer", "ours", "plain"]
@@ -96,7 +95,7 @@ def make_files(options: Options) -> Path:
     folder = options.cache / f"v{FORMAT}_{options.images}"
     if (folder / "done").exists():
         return folder
-    for name in ("files", "plain", "prepared"):
+    for name in ("files", "plain"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jpegs = list(make_jpegs(options.images))
     for number, data in enumerate(jpegs):
@@ -106,59 +105,9 @@ def make_files(options: Options) -> Path:
     # Several times over, or a decoding process would keep the whole set in memory, as it never does with a real one.
     for number in range(_PLAIN_COPIES):
         pq.write_table(table, folder / "plain" / f"train-{number:05d}.parquet", row_group_size=100)
-    PreparedSource.write(folder / "prepared", jpegs)
+    make_shards(folder / "files", folder / "prepared", tiles=True, say=lambda line: None)
     (folder / "done").touch()
     return folder
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedSource:
-    """Retiled JPEGs end to end in one file, read row by row."""
-
-    folder: Path
-    name: str = "prepared"
-    digest: str = "0" * 16
-    class_names: tuple[str, ...] | None = None
-    has_labels: bool = False
-    exact_reads: bool = True
-
-    @staticmethod
-    def write(folder: Path, jpegs: list[bytes]) -> None:
-        made = [retile(data) or (data, np.zeros(0, dtype=np.uint32)) for data in jpegs]
-        (folder / "images.bin").write_bytes(b"".join(data for data, _ in made))
-        (folder / "offsets.bin").write_bytes(b"".join(offsets.tobytes() for _, offsets in made))
-        bounds = [np.cumsum([0] + [len(pair[part]) for pair in made]) for part in (0, 1)]
-        np.save(folder / "bounds.npy", np.stack(bounds))
-
-    @property
-    def num_rows(self) -> int:
-        return self.bounds.shape[1] - 1
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        return np.load(self.folder / "bounds.npy")
-
-    @cached_property
-    def chunk_sizes(self) -> np.ndarray:
-        return np.diff(np.append(np.arange(0, self.num_rows, 64), self.num_rows))
-
-    def read(self, chunk: int, rows_in_chunk: Any) -> list[Sample]:
-        images, tiles = (_opened(str(self.folder / name)) for name in ("images.bin", "offsets.bin"))
-        samples = []
-        for row in (np.asarray(rows_in_chunk) + 64 * chunk).tolist():
-            (start, stop), (first, last) = self.bounds[:, row : row + 2].tolist()
-            stored = os.pread(tiles, 4 * (last - first), 4 * first)
-            offsets = np.frombuffer(stored, dtype=np.uint32) if stored else None
-            samples.append(Sample(os.pread(images, stop - start, start), -1, f"row {row}", offsets))
-        return samples
-
-    def where(self, row: int) -> str:
-        return f"row {row}"
-
-
-@lru_cache(maxsize=4)
-def _opened(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -461,7 +410,7 @@ def run(options: Options) -> dict[str, Any]:
         elif leg == "hard_peer":
             add(leg, run_loader(options, folder, FastRecipe()))
         elif leg == "ours":
-            measured = run_ours(options, PreparedSource(folder=folder / "prepared"), normalised=True)
+            measured = run_ours(options, open_source(folder / "prepared"), normalised=True)
             add("ours", measured["uint8"])
             add("ours_normalised", measured["float32"])
         else:

@@ -8,8 +8,6 @@ Legend: n images of a block, H W output size.
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -26,10 +24,6 @@ from mixmae.data.sources import Sample, Source, chunk_of
 _GREY = 128
 _MIN_PARTS = 8
 """Parts of a block, at least, that threads share; a few per thread even out their ends."""
-_CACHE_BYTES = 192_000_000
-"""Room for a window of the plan: 1024 images of 107 KB, and as much again for the turn to the next window."""
-_CACHE_ROWS = 512
-"""Larger chunks are not read whole for the sake of a few rows."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def load_block(
 
     def load(places: Int64Array) -> dict[int, BrokenRecord]:
         chunk = int(chunks[places[0]])
-        samples = _read(source, chunk, rows[places] - starts[chunk])
+        samples = source.read(chunk, rows[places] - starts[chunk])
         headers: list[Header | None] = []
         reasons: dict[int, str] = {}
         for i, sample in enumerate(samples):
@@ -135,46 +129,6 @@ def load_block(
         parts = [piece for part in parts for piece in np.array_split(part, min(len(part), _MIN_PARTS))]
     broken = {place: record for found in (pool.map if pool else map)(load, parts) for place, record in found.items()}
     return Block(images, rows, labels, epochs, broken)
-
-
-class _ChunkCache:
-    """The last chunks that were read whole, for all threads of a process.
-
-    Neighbouring blocks take their rows from the same window, and with it from the same chunks.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._held: OrderedDict[tuple[int, int], tuple[Source, list[Sample], int]] = OrderedDict()
-        self._total = 0
-        self._lock = threading.Lock()
-
-    def read(self, source: Source, chunk: int) -> list[Sample]:
-        key = (id(source), chunk)  # an entry holds its source, so an id is not given anew
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key][1]
-        samples = source.read(chunk, np.arange(int(source.chunk_sizes[chunk])))
-        size = sum(len(sample.data) for sample in samples)
-        with self._lock:
-            if size <= self._limit // 4 and key not in self._held:
-                self._held[key] = (source, samples, size)
-                self._total += size
-            while self._total > self._limit:
-                self._total -= self._held.popitem(last=False)[1][2]
-        return samples
-
-
-_cache = _ChunkCache(_CACHE_BYTES)
-
-
-def _read(source: Source, chunk: int, rows_in_chunk: Int64Array) -> list[Sample]:
-    """Rows of a chunk; a source that cannot read single rows is read a chunk at once, and seldom twice."""
-    if source.exact_reads or source.chunk_sizes[chunk] > _CACHE_ROWS:
-        return source.read(chunk, rows_in_chunk)
-    samples = _cache.read(source, chunk)
-    return [samples[row] for row in rows_in_chunk.tolist()]
 
 
 def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, seed: int, out: Uint8Array) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id")
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 """Read at once from a file's end: most footers fit."""
+_CACHE_BYTES = 192_000_000
+"""Room for a window of the plan: 1024 images of 107 KB, and as much again for the turn to the next window."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,14 +97,10 @@ class ParquetSource:
         path = self.files[self.chunk_files[chunk]]
         columns = [name for name in (self.image_column, self.label_column) if name]
         columns += [RESTART_COLUMN] if self.has_restarts else []
-        handle = _parquet_file(self.storage, path, threading.get_ident())
-        try:
-            table = handle.read_row_group(int(self.chunk_groups[chunk]), columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(self.storage, path, error) from error
-        images = table.column(self.image_column).combine_chunks()
-        labels = table.column(self.label_column).combine_chunks() if self.label_column else None
-        restarts = table.column(RESTART_COLUMN).combine_chunks() if self.has_restarts else None
+        table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns, self.digest)
+        images = _joined(table.column(self.image_column))
+        labels = _joined(table.column(self.label_column)) if self.label_column else None
+        restarts = _joined(table.column(RESTART_COLUMN)) if self.has_restarts else None
         stored, paths = (images, None) if not pa.types.is_struct(images.type) else (images.field("bytes"), None)
         if self.has_paths:
             paths = images.field("path")
@@ -287,6 +286,11 @@ def _class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...]
     return tuple(str(name) for name in names)
 
 
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array; combine_chunks copies even a single chunk, here up to a whole row group of pictures."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _unreadable(storage: Storage, path: str, error: Exception) -> DataError:
     return DataError(f"{storage.shown(path)} cannot be read any more ({error}): was it moved or overwritten?")
 
@@ -301,3 +305,40 @@ def _parquet_file(storage: Storage, path: str, thread: int) -> pq.ParquetFile:
         return pq.ParquetFile(storage.filesystem.open_input_file(path), pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(storage, path, error) from error
+
+
+class _RowGroups:
+    """The row groups that were read last, for all threads of a process.
+
+    Neighbouring blocks take their rows from the same window, and with it from the same row groups. They are kept as
+    they were read, so that only the images that are asked for are copied.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[tuple[Storage, str, int, str], pa.Table] = OrderedDict()
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def read(self, storage: Storage, path: str, group: int, columns: list[str], digest: str) -> pa.Table:
+        """Read a row group of a set with this digest.   Raises: DataError."""
+        key = (storage, path, group, digest)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        handle = _parquet_file(storage, path, threading.get_ident())
+        try:
+            table = handle.read_row_group(group, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(storage, path, error) from error
+        with self._lock:
+            if table.nbytes <= self._limit and key not in self._held:
+                self._held[key] = table
+                self._total += table.nbytes
+            while self._total > self._limit:
+                self._total -= self._held.popitem(last=False)[1].nbytes
+        return table
+
+
+_row_groups = _RowGroups(_CACHE_BYTES)
