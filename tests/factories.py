@@ -29,7 +29,7 @@ def tiny_swin(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> S
     return SwinEncoder(config)
 
 
-#: Fields of a tiny pyramid: 0.1 M parameters or less; every stage has both kinds of SVT's attention but the second.
+#: 0.1 M parameters; all stages but the second have both kinds of SVT's attention.
 TINY_PYRAMID = {
     "embed_dims": (8, 16, 24, 32),
     "depths": (2, 1, 2, 2),
@@ -54,7 +54,7 @@ def tiny_pcpvt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> 
 
 
 def tiny_svt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> TwinsEncoder:
-    """At 96 px the windows are padded in stages 1 to 3 or 2 to 3 and cross mask cells."""
+    """At 96 px the windows of stages 1 to 3 are padded and cross mask cells."""
     torch.manual_seed(0)
     sizes = {**TINY_PYRAMID, "window_sizes": (7, 7, 5, 3)}
     return TwinsEncoder(TwinsConfig(image_size=image_size, in_channels=in_channels, **sizes))

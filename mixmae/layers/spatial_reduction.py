@@ -1,7 +1,7 @@
 """Attention of all tokens to a coarser grid of keys, restricted to the keys of one's own group.
 
-Legend: B samples, M group maps (B or 1), H W the grid of tokens, R the reduction, L = (H / R) * (W / R) keys, C channels,
-N heads, D = C / N.
+Legend: B samples, M group maps (B or 1), H W the grid of tokens, R the reduction, L = (H / R) * (W / R) keys,
+C channels, N heads, D = C / N.
 """
 
 from __future__ import annotations

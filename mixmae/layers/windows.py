@@ -123,8 +123,8 @@ class WindowAttention(nn.Module):
         A map shared by the batch gives one term for all samples, which broadcasts; only a map per sample makes the term
         as large as the scores.
 
-        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T). Without a learned bias None, else bool,
-            True = may attend.
+        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T). Without a learned bias None where all
+            may, else bool, True = may attend.
         """
         if self.relative_position_bias_table is None:
             if plan.blocked is None:
