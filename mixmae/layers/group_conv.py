@@ -50,7 +50,7 @@ def group_conv2d(x: Tensor, conv: nn.Conv2d, group_map: Tensor | None, *, weight
     kernel, stride, padding = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.padding)
     own, size = same_group(group_map, x, kernel, stride, padding)  # (M, n, h*w)
     # What an output takes of each input; it always reads its own place.
-    share = (own * (own.shape[1] / own.sum(dim=1, keepdim=True))).to(x.dtype)  # (M, n, h*w)
+    share = own * (own.shape[1] / own.sum(dim=1, keepdim=True).to(x.dtype))  # (M, n, h*w)
     if depthwise:
         out = _sum_of_shifts(x, weight.flatten(1), share.unflatten(2, size), kernel, stride, padding)
     else:
