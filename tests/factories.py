@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from mixmae.decoders import DecoderConfig
+from mixmae.encoders.pvt import PvtConfig, PvtEncoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
+from mixmae.encoders.twins import TwinsConfig, TwinsEncoder
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.mixing import draw_group_map
 
@@ -25,6 +27,37 @@ def tiny_swin(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> S
         window_sizes=(12, 7, 6, 3),
     )
     return SwinEncoder(config)
+
+
+#: 0.1 M parameters; all stages but the second have both kinds of SVT's attention.
+TINY_PYRAMID = {
+    "embed_dims": (8, 16, 24, 32),
+    "depths": (2, 1, 2, 2),
+    "num_heads": (1, 2, 3, 4),
+    "mlp_ratios": (2.0, 2.0, 2.0, 2.0),
+}
+
+
+def tiny_pvt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> PvtEncoder:
+    torch.manual_seed(0)
+    return PvtEncoder(PvtConfig(image_size=image_size, in_channels=in_channels, **TINY_PYRAMID))
+
+
+def tiny_pvt_v2(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> PvtEncoder:
+    torch.manual_seed(0)
+    return PvtEncoder(PvtConfig(version=2, image_size=image_size, in_channels=in_channels, **TINY_PYRAMID))
+
+
+def tiny_pcpvt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> TwinsEncoder:
+    torch.manual_seed(0)
+    return TwinsEncoder(TwinsConfig(image_size=image_size, in_channels=in_channels, **TINY_PYRAMID))
+
+
+def tiny_svt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> TwinsEncoder:
+    """At 96 px the windows of stages 1 to 3 are padded and cross mask cells."""
+    torch.manual_seed(0)
+    sizes = {**TINY_PYRAMID, "window_sizes": (7, 7, 5, 3)}
+    return TwinsEncoder(TwinsConfig(image_size=image_size, in_channels=in_channels, **sizes))
 
 
 def tiny_mixmae(

@@ -1,8 +1,9 @@
 """Convolution and pooling whose windows reach over cells of several images, kept inside the output's own group.
 
 The mixed partial convolution of paper section A.3: an output reads only the inputs of its own group, as if the others
-were not there. Written as one gather and one product, so it costs no more multiply-accumulates than the plain
-convolution, whatever the number of groups; the gather takes kernel**2 times the memory of its input.
+were not there. A dense one is written as one gather and one product, a depthwise one as a sum over the places of its
+kernel, so it costs no more multiply-accumulates than the plain convolution, whatever the number of groups; the gather
+takes kernel**2 times the memory of its input, the sum does not.
 
 Legend: B samples, M group maps (B or 1), C channels, H W the input grid, h w the output grid, n = rows * columns of a
 kernel, S stride. Outside of the grid counts as the output's own group, with value zero, as in a padded convolution, so
@@ -10,6 +11,8 @@ a map of one group changes nothing.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +49,39 @@ def group_conv2d(x: Tensor, conv: nn.Conv2d, group_map: Tensor | None, *, weight
     batch, channels = x.shape[:2]
     kernel, stride, padding = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.padding)
     own, size = same_group(group_map, x, kernel, stride, padding)  # (M, n, h*w)
-    scale = own.shape[1] / own.sum(dim=1).to(x.dtype)  # (M, h*w); an output always reads its own place
-    read = F.unfold(x, kernel, padding=padding, stride=stride)
-    read = read.view(batch, channels, own.shape[1], -1) * own[:, None]  # (B, C, n, h*w)
+    # What an output takes of each input; it always reads its own place.
+    share = own * (own.shape[1] / own.sum(dim=1, keepdim=True).to(x.dtype))  # (M, n, h*w)
     if depthwise:
-        out = torch.einsum("bcnl,cn->bcl", read, weight.flatten(1))
+        out = _sum_of_shifts(x, weight.flatten(1), share.unflatten(2, size), kernel, stride, padding)
     else:
-        out = torch.matmul(weight.flatten(1), read.flatten(1, 2))  # (B, out_channels, h*w)
-    out = out * scale[:, None]
+        read = F.unfold(x, kernel, padding=padding, stride=stride)
+        read = read.view(batch, channels, own.shape[1], -1) * share[:, None]  # (B, C, n, h*w)
+        out = torch.matmul(weight.flatten(1), read.flatten(1, 2)).view(batch, -1, *size)
     if conv.bias is not None:
-        out = out + conv.bias[:, None]
-    return out.view(batch, -1, *size)
+        out = out + conv.bias[:, None, None]
+    return out
+
+
+def _sum_of_shifts(
+    x: Tensor,
+    weight: Tensor,
+    share: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """Convolve each channel by itself: add up, place by place of the kernel, the shifted input times weight and share.
+
+    Args: x: (B, C, H, W).  weight: (C, n).  share: (M, n, h, w).   Returns: (B, C, h, w).
+    """
+    down, across = share.shape[2:]
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    out = x.new_zeros(())
+    for place, (row, column) in enumerate(product(range(kernel[0]), range(kernel[1]))):
+        rows = slice(row, row + stride[0] * (down - 1) + 1, stride[0])
+        columns = slice(column, column + stride[1] * (across - 1) + 1, stride[1])
+        out = torch.addcmul(out, padded[:, :, rows, columns], share[:, place, None] * weight[:, place, None, None])
+    return out
 
 
 def group_max_pool2d(x: Tensor, pool: nn.MaxPool2d, group_map: Tensor | None) -> Tensor:

@@ -77,18 +77,20 @@ class WindowAttention(nn.Module):
     Args:
         dim: C.
         num_heads: N, a divisor of dim.
-        window: configured side w of a window; the table of offsets has (2w - 1)**2 rows.
+        window: configured side w of a window; the table of offsets has (2w - 1)**2 rows. None = no bias, any window.
     Source: paper sections 3.2 and 3.3; Swin without shifts. Group isolation is exact: a pair of different groups gets a
         score of minus infinity, hence a weight and a gradient of exactly zero.
     """
 
-    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int | None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if window is not None:
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
 
     def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
         """Let each token read its window.
@@ -115,14 +117,19 @@ class WindowAttention(nn.Module):
         read = read.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, down * rows, across * columns, dim)
         return self.proj(read[:, :height, :width])
 
-    def bias(self, plan: WindowPlan) -> Tensor:
+    def bias(self, plan: WindowPlan) -> Tensor | None:
         """Add up what the scores get: the learned bias, and minus infinity for blocked pairs.
 
         A map shared by the batch gives one term for all samples, which broadcasts; only a map per sample makes the term
         as large as the scores.
 
-        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T).
+        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T). Without a learned bias None where all
+            may, else bool, True = may attend.
         """
+        if self.relative_position_bias_table is None:
+            if plan.blocked is None:
+                return None
+            return (~plan.blocked).expand(-1, -1, self.num_heads, -1, -1).flatten(1, 2)
         learned = relative_position_bias(self.relative_position_bias_table, plan.window)  # (N, T, T)
         if plan.blocked is None:
             return learned[None]

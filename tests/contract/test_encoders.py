@@ -7,9 +7,15 @@ import torch
 
 from mixmae.encoders.base import Encoder, TokenFill, head_depth
 from mixmae.mixing import upsample_group_map
-from tests.factories import group_maps, noise_images, seeded, tiny_swin
+from tests.factories import group_maps, noise_images, seeded, tiny_pcpvt, tiny_pvt, tiny_pvt_v2, tiny_svt, tiny_swin
 
-ENCODERS = {"swin": tiny_swin}
+ENCODERS = {
+    "swin": tiny_swin,
+    "pvt": tiny_pvt,
+    "pvt_v2": tiny_pvt_v2,
+    "twins_pcpvt": tiny_pcpvt,
+    "twins_svt": tiny_svt,
+}
 every_encoder = pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS.keys())
 
 

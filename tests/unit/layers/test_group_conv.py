@@ -12,6 +12,7 @@ from tests.factories import seeded
 CONVOLUTIONS = {
     "dense": lambda: nn.Conv2d(6, 8, 3, padding=1),
     "depthwise": lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6),
+    "depthwise-strided": lambda: nn.Conv2d(6, 6, 5, stride=2, padding=2, groups=6),
     "stem": lambda: nn.Conv2d(6, 4, 7, stride=4, padding=3),
     "strided": lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False),
 }

@@ -56,6 +56,20 @@ def test_attention_is_that_of_a_plain_loop(size, window, num_maps):
     )
 
 
+@pytest.mark.parametrize("num_maps", [0, 1, BATCH])
+def test_without_a_learned_bias_it_is_attention_with_a_bias_of_zero(num_maps):
+    torch.manual_seed(0)
+    plain, biased = WindowAttention(DIM, HEADS, None), WindowAttention(DIM, HEADS, 3)
+    assert "relative_position_bias_table" not in dict(plain.named_parameters())
+    plain.load_state_dict(biased.state_dict(), strict=False)
+    torch.nn.init.zeros_(biased.relative_position_bias_table)
+    x = torch.randn(BATCH, 5, 6, DIM)
+    for size in ((5, 6), (3, 6)):  # padded or not
+        group_map = torch.randint(0, 3, (num_maps, *size)) if num_maps else None
+        plan, part = plan_windows(size, 3, group_map), x[:, : size[0]]
+        torch.testing.assert_close(plain(part, plan), biased(part, plan), rtol=1e-5, atol=1e-6)
+
+
 def test_padding_changes_nothing_without_a_group_map():
     """What stands in the padding is never read: not even its gradient exists."""
     plan = plan_windows((5, 7), 3, None)
