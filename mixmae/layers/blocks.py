@@ -25,9 +25,10 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all tokens of a sequence: (B, L, C) -> (B, L, C).
+    """Attention of the tokens of a sequence to each other: (B, L, C) -> (B, L, C).
 
-    It takes no group map: the decoder reads sequences that hold one image each.
+    readable is (M, 1, L, L) bool, M = 1 or B, True where the row's token may read the column's; None = all may, as in
+    the decoder, whose sequences hold one image each. A pair that may not has a weight and a gradient of exactly zero.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -36,11 +37,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, readable: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, C / N)
-        read = F.scaled_dot_product_attention(query, key, value)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         return self.proj(read.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -52,13 +53,16 @@ class TransformerBlock(nn.Module):
         attention: the module to mix tokens with; it gets the normalised x and whatever else forward was given.
         mlp_ratio: hidden width of the perceptron over dim.
         drop_path: probability to drop a branch of a sample.
+        norm_eps: what the norms add to the variance.
     """
 
-    def __init__(self, dim: int, attention: nn.Module, *, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, attention: nn.Module, *, mlp_ratio: float, drop_path: float = 0.0, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
