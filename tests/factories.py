@@ -5,8 +5,10 @@ from torch import Tensor
 
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.pvt import PvtConfig, PvtEncoder
+from mixmae.encoders.resnetv2 import ResNetV2Config, ResNetV2Encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.encoders.twins import TwinsConfig, TwinsEncoder
+from mixmae.encoders.vit import ViTConfig, ViTEncoder
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.mixing import draw_group_map
 
@@ -58,6 +60,39 @@ def tiny_svt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> Tw
     torch.manual_seed(0)
     sizes = {**TINY_PYRAMID, "window_sizes": (7, 7, 5, 3)}
     return TwinsEncoder(TwinsConfig(image_size=image_size, in_channels=in_channels, **sizes))
+
+
+def tiny_shifted_swin(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> SwinEncoder:
+    """tiny_swin with shifts in stages 1 to 3 at 96 px; stages 1 and 3 (windows of 7 and 4) are padded, too."""
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=image_size,
+        in_channels=in_channels,
+        embed_dim=16,
+        depths=(2, 2, 3, 2),
+        num_heads=(1, 2, 4, 8),
+        window_sizes=(7, 6, 4, 3),
+        shift=True,
+    )
+    return SwinEncoder(config)
+
+
+def tiny_vit(image_size: int | tuple[int, int] = 96, in_channels: int = 3, class_token: bool = False) -> ViTEncoder:
+    """A ViT of 0.1 M parameters; at 96 px it has 6 x 6 tokens."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=image_size, in_channels=in_channels, embed_dim=32, depth=3, num_heads=4, class_token=class_token
+    )
+    return ViTEncoder(config)
+
+
+def tiny_resnetv2(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> ResNetV2Encoder:
+    """A ResNet v2 of 0.2 M parameters with norms of 4 groups."""
+    torch.manual_seed(0)
+    config = ResNetV2Config(
+        image_size=image_size, in_channels=in_channels, stem_dim=8, depths=(2, 1, 1, 1), num_norm_groups=4
+    )
+    return ResNetV2Encoder(config)
 
 
 def tiny_mixmae(

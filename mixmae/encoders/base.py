@@ -29,7 +29,7 @@ class TokenFill:
     cells: Tensor
     """(B, h, w) or (1, h, w) bool, True = the cell's tokens are replaced."""
     token: Tensor
-    """(channels[0],), what they are replaced by: a learned mask token, or zeros."""
+    """(fill_dim(encoder),), what they are replaced by: a learned mask token, or zeros."""
 
 
 @runtime_checkable
@@ -108,6 +108,14 @@ def head_depth(encoder: Encoder, rule: DepthRule) -> int:
     Source: the official finetuning code (golden/mixmim_optimization.json); timm's param_groups_layer_decay.
     """
     return encoder.num_blocks if rule == "official" else encoder.num_blocks + 1
+
+
+def fill_dim(encoder: Encoder) -> int:
+    """Give the width of an encoder's embedded patches, which a fill replaces.
+
+    It is channels[0], but for encoders whose first stage widens them: those have a stem_dim.
+    """
+    return getattr(encoder, "stem_dim", encoder.channels[0])
 
 
 def fill_tokens(x: Tensor, fill: TokenFill | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 Unusual, beside Swin: windows are not shifted (14 x 14 is the whole grid of stage 3 at 224 px); fixed sin-cos positions
 are added after the patch embedding, besides the relative bias in each window; attention can be restricted to groups; a
-stage's downsampling belongs to the start of the next one, as in timm, so that features() ends where stages end.
+stage's downsampling belongs to the start of the next one, as in timm, so that features() ends where stages end. Swin
+itself, with shifted windows of 7 x 7, is swin_base_w7().
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of tokens of a stage (tensors are (B, H, W, C)
 throughout), h w the grid of mask cells.
@@ -10,6 +11,7 @@ throughout), h w the grid of mask cells.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from mixmae.layers.blocks import TransformerBlock
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import init_projections
 from mixmae.layers.patch_embed import PatchEmbed
-from mixmae.layers.positions import sin_cos_positions
+from mixmae.layers.positions import positions_on_grid, sin_cos_positions
 from mixmae.layers.windows import WindowAttention, plan_windows
 from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
 
@@ -43,6 +45,10 @@ class SwinConfig:
     """Attention heads in each stage."""
     window_sizes: tuple[int, ...] = (14, 14, 14, 7)
     """Side of the attention windows of each stage, in tokens; a window larger than the grid shrinks to it."""
+    shift: bool = False
+    """Shift the windows of every second block of a stage by half, where the grid has more than one window."""
+    absolute_positions: bool = True
+    """Add fixed sin-cos positions after the patch embedding; Swin itself has none."""
     mlp_ratio: float = 4.0
     """Hidden width of a block's perceptron over its width."""
     drop_path: float = 0.0
@@ -99,10 +105,19 @@ class SwinStage(nn.Module):
     """Blocks at one resolution, after the downsampling that leads to it."""
 
     def __init__(
-        self, *, dim: int, num_heads: int, window: int, mlp_ratio: float, drop_paths: list[float], downsample: bool
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        window: int,
+        shift: bool,
+        mlp_ratio: float,
+        drop_paths: list[float],
+        downsample: bool,
     ) -> None:
         super().__init__()
         self.window = window
+        self.shift = shift and len(drop_paths) > 1  # the first block of a stage never shifts
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
             TransformerBlock(dim, WindowAttention(dim, num_heads, window), mlp_ratio=mlp_ratio, drop_path=rate)
@@ -115,8 +130,9 @@ class SwinStage(nn.Module):
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
         plan = plan_windows(size, self.window, groups, device=x.device)
-        for block in self.blocks:
-            x = block(x, plan)
+        shifted = plan_windows(size, self.window, groups, device=x.device, shifted=True) if self.shift else plan
+        for index, block in enumerate(self.blocks):
+            x = block(x, shifted if index % 2 else plan)
         return x
 
 
@@ -142,13 +158,16 @@ class SwinEncoder(nn.Module):
 
         self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, PATCH_PX)
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", sin_cos_positions(config.embed_dim, self._table_grid)[None])  # (1, H*W, C)
+        if config.absolute_positions:
+            table = sin_cos_positions(config.embed_dim, self._table_grid)[None]  # (1, H*W, C)
+            self.register_buffer("pos_embed", table)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList(
             SwinStage(
                 dim=self.channels[stage],
                 num_heads=config.num_heads[stage],
                 window=config.window_sizes[stage],
+                shift=config.shift,
                 mlp_ratio=config.mlp_ratio,
                 drop_paths=rates[stage],
                 downsample=stage > 0,
@@ -172,7 +191,8 @@ class SwinEncoder(nn.Module):
         if group_map is not None:
             check_group_map(group_map, num_mixes=len(images), grid=cells)
         x = fill_tokens(self.patch_embed(images), fill)
-        x = x + self.positions((x.shape[1], x.shape[2]))
+        if self.config.absolute_positions:
+            x = x + self.positions((x.shape[1], x.shape[2]))
         outputs = []
         for stage in self.stages:
             x = stage(x, group_map)
@@ -184,10 +204,7 @@ class SwinEncoder(nn.Module):
 
         Returns: (1, H, W, C), dtype and device of the stored table.
         """
-        table = self.pos_embed
-        if grid != self._table_grid:
-            table = sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
-        return table.view(1, *grid, -1)
+        return positions_on_grid(self.pos_embed, self._table_grid, grid).view(1, *grid, -1)
 
     def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
         """Give the depth of every parameter. See Encoder.parameter_depths.
@@ -233,3 +250,17 @@ def swin_large() -> SwinConfig:
 def swin_huge() -> SwinConfig:
     """Swin-H/W14 of the paper: 659 M parameters, 117.7 GMACs at 224 px."""
     return SwinConfig(embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88))
+
+
+def swin_base_w7() -> SwinConfig:
+    """Swin-B of the paper's Table 2, with shifted windows: 87 M parameters, 15.5 GMACs at 224 px.
+
+    The paper prints 15.6. It does not say whether this one has the position table too: it has here, like the others.
+    Swin's published weights want absolute_positions=False.
+    """
+    return dataclasses.replace(swin_base(), window_sizes=(7, 7, 7, 7), shift=True)
+
+
+def swin_large_w7() -> SwinConfig:
+    """Swin-L with the shifted windows of swin_base_w7: 195 M parameters, 34.5 GMACs at 224 px."""
+    return dataclasses.replace(swin_large(), window_sizes=(7, 7, 7, 7), shift=True)

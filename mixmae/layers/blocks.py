@@ -25,9 +25,10 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all tokens of a sequence: (B, L, C) -> (B, L, C).
+    """Attention of the tokens of a sequence to each other: (B, L, C) -> (B, L, C).
 
-    It takes no group map: the decoder reads sequences that hold one image each.
+    readable is (M, 1, L, L) bool, M = 1 or B, True where the row's token may read the column's; None = all may, as in
+    the decoder, whose sequences hold one image each. A pair that may not has a weight and a gradient of exactly zero.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -36,11 +37,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, readable: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, C / N)
-        read = F.scaled_dot_product_attention(query, key, value)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         return self.proj(read.transpose(1, 2).reshape(batch, length, dim))
 
 

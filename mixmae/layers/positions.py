@@ -39,6 +39,17 @@ def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | No
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
+def positions_on_grid(table: Tensor, stored: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Give the fixed position table of a grid: `table` where that is the stored grid, else a new one like it.
+
+    Args: table: (1, L, C), built for the grid `stored`.  grid: (H, W).
+    Returns: (1, H*W, C), dtype and device of table.
+    """
+    if grid == stored:
+        return table
+    return sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
+
+
 def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     """Spread a table of offsets over all pairs of tokens in a window.
 

@@ -1,7 +1,8 @@
 """Attention inside windows, restricted to the tokens of one's own group (paper section 3.3, masked self-attention).
 
 Legend: B samples, M group maps (B or 1), H W a grid of tokens, C channels, N heads, nW windows, T tokens in a window,
-D = C / N. The plan of a stage (sizes and who may not attend to whom) is made once and used by all blocks of the stage.
+D = C / N. The plan of a stage (sizes and who may not attend to whom) is made once and used by all blocks of the stage,
+or where windows shift by every second one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class WindowPlan:
     """(rows, columns) of a window."""
     num_windows: tuple[int, int]
     """Windows down and across; they cover the grid, padding included."""
+    shift: tuple[int, int] = (0, 0)
+    """Rows and columns that the padded grid is rolled by, up and to the left, before it is cut."""
     blocked: Tensor | None
     """(M, nW, 1, T, T) bool, True where the row's token may not attend to the column's; None if all pairs may."""
 
@@ -39,36 +42,53 @@ class WindowPlan:
 
 
 def plan_windows(
-    size: tuple[int, int], window: int, group_map: Tensor | None, device: torch.device | None = None
+    size: tuple[int, int],
+    window: int,
+    group_map: Tensor | None,
+    device: torch.device | None = None,
+    *,
+    shifted: bool = False,
 ) -> WindowPlan:
     """Cut a grid into windows and find the pairs of tokens that belong to different groups.
 
     A window is never larger than the grid: each side clamps to the grid's. A grid that is no multiple of the window is
     padded, and padding is a group of its own, also when there is no group map.
 
+    Shifted windows start half a window further down and right, on each side that has more than one window. The padded
+    grid is rolled, so what leaves it at the top comes back at the bottom, in windows with tokens from the other end:
+    the two are kept apart, like groups.
+
     Args:
         size: (H, W) of the grid.
         window: configured side of a window.
         group_map: (M, H, W) int64 at the grid's own resolution, M = 1 where all samples share it; None = no groups.
         device: where the plan's tensor goes if there is no group map to follow; default torch's.
+        shifted: shift the windows.
     Returns: the plan.
     Raises: ValueError if the group map has another size than the grid.
+    Source: Swin, for the shift. timm rolls before it pads, which parts neighbours of a grid that needs padding.
     """
     height, width = size
     rows, columns = min(window, height), min(window, width)
     down, across = -(-height // rows), -(-width // columns)
     below, right = down * rows - height, across * columns - width
+    shift = (rows // 2 if down > 1 else 0, columns // 2 if across > 1 else 0) if shifted else (0, 0)
     blocked = None
-    if group_map is None and (below or right):
+    if group_map is None and (below or right or any(shift)):
         group_map = torch.zeros(1, height, width, dtype=torch.int64, device=device)
     if group_map is not None:
         if group_map.shape[1:] != size:
             raise ValueError(f"a group map of shape {tuple(group_map.shape)} does not fit a grid of {height} x {width}")
         padded = F.pad(group_map, (0, right, 0, below), value=PADDING_GROUP)
+        if any(shift):
+            # What comes back below, and what comes back on the right, parts each group (padding too) in up to four.
+            wraps_down = torch.arange(down * rows, device=padded.device) < shift[0]
+            wraps_right = torch.arange(across * columns, device=padded.device) < shift[1]
+            padded = (4 * padded + 2 * wraps_down[:, None] + wraps_right).roll((-shift[0], -shift[1]), dims=(1, 2))
         windows = padded.view(-1, down, rows, across, columns).transpose(2, 3)
         groups = windows.reshape(-1, down * across, 1, rows * columns)  # (M, nW, 1, T)
         blocked = groups[..., :, None] != groups[..., None, :]
-    return WindowPlan(size=size, window=(rows, columns), num_windows=(down, across), blocked=blocked)
+    return WindowPlan(size=size, window=(rows, columns), num_windows=(down, across), shift=shift, blocked=blocked)
 
 
 class WindowAttention(nn.Module):
@@ -78,7 +98,7 @@ class WindowAttention(nn.Module):
         dim: C.
         num_heads: N, a divisor of dim.
         window: configured side w of a window; the table of offsets has (2w - 1)**2 rows. None = no bias, any window.
-    Source: paper sections 3.2 and 3.3; Swin without shifts. Group isolation is exact: a pair of different groups gets a
+    Source: paper sections 3.2 and 3.3; Swin. Group isolation is exact: a pair of different groups gets a
         score of minus infinity, hence a weight and a gradient of exactly zero.
     """
 
@@ -106,6 +126,8 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x)
         if below or right:
             qkv = F.pad(qkv, (0, 0, 0, right, 0, below))
+        if any(plan.shift):
+            qkv = qkv.roll((-plan.shift[0], -plan.shift[1]), dims=(1, 2))
         qkv = qkv.view(batch, down, rows, across, columns, 3, self.num_heads, head_dim)
         # Windows count as samples, or as heads where each window has a term of its own that the samples share.
         lead = batch * down * across if plan.blocked is None else batch
@@ -115,6 +137,8 @@ class WindowAttention(nn.Module):
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias(plan))
         read = read.view(batch, down, across, self.num_heads, rows, columns, head_dim)
         read = read.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, down * rows, across * columns, dim)
+        if any(plan.shift):
+            read = read.roll(plan.shift, dims=(1, 2))
         return self.proj(read[:, :height, :width])
 
     def bias(self, plan: WindowPlan) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixmae.encoders.swin import PatchMerging, SwinConfig, SwinEncoder, swin_tiny
-from tests.factories import noise_images, tiny_swin
+from tests.factories import noise_images, tiny_shifted_swin, tiny_swin
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,15 @@ def test_position_table_is_stored_for_the_built_size_and_renewed_for_others():
 def test_one_size_built_for_another_gives_the_same_features():
     images = noise_images(2, (64, 160))
     torch.testing.assert_close(tiny_swin((96, 96))(images), tiny_swin((64, 160))(images))
+
+
+def test_no_position_table_where_it_is_off():
+    with_table = tiny_shifted_swin()
+    without = SwinEncoder(dataclasses.replace(with_table.config, absolute_positions=False))
+    without.load_state_dict({name: value for name, value in with_table.state_dict().items() if name != "pos_embed"})
+    with torch.no_grad():
+        with_table.pos_embed.zero_()
+    assert torch.equal(without(noise_images(2)), with_table(noise_images(2)))
 
 
 def test_drop_path_is_for_training_only():

@@ -10,10 +10,15 @@ from mixmae.layers.windows import WindowAttention, plan_windows
 DIM, HEADS, BATCH = 8, 2, 3
 
 
-def attend_by_hand(attention, x, window, group_map):
-    """Let each token read, one at a time, the tokens of its window and its group."""
+def attend_by_hand(attention, x, window, group_map, shifted=False):
+    """Let each token read, one at a time, the tokens of its window and its group.
+
+    A shifted window starts half a window further, so the first ones are cut off by the upper and the left border.
+    """
     batch, height, width, dim = x.shape
     rows, columns = min(window, height), min(window, width)
+    down = rows // 2 if shifted and height > rows else 0
+    right = columns // 2 if shifted and width > columns else 0
     bias = relative_position_bias(attention.relative_position_bias_table, (rows, columns))
     head_dim = dim // attention.num_heads
     query, key, value = attention.qkv(x).view(batch, height, width, 3, attention.num_heads, head_dim).unbind(3)
@@ -22,11 +27,11 @@ def attend_by_hand(attention, x, window, group_map):
         groups = torch.zeros(height, width) if group_map is None else group_map[b % len(group_map)]
         for i in range(height):
             for j in range(width):
-                top, left = i // rows * rows, j // columns * columns
+                top, left = (i - down) // rows * rows + down, (j - right) // columns * columns + right
                 near = [
                     (k, m)
-                    for k in range(top, min(top + rows, height))
-                    for m in range(left, min(left + columns, width))
+                    for k in range(max(top, 0), min(top + rows, height))
+                    for m in range(max(left, 0), min(left + columns, width))
                     if groups[k, m] == groups[i, j]
                 ]
                 own = (i - top) * columns + j - left
@@ -38,21 +43,22 @@ def attend_by_hand(attention, x, window, group_map):
     return attention.proj(read.flatten(3))
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
 @pytest.mark.parametrize("num_maps", [0, 1, BATCH])
 @pytest.mark.parametrize(
     ("size", "window"),
-    [((4, 6), 2), ((3, 3), 3), ((5, 7), 3), ((2, 5), 4)],
-    ids=["divides", "one-window", "padded", "clamped-and-padded"],
+    [((4, 6), 2), ((3, 3), 3), ((5, 7), 3), ((2, 5), 4), ((9, 6), 4)],
+    ids=["divides", "one-window", "padded", "clamped-and-padded", "padded-by-most-of-a-window"],
 )
-def test_attention_is_that_of_a_plain_loop(size, window, num_maps):
+def test_attention_is_that_of_a_plain_loop(size, window, num_maps, shifted):
     torch.manual_seed(0)
     attention = WindowAttention(DIM, HEADS, window)
     torch.nn.init.normal_(attention.relative_position_bias_table)
     x = torch.randn(BATCH, *size, DIM)
     group_map = torch.randint(0, 3, (num_maps, *size)) if num_maps else None
-    plan = plan_windows(size, window, group_map)
+    plan = plan_windows(size, window, group_map, shifted=shifted)
     torch.testing.assert_close(
-        attention(x, plan), attend_by_hand(attention, x, window, group_map), rtol=1e-5, atol=1e-6
+        attention(x, plan), attend_by_hand(attention, x, window, group_map, shifted), rtol=1e-5, atol=1e-6
     )
 
 
