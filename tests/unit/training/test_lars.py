@@ -1,5 +1,7 @@
 """LARS by hand, and as SGD where the trust ratio is 1."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -61,7 +63,7 @@ def test_it_resumes():
     optimizer.step()
     copied = nn.Parameter(weight.detach().clone())
     resumed = Lars([copied], lr=0.7)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     weight.grad = torch.randn(3, 3)
     copied.grad = weight.grad.clone()
     optimizer.step()
