@@ -1,4 +1,4 @@
-"""The optimisers of the paper and their parameter groups."""
+"""The optimisers and their parameter groups."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ class OptimConfig:
             raise ValueError(f"betas are {self.betas}: each must be in [0, 1).")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm is {self.clip_grad_norm}: it must be above 0, or None for no clipping.")
-
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}: it must be in (0, 1], or None for one rate.")
 

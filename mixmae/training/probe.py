@@ -20,8 +20,8 @@ from mixmae.training.schedule import learning_rate, run_length
 class ProbeConfig:
     """How a head is trained; the defaults are MAE's for linear probing of ImageNet (appendix A).
 
-    They do not suit small sets: the way that LARS lets the weights go is proportional to base_lr x epochs x images, and
-    with ten thousand images or fewer the head hardly leaves its initial weights (small_set_probe has figures).
+    They do not suit small sets: the way that LARS lets the weights go is proportional to base_lr x epochs x images, so
+    with a few thousand images the head hardly leaves its initial weights (small_set_probe has figures).
     """
 
     epochs: float = 90
@@ -84,7 +84,8 @@ def train_probe(
         head: maps (B, D) to (B, C) logits; trained in place on the device where it is, and left in evaluation mode.
         features: (N, D) float. labels: (N,) int64 in [0, C); images with -1 are left out.
         validation: features and labels of other images.
-    Raises: ValueError if shapes disagree, features are not finite, or fewer than two images have a class.
+    Raises: ValueError if shapes disagree, features are not finite, labels are out of range, or fewer than two images
+        have a class.
     """
     for images, classes in (features, labels), *([validation] if validation else []):
         if images.ndim != 2 or classes.shape != images.shape[:1] or not images.isfinite().all():
@@ -100,6 +101,13 @@ def train_probe(
             "in a batch at least"
         )
     device = next(head.parameters()).device
+    with torch.no_grad():
+        num_classes = head.eval()(features[:1].to(device).float()).shape[1]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels go from {labels.min().item()} to {labels.max().item()}, but the head has {num_classes} classes: "
+            "build it for the classes of the set"
+        )
     batch_size = min(config.batch_size, len(labels))
     length = run_length(
         num_images=len(labels), batch_size=batch_size, epochs=config.epochs, warmup_epochs=config.warmup_epochs
@@ -122,7 +130,8 @@ def train_probe(
         loss = F.cross_entropy(logits, classes)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), config.optim.clip_grad_norm or float("inf"))
+        if config.optim.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(head.parameters(), config.optim.clip_grad_norm)
         optimizer.step()
 
         sums += torch.stack([loss.detach(), (logits.argmax(dim=1) == classes).float().mean()])

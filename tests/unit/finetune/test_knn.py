@@ -56,15 +56,16 @@ def test_separable_features_are_told_apart_and_noise_is_not():
 
 
 def test_chunks_change_nothing(monkeypatch):
-    (train, classes), (test, labels) = clouds(60), clouds(50, seed=7)
-    whole = knn_classify(train, classes, test, labels, num_classes=4, config=KnnConfig(k=7))
-    alone = knn_leave_one_out(train, classes, num_classes=4, config=KnnConfig(k=7))
+    train, test = (torch.randn(60, 16, generator=seeded(seed)) for seed in (0, 1))
+    labels, options = torch.arange(60) % 4, {"num_classes": 4, "config": KnnConfig(k=7)}
+
+    def both():
+        yield knn_classify(train, labels, test, labels, **options).probabilities
+        yield knn_leave_one_out(train, labels, **options).probabilities
+
+    whole = list(both())
     monkeypatch.setattr(knn, "MAX_SIMILARITIES", 60 * 8)  # 8 queries at a time
-    parts = knn_classify(train, classes, test, labels, num_classes=4, config=KnnConfig(k=7))
-    torch.testing.assert_close(parts.probabilities, whole.probabilities)
-    torch.testing.assert_close(
-        knn_leave_one_out(train, classes, num_classes=4, config=KnnConfig(k=7)).probabilities, alone.probabilities
-    )
+    torch.testing.assert_close(list(both()), whole)
 
 
 def test_unknown_images_neither_vote_nor_are_judged():

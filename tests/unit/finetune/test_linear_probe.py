@@ -42,6 +42,10 @@ def test_the_usual_loop_trains_the_head_and_nothing_else():
     encoder = tiny_swin(64)
     probe = LinearProbe(encoder, LinearHead(encoder.channels[-1], 2))
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == [
+        "head.linear.weight",
+        "head.linear.bias",
+    ]
     batch = SimpleNamespace(images=noise_images(8, (64, 64)), labels=torch.arange(8) % 2, broken=())
     optim = OptimConfig(optimizer="lars", base_lr=0.1, weight_decay=0.5)
     state = train(

@@ -92,7 +92,7 @@ def test_curves_have_a_point_an_epoch_and_every_image_is_seen():
     features, labels = clouds(50)
     seen = []
     head = LinearHead(16, 4)
-    head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
+    head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]) if module.training else None)
     curves = train_probe(head, features, labels, ProbeConfig(epochs=4, warmup_epochs=0, batch_size=16))
     assert len(seen) == 12  # floor(4 x 50 / 16)
     assert len(curves.loss) == len(curves.train_top1) == 4
@@ -116,6 +116,8 @@ def test_mistakes():
         run(features / 0, labels, ProbeConfig())
     with pytest.raises(ValueError, match=r"\(8, 16\) and \(7,\)"):
         run(features, labels[:7], ProbeConfig())
+    with pytest.raises(ValueError, match="from 0 to 3, but the head has 3 classes"):
+        run(features, labels, ProbeConfig(), classes=3)
     with pytest.raises(ValueError, match="1 images with a class"):
         run(features[:1], labels[:1], ProbeConfig())
     with pytest.raises(ValueError, match="warmup_epochs is 91"):
