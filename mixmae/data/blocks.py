@@ -197,13 +197,54 @@ def eval_batch(
     Args: rows: of the source.  image_size: side, or (H, W).  resize_share: see augment.centre_crop.
     An image that does not decode comes out grey.
     """
+    wanted = np.asarray(rows, dtype=np.int64)
+    (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, resize_share=resize_share)
+    return batch.images
+
+
+def eval_batches(
+    source: Source,
+    image_size: int | tuple[int, int],
+    *,
+    batch_size: int,
+    rows: Int64Array | None = None,
+    resize_share: float = 0.875,
+    pool: Executor | None = None,
+) -> Iterator[Batch]:
+    """Images with their labels in evaluation's fixed transform, in batches.
+
+    Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
+            the decoding.  Others: as eval_batch.
+    Yields: batches of batch_size images, the last one shorter. An image that does not decode comes out grey, with label
+        -1 so that nobody judges a model by it, and is among the batch's broken ones.
+    """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    images = torch.full((len(rows), 3, *size), _GREY, dtype=torch.uint8)
-    for place, row in enumerate(rows):
-        sample = read_row(source, row)
-        with contextlib.suppress(BrokenImage):
-            images[place] = torch.from_numpy(centre_crop(decode_rgb(sample.data), size, resize_share))
-    return images
+    rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
+
+    def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:
+        try:
+            return centre_crop(decode_rgb(sample.data), size, resize_share), sample.label, None
+        except BrokenImage as error:
+            grey = np.full((3, *size), _GREY, dtype=np.uint8)
+            return grey, -1, BrokenRecord(row, sample.where, str(error))
+
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        chunks = np.searchsorted(starts, part, side="right") - 1
+        samples: dict[int, Sample] = {}  # by row
+        for chunk in np.unique(chunks):
+            wanted = part[chunks == chunk]
+            samples |= zip(wanted.tolist(), _read(source, int(chunk), wanted - starts[chunk]), strict=True)
+        loaded = (pool.map if pool else map)(load, part.tolist(), [samples[row] for row in part.tolist()])
+        images, labels, broken = zip(*loaded, strict=True)
+        yield Batch(
+            images=torch.from_numpy(np.stack(images)),
+            rows=torch.from_numpy(part),
+            labels=torch.tensor(labels),
+            epochs=torch.zeros(len(part), dtype=torch.int64),
+            broken=tuple(record for record in broken if record),
+        )
 
 
 def read_row(source: Source, row: int) -> Sample:

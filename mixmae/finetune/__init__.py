@@ -1,1 +1,1 @@
-"""Tasks that use a pretrained encoder: classification now."""
+"""Tasks that use a pretrained encoder: classification, linear probing, nearest neighbours."""

@@ -1,13 +1,26 @@
-"""Classify images with a pretrained encoder."""
+"""Classify images with a pretrained encoder: the model of finetuning, and what one of its steps computes.
+
+Legend: B images, C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
+from mixmae.metrics import UNKNOWN, label_ranks
+from mixmae.step import StepOutput
 
 HEAD_STD = 2e-5
 """Deviation of the head's initial weights (official code): nearly zero, so that the first steps spare the encoder."""
+
+Mix = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(images (B, C, H, W), labels (B,), CPU generator) -> (mixed images, targets (B, num_classes) whose rows sum to 1):
+mixmae.data.mixup.mix_batch with its config and number of classes filled in."""
 
 
 class ImageClassifier(nn.Module):
@@ -31,3 +44,50 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Score (B, C, H, W) images: (B, num_classes) logits."""
         return self.head(self.encoder(images).mean(dim=1))
+
+
+def classification_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    first_sample: int,
+    *,
+    mix: Mix | None = None,
+    label_smoothing: float = 0.0,
+) -> StepOutput:
+    """Compare the logits of a batch with its classes.
+
+    Args:
+        model: maps (B, C, H, W) to logits; an ImageClassifier, wrapped by DDP or not.
+        images: (B, C, H, W) float, normalised. labels: (B,) int64, -1 = not known: such images are left out. On the CPU
+            a GPU is not waited for.
+        generator: of the step, on the CPU. first_sample: place of the batch's first image in the global batch; every
+            micro-batch of a step is mixed in its own way, whichever worker has it.
+        mix: mixes images and makes their targets, smoothed or not; None mixes nothing.
+        label_smoothing: share of the label that is spread over all classes where mix is None.
+    Returns: the cross entropy with the targets; without `mix` also `top1`: what a mixed image shows is not one class.
+    Raises: ValueError if no image of the batch has a class.
+    Source: paper, table 12.
+    """
+    images, labels = known_images(images, labels)
+    if mix is None:
+        logits, labels = model(images), labels.to(images.device)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        return StepOutput(loss=loss, metrics={"top1": (label_ranks(logits.detach(), labels) == 0).float().mean()})
+    seed = int(torch.randint(2**62, (), generator=generator)) + first_sample
+    images, targets = mix(images, labels, torch.Generator().manual_seed(seed))
+    return StepOutput(loss=F.cross_entropy(model(images).float(), targets))
+
+
+def known_images(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the images of a batch whose class is known; the same tensors if all are.
+
+    Raises: ValueError if none is.
+    """
+    known = labels != UNKNOWN
+    if known.all():
+        return images, labels
+    if not known.any():
+        raise ValueError(f"none of the {len(labels)} images of a batch has a class: train on a labelled set")
+    return images[known.to(images.device)], labels[known]

@@ -8,14 +8,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 
 from mixmae.convert import config_from_official, from_official, load_weights, to_official
-from mixmae.encoders.base import head_depth
 from mixmae.encoders.swin import SwinEncoder, swin_base, swin_tiny
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.mixing import hidden_mask, mix
+from mixmae.training.optim import OptimConfig, parameter_groups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL = 1e-5
@@ -104,28 +104,35 @@ def test_logits():
 
 
 def test_layer_decay_of_the_official_rule():
+    """Rate and weight decay of every parameter."""
     golden = json.loads((GOLDEN / "mixmim_optimization.json").read_text())["layer_decay_0.75_mixmim_base"]["parameters"]
     with torch.device("meta"):
-        encoder = SwinEncoder(swin_base())
-    depths = {f"encoder.{name}": depth for name, depth in encoder.parameter_depths("official").items()}
-    depths |= dict.fromkeys(("head.weight", "head.bias"), head_depth(encoder, "official"))
-    official = {name: value for name, value in golden.items() if name != "absolute_pos_embed"}
-    ours = {_official(name): depth for name, depth in depths.items()}
+        model = ImageClassifier(SwinEncoder(swin_base()), 1000)
+    ours = {_official(name): value for name, value in scales(model, rule="official").items()}
+    official = {name: value for name, value in golden.items() if name != "absolute_pos_embed"}  # a buffer here
     assert ours.keys() == official.keys()
-    for name, (scale, _) in official.items():
-        assert 0.75 ** (encoder.num_blocks + 1 - ours[name]) == pytest.approx(scale, rel=1e-6), name
+    for name, (scale, decay) in official.items():
+        assert ours[name] == (pytest.approx(scale, rel=1e-6), decay), name
 
 
 def test_layer_decay_of_timm():
-    """Against timm's own grouping of its Swin, whose names differ in `layers` and `head.fc` alone."""
+    """Against timm's own groups of its Swin, whose names differ in `layers` and `head.fc` alone."""
     other = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False)
-    groups = group_parameters(other, other.group_matcher(coarse=False), reverse=True)
+    groups = param_groups_layer_decay(other, 0.05, no_weight_decay_list=other.no_weight_decay(), layer_decay=0.75)
+    expected = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     with torch.device("meta"):
-        encoder = SwinEncoder(swin_tiny())
-    ours = {re.sub("^stages", "layers", name): depth for name, depth in encoder.parameter_depths("timm").items()}
-    ours |= dict.fromkeys(("head.fc.weight", "head.fc.bias"), head_depth(encoder, "timm"))
-    assert ours == dict(groups)
-    assert max(groups.values()) == encoder.num_blocks + 1  # so that timm's exponent is num_blocks + 1 - depth, too
+        model = ImageClassifier(SwinEncoder(swin_tiny()), 1000)
+    ours = {
+        re.sub(r"^head\.", "head.fc.", re.sub("^stages", "layers", name.removeprefix("encoder."))): value
+        for name, value in scales(model, rule="timm").items()
+    }
+    assert ours == {name: expected[id(parameter)] for name, parameter in other.named_parameters()}
+
+
+def scales(model, rule):
+    """(rate scale, weight decay) of every parameter by name, at layer decay 0.75."""
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.75, layer_decay_rule=rule))
+    return {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
 
 
 def _official(name):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 from mixmae.data.augment import AugmentConfig
-from mixmae.data.blocks import eval_batch, load_block, local_batches
+from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.order import Plan
 from mixmae.data.sources import open_source
 
@@ -105,3 +107,21 @@ def test_eval_batch(write_shards):
     assert images.dtype == torch.uint8
     assert (images[3] == 128).all()
     assert torch.equal(eval_batch(source, [7], (32, 32))[0], images[7])
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_eval_batches_are_all_rows_with_their_labels(write_shards, threads):
+    source = open_source(write_shards(70, 10, damaged={3: b"x", 71: b""}))
+    pool = ThreadPoolExecutor(threads) if threads else None
+    batches = list(eval_batches(source, 32, batch_size=32, pool=pool))
+    assert [len(batch.images) for batch in batches] == [32, 32, 16]
+    assert torch.equal(torch.cat([batch.rows for batch in batches]), torch.arange(80))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), eval_batch(source, range(80), 32))
+    expected = torch.arange(80) % 3
+    expected[[3, 71]] = -1  # grey: nobody is judged by them
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), expected)
+    assert [[record.row for record in batch.broken] for batch in batches] == [[3], [], [71]]
+
+    (some,) = eval_batches(source, 32, batch_size=32, rows=np.array([75, 2, 69]))
+    assert some.labels.tolist() == [0, 2, 0]
+    assert torch.equal(some.images, eval_batch(source, [75, 2, 69], 32))

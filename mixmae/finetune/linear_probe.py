@@ -1,0 +1,93 @@
+"""Judge a frozen encoder by a linear classifier on its pooled features.
+
+training/probe.py trains a LinearHead on features that were extracted once (features.py). LinearProbe is the same head
+on an encoder that runs on every batch, so that the normal loop can train it with augmentation, as MAE does.
+
+Legend: B images, C channels, H W pixels, D the encoder's last width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixmae.encoders.base import Encoder
+from mixmae.finetune.classification import known_images
+from mixmae.metrics import label_ranks
+from mixmae.step import StepOutput
+
+HEAD_STD = 0.01
+"""Deviation of the head's initial weights (MAE)."""
+NORM_EPS = 1e-6
+"""Added to the variance of a feature (MAE)."""
+
+
+class LinearHead(nn.Module):
+    """Batch norm without parameters, then one linear layer: (B, D) features to (B, num_classes) logits.
+
+    Source: MAE, appendix A (linear probing).
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.norm = nn.BatchNorm1d(dim, eps=NORM_EPS, affine=False)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=HEAD_STD)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.norm(features))
+
+    @torch.no_grad()
+    def as_linear(self) -> nn.Linear:
+        """Fold the norm's running statistics into one new linear layer: what ImageClassifier has as its head."""
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        assert mean is not None
+        assert variance is not None
+        folded = nn.Linear(self.linear.in_features, self.linear.out_features, device=mean.device)
+        folded.weight.copy_(self.linear.weight * (variance + self.norm.eps).rsqrt())
+        folded.bias.copy_(self.linear.bias - folded.weight @ mean)
+        return folded
+
+
+class LinearProbe(nn.Module):
+    """A head that trains on an encoder that does not.
+
+    Args:
+        encoder: built; its parameters lose requires_grad, and it stays in evaluation mode whatever train() says.
+        head: takes (B, D) features, for example a LinearHead.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        for _, parameter in encoder.named_parameters():
+            parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> LinearProbe:
+        super().train(mode)
+        for module in self.encoder.modules():
+            module.training = False
+        return self
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Score (B, C, H, W) normalised images: (B, num_classes)."""
+        with torch.no_grad():
+            features = self.encoder(images).mean(dim=1)  # (B, D)
+        return self.head(features)
+
+    def forward(self, images: Tensor, labels: Tensor) -> StepOutput:
+        """Compare the head's logits with the classes of a batch.
+
+        Args: images: (B, C, H, W) float, normalised.  labels: (B,) int64, -1 = not known, on any device.
+        Returns: cross entropy, and `top1` of the batch; images without a class are left out of both.
+        """
+        images, labels = known_images(images, labels)
+        logits, labels = self.logits(images), labels.to(images.device)
+        top1 = (label_ranks(logits.detach(), labels) == 0).float().mean()
+        return StepOutput(loss=F.cross_entropy(logits.float(), labels), metrics={"top1": top1})
