@@ -235,7 +235,7 @@ def eval_batches(
         samples: dict[int, Sample] = {}  # by row
         for chunk in np.unique(chunks):
             wanted = part[chunks == chunk]
-            samples |= zip(wanted.tolist(), _read(source, int(chunk), wanted - starts[chunk]), strict=True)
+            samples |= zip(wanted.tolist(), source.read(int(chunk), wanted - starts[chunk]), strict=True)
         loaded = (pool.map if pool else map)(load, part.tolist(), [samples[row] for row in part.tolist()])
         images, labels, broken = zip(*loaded, strict=True)
         yield Batch(
