@@ -10,13 +10,19 @@ any pairing is the same code: the official one (the batch reversed, K = 2) is pa
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MASK_UNIT_PX = 32
 """Side of a mask cell in pixels: the coarsest stride of the encoders, so groups share no token (paper section 4)."""
 
 
-def draw_group_map(grid: tuple[int, int], num_images: int, generator: torch.Generator, num_maps: int = 1) -> Tensor:
+def draw_group_map(
+    grid: tuple[int, int],
+    num_images: int,
+    generator: torch.Generator,
+    num_maps: int = 1,
+    filled_share: float = 0.0,
+) -> Tensor:
     """Draw random balanced partitions of a grid of cells into groups, one for each image of a mix.
 
     Group sizes differ by at most one. Where L is no multiple of K, the larger groups start at a drawn image and move on
@@ -27,16 +33,19 @@ def draw_group_map(grid: tuple[int, int], num_images: int, generator: torch.Gene
         num_images: K, at least 1 and at most h*w.
         generator: CPU generator; the draw is a function of its state.
         num_maps: number of maps to draw; 1 is a map shared by the whole batch.
-    Returns: (num_maps, h, w) int64 in [0, K), on the CPU.
-    Raises: ValueError if the grid has fewer cells than images, or the generator is not on the CPU.
+        filled_share: share of the cells, rounded, that no image fills; they are group K.
+    Returns: (num_maps, h, w) int64 in [0, K), with filled cells in [0, K], on the CPU.
+    Raises: ValueError if the grid has fewer cells for images than images, or the generator is not on the CPU.
     Source: paper section 3.2 (random mask) and section 4 (mixing 4 images hides 75 %). The paper does not say who gets
         the odd cell; the official code (K = 2) always gives it to the first image.
     """
     height, width = grid
     num_cells = height * width
+    num_filled = round(filled_share * num_cells)
+    num_shown = num_cells - num_filled
     if num_images < 1 or num_maps < 1:
         raise ValueError(f"num_images and num_maps must be at least 1, got {num_images} and {num_maps}")
-    if num_cells < num_images:
+    if num_shown < num_images:
         raise ValueError(
             f"a grid of {height} x {width} cells of {MASK_UNIT_PX} px cannot hold parts of {num_images} images; "
             "use larger images or mix fewer of them"
@@ -45,9 +54,10 @@ def draw_group_map(grid: tuple[int, int], num_images: int, generator: torch.Gene
         raise ValueError(f"the generator must be on the CPU, so that every device draws alike; got {generator.device}")
     first_large = torch.randint(num_images, (1, 1), generator=generator)
     # After each map the larger groups move on by their number, so over K maps each image is large equally often.
-    start = first_large + torch.arange(num_maps)[:, None] * (num_cells % num_images)  # (num_maps, 1)
+    start = first_large + torch.arange(num_maps)[:, None] * (num_shown % num_images)  # (num_maps, 1)
     rank = torch.rand(num_maps, num_cells, generator=generator).argsort(dim=1)  # a permutation of the cells in each row
-    return ((start + rank) % num_images).view(num_maps, height, width)
+    groups = torch.where(rank < num_shown, (start + rank) % num_images, num_images)
+    return groups.view(num_maps, height, width)
 
 
 def cyclic_partners(num_samples: int, num_images: int) -> Tensor:
@@ -123,6 +133,51 @@ def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
     column = torch.arange(columns, device=images.device)
     mixed = cells[source, row, column]  # (M, h, w, C, up, across)
     return mixed.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+
+
+def shuffle_cells(images: Tensor, cells: Tensor, order: Tensor) -> Tensor:
+    """Permute some cells of each image among themselves.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        cells: (B, h, w) or (1, h, w) bool, True = the cell takes part; the others stay.
+        order: (B, h*w) float, random numbers: the cells that take part are sorted by them.
+    Returns: (B, C, H, W), dtype of images.
+    Source: paper section 6, "Shuffle".
+    """
+    batch, channels, height, width = images.shape
+    rows, columns = cells.shape[1:]
+    taken = cells.flatten(1).expand(batch, -1)  # (B, L)
+    # The n-th cell that takes part, in row order, gets the one that comes n-th by its number.
+    number = order.to(images.device).masked_fill(~taken, float("inf"))
+    by_number = number.argsort(dim=1)  # (B, L), those that take part first
+    place = taken.cumsum(dim=1) - 1
+    own = torch.arange(rows * columns, device=images.device).expand(batch, -1)
+    source = torch.where(taken, by_number.gather(1, place.clamp(min=0)), own)  # (B, L)
+    up, across = height // rows, width // columns
+    patches = images.view(batch, channels, rows, up, columns, across).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    patches = patches.gather(1, source[:, :, None, None, None].expand_as(patches))  # (B, L, C, up, across)
+    patches = patches.view(batch, rows, columns, channels, up, across)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+
+def zoom_in(images: Tensor, boxes: Tensor) -> Tensor:
+    """Crop a box of each image and enlarge it to the image's size, bilinear.
+
+    Args:
+        images: (B, C, H, W) float.
+        boxes: (B, 3) float: the side of the box as a share of the image's, in (0, 1], and the place of its upper and
+            its left edge in [0, 1], from one end of what is possible to the other.
+    Returns: (B, C, H, W), dtype of images.
+    Source: paper section 6, "Zoomin", which gives no scale.
+    """
+    scale, top, left = boxes.to(images.device, images.dtype).unbind(1)  # (B,)
+    theta = images.new_zeros(len(images), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    # In sampling coordinates, -1 to 1, the box's centre moves within 1 - scale of the image's.
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * left - 1) * (1 - scale), (2 * top - 1) * (1 - scale)
+    sampling = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, sampling, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def cell_sources(group_map: Tensor, partners: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ def tiny_mixmae(
     return MixMAE(tiny_swin(image_size, in_channels), config)
 
 
+def ablation_mixmae(fill: str) -> MixMAE:
+    """tiny_mixmae that fills the hidden half of one image (paper section 6)."""
+    return tiny_mixmae(num_images=2, fill=fill, unmixing="none")
+
+
 def noise_images(batch: int, size: tuple[int, int] = (96, 96), channels: int = 3, seed: int = 0) -> Tensor:
     return torch.randn(batch, channels, *size, generator=seeded(seed))
 

@@ -5,7 +5,7 @@ Legend: B samples, M group maps (B or 1), C channels, H W pixels, h w the grid o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -30,6 +30,16 @@ class TokenFill:
     """(B, h, w) or (1, h, w) bool, True = the cell's tokens are replaced."""
     token: Tensor
     """(fill_dim(encoder),), what they are replaced by: a learned mask token, or zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixEmbedding:
+    """Vectors that tell the groups of a mix apart without keeping them apart (paper section 3.3, "Mix embedding")."""
+
+    group_map: Tensor
+    """(M, h, w) int64, one entry a mask cell."""
+    vectors: Sequence[Tensor]
+    """For each stage s (groups, channels[s]), one vector a group."""
 
 
 @runtime_checkable
@@ -85,6 +95,21 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class MixEmbeddingEncoder(Encoder, Protocol):
+    """An encoder that can add mix embeddings at the start of each stage, after the downsampling that leads to it."""
+
+    takes_mix_embedding: Literal[True]
+
+    def __call__(
+        self,
+        images: Tensor,
+        group_map: Tensor | None = None,
+        fill: TokenFill | None = None,
+        embedding: MixEmbedding | None = None,
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class SequenceEncoder(Encoder, Protocol):
     """An encoder of one stage that can run on a part of its tokens alone, as MAE needs (a plain ViT)."""
 
@@ -128,6 +153,18 @@ def fill_tokens(x: Tensor, fill: TokenFill | None) -> Tensor:
         return x
     covered = upsample_group_map(fill.cells, (x.shape[1], x.shape[2]))
     return torch.where(covered[..., None], fill.token.to(x.dtype), x)
+
+
+def add_mix_embedding(x: Tensor, embedding: MixEmbedding | None, stage: int) -> Tensor:
+    """Add each token's vector of its group.
+
+    Args: x: (B, H, W, C) at the start of a stage.  embedding: or None for x itself.  stage: number of the stage.
+    Returns: (B, H, W, C), dtype of x.
+    """
+    if embedding is None:
+        return x
+    groups = upsample_group_map(embedding.group_map, (x.shape[1], x.shape[2]))
+    return x + embedding.vectors[stage].to(x.dtype)[groups]
 
 
 def check_images(images: Tensor, in_channels: int) -> None:

@@ -13,10 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import DepthRule, GroupIsolation, TokenFill, check_images, fill_tokens
+from mixmae.encoders.base import (
+    DepthRule,
+    GroupIsolation,
+    MixEmbedding,
+    TokenFill,
+    add_mix_embedding,
+    check_images,
+    fill_tokens,
+)
 from mixmae.layers.blocks import TransformerBlock
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import init_projections
@@ -124,9 +133,12 @@ class SwinStage(nn.Module):
             for rate in drop_paths
         )
 
-    def forward(self, x: Tensor, group_map: Tensor | None) -> Tensor:
-        """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  Returns: (B, H, W, C)."""
-        x = self.downsample(x)
+    def forward(self, x: Tensor, group_map: Tensor | None, embedding: MixEmbedding | None, number: int) -> Tensor:
+        """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  number: of the stage.
+
+        Returns: (B, H, W, C).
+        """
+        x = add_mix_embedding(self.downsample(x), embedding, number)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
         plan = plan_windows(size, self.window, groups, device=x.device)
@@ -145,6 +157,7 @@ class SwinEncoder(nn.Module):
     """
 
     group_isolation: GroupIsolation = "exact"
+    takes_mix_embedding: Literal[True] = True
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -177,15 +190,30 @@ class SwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(self.channels[-1])
         init_projections(self)
 
-    def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
-        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward."""
-        return self.norm(self._run_stages(images, group_map, fill)[-1]).flatten(1, 2)
+    def forward(
+        self,
+        images: Tensor,
+        group_map: Tensor | None = None,
+        fill: TokenFill | None = None,
+        embedding: MixEmbedding | None = None,
+    ) -> Tensor:
+        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward.
+
+        Args: embedding: vectors to add at the start of each stage, whether or not a group map keeps attention apart.
+        """
+        return self.norm(self._run_stages(images, group_map, fill, embedding)[-1]).flatten(1, 2)
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
         return [x.permute(0, 3, 1, 2) for x in self._run_stages(images, group_map, fill)]
 
-    def _run_stages(self, images: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> list[Tensor]:
+    def _run_stages(
+        self,
+        images: Tensor,
+        group_map: Tensor | None,
+        fill: TokenFill | None,
+        embedding: MixEmbedding | None = None,
+    ) -> list[Tensor]:
         check_images(images, self.in_channels)
         cells = cell_grid(images.shape[2], images.shape[3])
         if group_map is not None:
@@ -194,8 +222,8 @@ class SwinEncoder(nn.Module):
         if self.config.absolute_positions:
             x = x + self.positions((x.shape[1], x.shape[2]))
         outputs = []
-        for stage in self.stages:
-            x = stage(x, group_map)
+        for number, stage in enumerate(self.stages):
+            x = stage(x, group_map, embedding, number)
             outputs.append(x)
         return outputs
 

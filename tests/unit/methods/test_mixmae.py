@@ -3,16 +3,17 @@
 import pytest
 import torch
 
+from mixmae.decoders import DecoderConfig
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
-from mixmae.mixing import cyclic_partners, hidden_mask, mix
-from mixmae.patches import patchify
-from tests.factories import group_maps, noise_images, seeded, tiny_mixmae, tiny_swin
+from mixmae.mixing import cyclic_partners, hidden_mask, mix, upsample_group_map
+from mixmae.patches import normalise_patches, patchify
+from tests.factories import ablation_mixmae, group_maps, noise_images, seeded, tiny_mixmae, tiny_swin, tiny_vit
 
 EVERY_K = pytest.mark.parametrize("num_images", [2, 3, 4, 5])
 
 
 def predict(method, images, group_map, partners):
-    encoded = method.encode(mix(images, group_map, partners), group_map)
+    encoded = method.encode(method.mix(images, group_map, partners))
     return method.decoder(
         encoded, hidden_mask(group_map, method.config.num_images).flatten(2), tuple(group_map.shape[1:])
     )
@@ -93,8 +94,8 @@ def test_equal_maps_a_sample_are_the_shared_map():
 
 def test_unmasked_attention_differs():
     images, group_map = noise_images(4), group_maps()
-    masked = tiny_mixmae(masked_attention=True)(images, group_map=group_map).loss
-    unmasked = tiny_mixmae(masked_attention=False)(images, group_map=group_map).loss
+    masked = tiny_mixmae(unmixing="attention")(images, group_map=group_map).loss
+    unmasked = tiny_mixmae(unmixing="none")(images, group_map=group_map).loss
     assert not torch.isclose(masked, unmasked, rtol=1e-6)
 
 
@@ -192,8 +193,179 @@ def test_bad_configs():
         MixMAEConfig(group_map_per="image")
     encoder = tiny_swin()
     encoder.group_isolation = "none"
-    with pytest.raises(ValueError, match="masked_attention=False"):
+    with pytest.raises(ValueError, match="set unmixing='none'"):
         MixMAE(encoder, MixMAEConfig())
-    encoder.strides = (4, 8, 16)
-    with pytest.raises(ValueError, match="last stride is 16"):
+    encoder.strides = (4, 8, 24)
+    with pytest.raises(ValueError, match="last stride of 24 px does not divide"):
         MixMAE(encoder, MixMAEConfig())
+    with pytest.raises(ValueError, match="Swin does"):
+        MixMAE(tiny_vit(), MixMAEConfig(unmixing="embedding"))
+    with pytest.raises(ValueError, match="all fills would be the same; set unmixing='none'"):
+        MixMAEConfig(fill="zero")
+    with pytest.raises(ValueError, match="mixes no images"):
+        MixMAEConfig(fill="zero", unmixing="none", pairing="once")
+    with pytest.raises(ValueError, match="'mix', 'zero', 'learnable', 'shuffle' or 'zoom'"):
+        MixMAEConfig(fill="noise")
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        MixMAEConfig(mask_token_share=1.0)
+    with pytest.raises(ValueError, match="larger images or mix fewer"):
+        tiny_mixmae(mask_token_share=0.8)(noise_images(4), generator=seeded())
+
+
+# The ablations of section 6: each field does what it says ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["zero", "learnable", "shuffle", "zoom"])
+def test_fills_show_one_image_and_reconstruct_it(fill):
+    method, images = ablation_mixmae(fill), noise_images(5)
+    pictures = method(images, generator=seeded(), with_pictures=True).pictures
+    assert pictures["partners"].tolist() == [[b] for b in range(5)]
+    assert pictures["reconstructions"].shape == (5, 1, 3, 96, 96)
+    group_map = pictures["group_map"]
+    assert group_map.unique().tolist() == [0, 1]
+    assert (group_map == 0).sum() in (4, 5)  # half of nine cells
+    visible = upsample_group_map(group_map, (96, 96))[:, None] == 0
+    assert torch.equal(pictures["mixed"] * visible, images * visible)
+    assert not torch.equal(pictures["mixed"], images)
+
+
+def test_shuffled_cells_are_the_hidden_ones_in_another_order():
+    method, images = ablation_mixmae("shuffle"), noise_images(4)
+    pictures = method(images, generator=seeded(), with_pictures=True).pictures
+    hidden = pictures["group_map"].flatten().bool()
+    before, after = (patchify(pictures[name], 32)[:, hidden] for name in ("originals", "mixed"))
+    pairs = (before[:, :, None] == after[:, None]).all(dim=3)  # which hidden cell stands where
+    assert (pairs.sum(dim=1) == 1).all()
+    assert (pairs.sum(dim=2) == 1).all()
+    assert len({tuple(row.flatten().tolist()) for row in pairs}) > 1  # an order for each image
+
+
+def test_zoomed_pixels_are_an_enlarged_crop():
+    ramp = torch.linspace(-1, 1, 96).expand(2, 3, 96, 96).contiguous()
+    pictures = ablation_mixmae("zoom")(ramp, generator=seeded(), with_pictures=True).pictures
+    hidden = upsample_group_map(pictures["group_map"], (96, 96))[0] == 1
+    slopes = [row.diff().abs() for row in pictures["mixed"][0, 0]]
+    inside = [slope[(cells[1:] & cells[:-1])] for slope, cells in zip(slopes, hidden, strict=True)]
+    # A box of 0.2 to 0.8 of the side, stretched to the whole, rises 0.2 to 0.8 as fast.
+    shares = torch.cat(inside)[5:].median() / (2 / 95)
+    assert 0.15 < shares < 0.85
+
+
+def test_what_fills_a_cell_reaches_the_encoder():
+    """Zeros, a learned token, other cells and a crop give other encodings of the same visible cells."""
+    images, group_map = noise_images(4), group_maps(num_images=2)
+    losses = {}
+    for fill in ("zero", "learnable", "shuffle", "zoom"):
+        method = ablation_mixmae(fill)
+        losses[fill] = method(images, generator=seeded(), group_map=group_map).loss.item()
+    assert len(set(losses.values())) == 4
+    learned = ablation_mixmae("learnable")
+    learned(images, group_map=group_map).loss.backward()
+    assert learned.mask_token is not None
+    assert learned.mask_token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fill", ["zero", "learnable"])
+def test_filled_pixels_are_never_read(fill):
+    method, images, group_map = ablation_mixmae(fill), noise_images(4), group_maps(num_images=2)
+    other = torch.where(upsample_group_map(group_map, (96, 96))[:, None] == 0, images, noise_images(4, seed=1))
+    partners = cyclic_partners(4, 1)
+    encode = lambda pixels: method.encode(method.mix(pixels, group_map, partners))  # noqa: E731
+    assert torch.equal(encode(images), encode(other))
+
+
+def test_mask_tokens_beside_two_images():
+    """The paper's "2 w/ [MASK] (0.75)": each of two images shows a quarter, half of the cells hold the mask token."""
+    method = tiny_mixmae(image_size=128, num_images=2, mask_token_share=0.5)
+    assert method.config.mask_ratio == 0.75
+    images = noise_images(4, (128, 128))
+    pictures = method(images, generator=seeded(), with_pictures=True).pictures
+    assert [int((pictures["group_map"] == group).sum()) for group in range(3)] == [4, 4, 8]
+    assert pictures["partners"].shape == (4, 2)
+    grey = (patchify(pictures["mixed"], 32).abs().amax(dim=2) == 0).view(4, 4, 4)
+    assert torch.equal(grey, (pictures["group_map"] == 2).expand(4, -1, -1))
+    method(images, generator=seeded()).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+    # With masked attention a mask token tells the images nothing, whatever it is.
+    hidden_before = method(images, generator=seeded()).loss
+    with torch.no_grad():
+        method.mask_token += torch.randn(16, generator=seeded(9))
+    assert torch.equal(method(images, generator=seeded()).loss, hidden_before)
+    free = tiny_mixmae(image_size=128, num_images=2, mask_token_share=0.5, unmixing="none")
+    before = free(images, generator=seeded()).loss
+    with torch.no_grad():
+        free.mask_token += torch.randn(16, generator=seeded(9))
+    assert not torch.equal(free(images, generator=seeded()).loss, before)
+
+
+def test_without_dual_reconstruction_only_the_first_image_counts():
+    images, group_map = noise_images(8), group_maps(num_images=4)
+    both, first = tiny_mixmae(), tiny_mixmae(dual=False)
+    pictures = first(images, group_map=group_map, with_pictures=True).pictures
+    assert pictures["partners"].tolist() == cyclic_partners(8, 4)[:, :1].tolist()
+    predicted = predict(both, images, group_map, cyclic_partners(8, 4))[:, :1]  # the same weights
+    target = both.targets(images).patches[pictures["partners"]]
+    hidden = hidden_mask(group_map, 1).flatten(2)
+    expected = both.reconstruction_loss(predicted, target, hidden)
+    torch.testing.assert_close(first(images, group_map=group_map).loss, expected)
+
+
+def test_mix_embeddings_tell_groups_apart_at_every_stage():
+    images, group_map = noise_images(4), group_maps()
+    method = tiny_mixmae(unmixing="embedding")
+    assert [tuple(p.shape) for p in method.mix_embeddings] == [(4, 16), (4, 32), (4, 64), (4, 128)]
+    method(images, group_map=group_map).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.mix_embeddings)
+    before = method(images, group_map=group_map).loss
+    for vectors in method.mix_embeddings:
+        kept = vectors.detach().clone()
+        with torch.no_grad():
+            vectors[2] += torch.randn(vectors.shape[1], generator=seeded(9))  # a constant would go in the norm
+        assert not torch.equal(method(images, group_map=group_map).loss, before)
+        with torch.no_grad():
+            vectors.copy_(kept)
+    # With all embeddings zero it is the model without unmixing.
+    with torch.no_grad():
+        for vectors in method.mix_embeddings:
+            vectors.zero_()
+    plain = tiny_mixmae(unmixing="none")
+    plain.load_state_dict({name: value for name, value in method.state_dict().items() if "mix_emb" not in name})
+    assert torch.equal(plain(images, group_map=group_map).loss, method(images, group_map=group_map).loss)
+
+
+def test_mix_embeddings_do_not_break_the_isolation_of_masked_attention():
+    method = tiny_mixmae(unmixing="both")
+    images, partners, group_map = noise_images(4), cyclic_partners(4, 4), group_maps()
+    before = predict(method, images, group_map, partners)
+    changed = images.clone()
+    changed[partners[0, 2]] += 5.0
+    after = predict(method, changed, group_map, partners)
+    assert torch.equal(after[0, 1], before[0, 1])
+    assert not torch.equal(after[0, 2], before[0, 2])
+
+
+def test_pairing_once_mixes_each_image_once():
+    images = noise_images(8)
+    once = tiny_mixmae(pairing="once", group_map_per="sample")
+    pictures = once(images, generator=seeded(), with_pictures=True).pictures
+    assert pictures["partners"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert pictures["mixed"].shape[0] == pictures["group_map"].shape[0] == 2
+    part = once(images[4:], generator=seeded(), first_sample=4, with_pictures=True).pictures
+    assert torch.equal(part["group_map"], pictures["group_map"][1:])
+    torch.testing.assert_close(part["mixed"], pictures["mixed"][1:])
+
+
+def test_a_vit_has_four_tokens_a_cell():
+    """Patches of 16 px: the loss is over the patches of hidden cells, each predicted by its own token."""
+    torch.manual_seed(0)
+    method = MixMAE(tiny_vit(), MixMAEConfig(num_images=2, decoder=DecoderConfig(dim=32, depth=1, num_heads=4)))
+    images, group_map = noise_images(4), group_maps(num_images=2)
+    pictures = method(images, group_map=group_map, with_pictures=True).pictures
+    assert pictures["reconstructions"].shape == (4, 2, 3, 96, 96)
+    mixed = method.mix(images, group_map, cyclic_partners(4, 2))
+    hidden = hidden_mask(upsample_group_map(group_map, (6, 6)), 2).flatten(2)
+    predicted = method.decoder(method.encode(mixed), hidden, (6, 6))
+    target = normalise_patches(patchify(images, 16)).patches[cyclic_partners(4, 2)]
+    errors = (predicted - target).square().mean(dim=3)
+    expected = errors[hidden.expand_as(errors)].mean()
+    torch.testing.assert_close(method(images, group_map=group_map).loss, expected)
