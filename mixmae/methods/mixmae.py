@@ -29,7 +29,7 @@ from mixmae.mixing import (
     hidden_mask,
     mix,
 )
-from mixmae.patches import NormalisedPatches, normalise_patches, patchify, unpatchify
+from mixmae.patches import NormalisedPatches, target_patches, unpatchify
 from mixmae.step import StepOutput
 
 
@@ -99,11 +99,7 @@ class MixMAE(nn.Module):
 
     def targets(self, images: Tensor) -> NormalisedPatches:
         """Cut images into cells (B, L, P), float32, normalised if the config says so; mean, std (B, L, 1) undo it."""
-        patches = patchify(images.float(), MASK_UNIT_PX)
-        if self.config.normalise_targets:
-            return normalise_patches(patches)
-        ones = torch.ones_like(patches[..., :1])
-        return NormalisedPatches(patches, torch.zeros_like(ones), ones)
+        return target_patches(images, MASK_UNIT_PX, normalise=self.config.normalise_targets)
 
     def reconstruction_loss(self, predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
         """Average the squared error over the pixels of all hidden cells of all images in all mixes (equation 2).
@@ -176,8 +172,6 @@ class MixMAE(nn.Module):
         """Check the inputs, fill in the defaults, and bring the group map and the partners to the images' device."""
         num_images = self.config.num_images
         check_images(images, self.encoder.in_channels)
-        if not images.is_floating_point():
-            raise ValueError(f"images must be normalised floats, got {images.dtype}")
         grid = cell_grid(images.shape[2], images.shape[3])
         if partners is None:
             partners = cyclic_partners(len(images), num_images)
