@@ -1,8 +1,8 @@
 """Hide random cells of images, and put back what was left out (the masks of SimMIM and MAE).
 
 Legend: B samples, C channels, H W pixels, h w a grid of cells, L = h*w, n visible cells of a sample, D a token's width.
-`mask` is bool (B, h, w), True = removed. Its cells are 32 px for SimMIM and the encoder's patches for MAE. All functions
-are pure; randomness comes from the generator that is passed in.
+`mask` is bool (B, h, w), True = removed. Its cells are 32 px for SimMIM and the encoder's patches for MAE.
+All functions are pure; randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def num_removed(num_cells: int, mask_ratio: float) -> int:
     """Count the cells that a ratio removes: its share of the cells, rounded up.
 
     Raises: ValueError if no cell would be removed, or none left.
-    Source: SimMIM's code removes ceil(ratio * L) cells, MAE's keeps int((1 - ratio) * L), which is the same count. Unlike
-        there, errors of floating point do not count: 0.55 of 20 cells are 11, not 12.
+    Source: SimMIM's code removes ceil(ratio * L) cells and MAE's keeps int((1 - ratio) * L), which is the same count, but
+        for floating point: theirs would remove 56 of 100 cells at 0.55 and keep 4 of 25 at 0.8, ours 55 and 5.
     """
     removed = math.ceil(round(mask_ratio * num_cells, 6))
     if not 0 < removed < num_cells:

@@ -5,8 +5,8 @@ decode all, compare the hidden ones.
 
 Unusual, beside MixMAE and SimMIM: the encoder is cheap, because hidden patches never enter it; that needs one that can
 run on any subset of its tokens, which a plain ViT can and a pyramid cannot; masks have the grid of the encoder's
-patches (16 px), not that of 32 px cells. MAE's own decoder carries the encoder's class token along; ours has none, which
-leaves the parameters as they are.
+patches (16 px), not that of 32 px cells. MAE's own decoder carries the encoder's class token along; ours does not, and
+has the same parameters all the same.
 
 How the authors pretrain (the paper, appendix A; github.com/facebookresearch/mae, PRETRAIN.md; read 2026-11): images of
 224 px, RandomResizedCrop and flip, AdamW with betas (0.9, 0.95), base lr 1.5e-4 for a batch of 256, weight decay 0.05,
@@ -60,8 +60,8 @@ class MAE(nn.Module):
         super().__init__()
         if not isinstance(encoder, SequenceEncoder):
             raise ValueError(
-                f"MAE encodes visible patches alone, which {type(encoder).__name__} cannot: use a plain ViT, or pretrain "
-                "this encoder with MixMAE or SimMIM"
+                f"MAE encodes visible patches alone, which {type(encoder).__name__} cannot: use a plain ViT, or "
+                "pretrain this encoder with MixMAE or SimMIM"
             )
         self.stride = encoder.strides[-1]
         self.config = config
