@@ -19,8 +19,8 @@ def num_removed(num_cells: int, mask_ratio: float) -> int:
     """Count the cells that a ratio removes: its share of the cells, rounded up.
 
     Raises: ValueError if no cell would be removed, or none left.
-    Source: SimMIM's code removes ceil(ratio * L) cells and MAE's keeps int((1 - ratio) * L), which is the same count, but
-        for floating point: theirs would remove 56 of 100 cells at 0.55 and keep 4 of 25 at 0.8, ours 55 and 5.
+    Source: SimMIM's code removes ceil(ratio * L) cells and MAE's keeps int((1 - ratio) * L), which is the same count
+        but for floating point: theirs would remove 56 of 100 cells at 0.55 and keep 4 of 25 at 0.8, ours 55 and 5.
     """
     removed = math.ceil(round(mask_ratio * num_cells, 6))
     if not 0 < removed < num_cells:
