@@ -29,9 +29,8 @@ from tests.factories import SequenceViT
 
 SIZE, BATCH, ROWS = 96, 16, 2
 NUM_TRAIN = 4000
-PEAK_LR = 1e-3
-"""The demo's."""
-MEAN, STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
+MEAN, STD = 0.45, 0.25
+"""Of the shapes' pixels, about."""
 COLOURS = 160
 """A palette of this size keeps the files small."""
 
@@ -41,19 +40,19 @@ def images(start: int, stop: int) -> Tensor:
     crops = [
         torch.from_numpy(centre_crop(decode_rgb(shape_image(0, i).jpeg), (SIZE, SIZE), 1.0)) for i in range(start, stop)
     ]
-    return (torch.stack(crops).float() / 255 - MEAN[0]) / STD[0]
+    return (torch.stack(crops).float() / 255 - MEAN) / STD
 
 
 def train(method: nn.Module, data: Tensor, steps: int) -> float:
     """Run the demo's optimiser without Ray.   Returns: the mean loss of the last 100 steps."""
-    config = demo()
-    optimiser = build_optimizer(method, config.optim)
+    config = demo().optim
+    optimiser = build_optimizer(method, config)
     length = run_length(num_images=len(data), batch_size=BATCH, epochs=10, warmup_epochs=1, steps=steps)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, peak=PEAK_LR, length=length)
+            group["lr"] = learning_rate(step, peak=config.peak_lr(BATCH), length=length)
         batch = data[torch.randint(len(data), (BATCH,), generator=generator)]
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(-1)
@@ -83,7 +82,7 @@ def main(steps: int) -> None:
                 step = method(held_out, generator=generator, partners=partners, with_pictures=True)
             else:
                 step = method(held_out[:ROWS], generator=generator, with_pictures=True)
-        panel = reconstruction_panel(step.pictures, mean=MEAN, std=STD, scale=2)
+        panel = reconstruction_panel(step.pictures, mean=(MEAN,) * 3, std=(STD,) * 3, scale=2)
         path = Path(__file__).with_name(f"{name}.png")
         panel.quantize(COLOURS).save(path, optimize=True)
         print(f"{path.name}: loss {loss:.3f} after {steps} steps, {path.stat().st_size / 1000:.0f} KB", flush=True)
