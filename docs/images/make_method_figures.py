@@ -31,8 +31,6 @@ SIZE, BATCH, ROWS = 96, 16, 2
 NUM_TRAIN = 4000
 MEAN, STD = 0.45, 0.25
 """Of the shapes' pixels, about."""
-COLOURS = 160
-"""A palette of this size keeps the files small."""
 
 
 def images(start: int, stop: int) -> Tensor:
@@ -84,7 +82,7 @@ def main(steps: int) -> None:
                 step = method(held_out[:ROWS], generator=generator, with_pictures=True)
         panel = reconstruction_panel(step.pictures, mean=(MEAN,) * 3, std=(STD,) * 3, scale=2)
         path = Path(__file__).with_name(f"{name}.png")
-        panel.quantize(COLOURS).save(path, optimize=True)
+        panel.save(path, optimize=True)
         print(f"{path.name}: loss {loss:.3f} after {steps} steps, {path.stat().st_size / 1000:.0f} KB", flush=True)
 
 
