@@ -92,3 +92,19 @@ class PixelDecoder(nn.Module):
         if grid != self.grid:
             table = sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
         return table
+
+
+class PixelHead(nn.Module):
+    """One linear layer from an encoder's last tokens to the pixels under each: (B, L, E) -> (B, L, P).
+
+    Args: encoder_dim: E.  patch_px: side of a token in pixels, the encoder's last stride.  channels: of the images.
+    Source: SimMIM (CVPR 2022), which finds a linear head no worse than heavier ones.
+    """
+
+    def __init__(self, *, encoder_dim: int, patch_px: int, channels: int) -> None:
+        super().__init__()
+        self.pred = nn.Linear(encoder_dim, patch_px * patch_px * channels)
+        init_projections(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.pred(tokens)

@@ -23,6 +23,7 @@ def reconstruction_panel(
 ) -> Image.Image:
     """One row a mix: the K originals, the mix, the K reconstructions; cells a group shows are outlined in its colour.
 
+    A masked image (MAE, SimMIM) is a mix of one image, whose hidden cells belong to no image and have no outline.
     A reconstruction shows the model's pixels in hidden cells, and the original's in the cells that the model saw: there
     its output is not trained and means nothing.
 
@@ -46,11 +47,11 @@ def reconstruction_panel(
     pictures_height = TITLE_PX + num_mixes * (height + GAP_PX)
     panel = Image.new("RGB", (panel_width, pictures_height + TITLE_PX * len(lines)), (255, 255, 255))
     draw = ImageDraw.Draw(panel)
-    titles = [
-        *(f"image {k + 1}" for k in range(num_images)),
-        "mix",
-        *(f"reconstruction {k + 1}" for k in range(num_images)),
-    ]
+    if num_images == 1:
+        titles = ["image", "seen by the model", "reconstruction"]
+    else:
+        images, filled_in = ([f"{name} {k + 1}" for k in range(num_images)] for name in ("image", "reconstruction"))
+        titles = [*images, "mix", *filled_in]
     for column, title in enumerate(titles):
         draw.text((GAP_PX + column * (width + GAP_PX), 2), title, fill=(0, 0, 0), font=font)
     for m in range(num_mixes):
@@ -59,7 +60,7 @@ def reconstruction_panel(
             torch.where(shown_pixels == k, originals[partners[m, k]], reconstructions[m, k]) for k in range(num_images)
         ]
         tiles = [*originals[partners[m]], mixed[m], *filled]
-        shown = [*range(num_images), None, *range(num_images)]
+        shown = [*range(num_images), None if num_images > 1 else 0, *range(num_images)]
         for column, (tile, group) in enumerate(zip(tiles, shown, strict=True)):
             left, top = GAP_PX + column * (width + GAP_PX), TITLE_PX + m * (height + GAP_PX)
             picture = to_image(tile, mean=mean, std=std).resize((width, height), Image.Resampling.NEAREST)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 VARIANCE_EPS = 1e-6
@@ -72,3 +73,16 @@ def normalise_patches(patches: Tensor) -> NormalisedPatches:
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True, unbiased=True) + VARIANCE_EPS).sqrt()
     return NormalisedPatches((patches - mean) / std, mean, std)
+
+
+def target_patches(images: Tensor, patch_px: int, *, normalise: bool) -> NormalisedPatches:
+    """Cut images into the patches that a method predicts.
+
+    Args: images: (B, C, H, W) float.  patch_px: side of a patch in pixels.  normalise: each patch, or leave the pixels.
+    Returns: patches (B, L, P) float32, and mean and std (B, L, 1), which undo the normalisation: 0 and 1 without it.
+    """
+    patches = patchify(images.float(), patch_px)
+    if normalise:
+        return normalise_patches(patches)
+    ones = torch.ones_like(patches[..., :1])
+    return NormalisedPatches(patches, torch.zeros_like(ones), ones)

@@ -1,7 +1,7 @@
 """Tiny things for tests: a model that runs in milliseconds, images of noise, group maps."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.pvt import PvtConfig, PvtEncoder
@@ -9,7 +9,9 @@ from mixmae.encoders.resnetv2 import ResNetV2Config, ResNetV2Encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.encoders.twins import TwinsConfig, TwinsEncoder
 from mixmae.encoders.vit import ViTConfig, ViTEncoder
+from mixmae.methods.mae import MAE, MAEConfig
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from mixmae.mixing import draw_group_map
 
 
@@ -108,6 +110,17 @@ def tiny_mixmae(
 def ablation_mixmae(fill: str) -> MixMAE:
     """tiny_mixmae that fills the hidden half of one image (paper section 6)."""
     return tiny_mixmae(num_images=2, fill=fill, unmixing="none")
+
+
+def tiny_simmim(encoder: nn.Module | None = None, **options: object) -> SimMIM:
+    """A SimMIM, on tiny_swin unless another encoder is given; options are fields of SimMIMConfig."""
+    return SimMIM(encoder or tiny_swin(), SimMIMConfig(**options))  # type: ignore[arg-type]
+
+
+def tiny_mae(encoder: nn.Module | None = None, **options: object) -> MAE:
+    """An MAE, on tiny_vit unless another encoder is given; options are fields of MAEConfig."""
+    config = MAEConfig(decoder=DecoderConfig(dim=32, depth=1, num_heads=4), **options)  # type: ignore[arg-type]
+    return MAE(encoder or tiny_vit(), config)  # type: ignore[arg-type]
 
 
 def noise_images(batch: int, size: tuple[int, int] = (96, 96), channels: int = 3, seed: int = 0) -> Tensor:

@@ -168,6 +168,8 @@ def add_mix_embedding(x: Tensor, embedding: MixEmbedding | None, stage: int) -> 
 
 
 def check_images(images: Tensor, in_channels: int) -> None:
-    """Raise ValueError unless images are (B, in_channels, H, W)."""
+    """Raise ValueError unless images are (B, in_channels, H, W) floats."""
     if images.ndim != 4 or images.shape[1] != in_channels:
         raise ValueError(f"the encoder takes images of shape (B, {in_channels}, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be normalised floats, got {images.dtype}")

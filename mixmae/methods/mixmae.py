@@ -36,7 +36,7 @@ from mixmae.mixing import (
     upsample_group_map,
     zoom_in,
 )
-from mixmae.patches import NormalisedPatches, normalise_patches, patchify, unpatchify
+from mixmae.patches import NormalisedPatches, target_patches, unpatchify
 from mixmae.step import StepOutput
 
 ZOOM_SCALES = (0.2, 0.8)
@@ -231,11 +231,7 @@ class MixMAE(nn.Module):
 
     def targets(self, images: Tensor) -> NormalisedPatches:
         """Cut images into patches (B, L, P), float32, normalised if the config says so; mean, std (B, L, 1) undo it."""
-        patches = patchify(images.float(), self.patch_px)
-        if self.config.normalise_targets:
-            return normalise_patches(patches)
-        ones = torch.ones_like(patches[..., :1])
-        return NormalisedPatches(patches, torch.zeros_like(ones), ones)
+        return target_patches(images, self.patch_px, normalise=self.config.normalise_targets)
 
     def reconstruction_loss(self, predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
         """Average the squared error over the pixels of all hidden patches of all images in all mixes (equation 2).
@@ -282,8 +278,6 @@ class MixMAE(nn.Module):
         """
         num_images = self.config.num_images
         check_images(images, self.encoder.in_channels)
-        if not images.is_floating_point():
-            raise ValueError(f"images must be normalised floats, got {images.dtype}")
         cells = cell_grid(images.shape[2], images.shape[3])
         partners = self._partners(images, partners)
         if group_map is None:

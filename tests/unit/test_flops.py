@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from mixmae.encoders.swin import SwinEncoder, swin_base, swin_huge, swin_large
+from mixmae.encoders.vit import ViTEncoder, vit_base
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.flops import count_macs, count_parameters, official_macs
+from mixmae.methods.mae import MAE, MAEConfig
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from tests.factories import seeded, tiny_swin
 
 WINDOWS_384 = (16, 16, 24, 12)
@@ -60,3 +63,21 @@ def test_macs_by_hand():
 def test_unknown_part():
     with pytest.raises(ValueError, match="no part named 'neck'"):
         count_macs(tiny_swin(), 96, part="neck")
+
+
+def test_costs_of_the_methods():
+    """The table of docs/method.md: GMACs of encoder and decoder at 224 px, an image of the batch."""
+    with torch.device("meta"):
+        swin = SwinEncoder(swin_base())
+        methods = {
+            SimMIM(swin, SimMIMConfig()): (1, "16.35", "0.15"),
+            MixMAE(swin, MixMAEConfig(num_images=2)): (2, "16.35", "2.69"),
+            MixMAE(swin, MixMAEConfig(num_images=4)): (4, "16.35", "5.35"),
+            MAE(ViTEncoder(vit_base()), MAEConfig()): (1, "4.33", "5.41"),
+        }
+    for method, (num_images, encoder, decoder) in methods.items():
+        options = {"num_images": num_images, "generator": seeded()}
+        parts = [count_macs(method, 224, part=part, **options).total for part in ("decoder", "")]
+        assert (f"{(parts[1] - parts[0]) / 1e9:.2f}", f"{parts[0] / 1e9:.2f}") == (encoder, decoder)
+    head = count_macs(next(iter(methods)), 224, generator=seeded(), part="decoder")
+    assert head.total == head.linear == 49 * 1024 * 3072

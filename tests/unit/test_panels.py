@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from mixmae.masking import mask_pictures
 from mixmae.mixing import cyclic_partners, mix
 from mixmae.panels import GAP_PX, GROUP_COLORS, TITLE_PX, reconstruction_panel, to_image
 
@@ -48,3 +49,25 @@ def test_tiles_columns_frames_and_pasted_cells():
     assert at(4, 48, 16) == high
     assert at(0, 0, 0) == list(GROUP_COLORS[0])
     assert at(4, 32, 0) == list(GROUP_COLORS[1])
+
+
+def test_a_masked_image_is_a_mix_of_one():
+    size = 64
+    originals = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, size, size)
+    mask = torch.tensor([[[False, True], [False, False]], [[False, False], [False, True]]])
+    pictures = mask_pictures(originals, torch.full((2, 3, size, size), 0.5), mask)
+    panel = reconstruction_panel(pictures, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert panel.size == (3 * (size + GAP_PX) + GAP_PX, TITLE_PX + 2 * (size + GAP_PX))
+    pixels = np.asarray(panel)
+
+    def at(row: int, column: int, x: int, y: int) -> list[int]:
+        left, top = GAP_PX + column * (size + GAP_PX), TITLE_PX + row * (size + GAP_PX)
+        return pixels[top + y, left + x].tolist()
+
+    low, high, grey, made = [64] * 3, [191] * 3, [128] * 3, [159] * 3
+    for column in range(3):
+        assert at(0, column, 16, 16) == low  # visible cells are the original's, also in the reconstruction
+        assert at(0, column, 0, 0) == list(GROUP_COLORS[0])
+        assert at(1, column, 48, 48) == [high, grey, made][column]
+        assert at(1, column, 63, 63) == [high, grey, made][column]  # a hidden cell has no outline
+    assert at(0, 2, 48, 16) == made

@@ -1,0 +1,144 @@
+"""MAE: encode the visible quarter of an image's patches, and predict the rest with a small decoder (CVPR 2022).
+
+In the paper's order: hide patches, encode the visible ones as if there were no others, put mask tokens in the gaps,
+decode all, compare the hidden ones.
+
+Unusual, beside MixMAE and SimMIM: the encoder is cheap, because hidden patches never enter it; that needs one that can
+run on any subset of its tokens, which a plain ViT can and a pyramid cannot; masks have the grid of the encoder's
+patches (16 px), not that of 32 px cells. MAE's own decoder carries the encoder's class token along; ours does not, and
+has the same parameters all the same.
+
+How the authors pretrain (the paper, appendix A; github.com/facebookresearch/mae, PRETRAIN.md; read 2026-11): images of
+224 px, RandomResizedCrop and flip, AdamW with betas (0.9, 0.95), base lr 1.5e-4 for a batch of 256, weight decay 0.05,
+batch 4096, 40 warm-up epochs, cosine, 800 or 1600 epochs.
+
+Legend: B images, C channels, H W pixels, h w patches, L = h*w, n visible patches of an image, s the side of a patch in
+pixels, D the encoder's width, P = s*s*C values of a patch. `mask` is bool, True = removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mixmae.decoders import DecoderConfig, PixelDecoder
+from mixmae.encoders.base import Encoder, SequenceEncoder, check_images
+from mixmae.masking import mask_pictures, masked_mean, masks_of_batch, place_tokens, visible_cells
+from mixmae.mixing import cell_grid
+from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.step import StepOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig:
+    """The objective; the defaults are the paper's."""
+
+    mask_ratio: float = 0.75
+    """Share of the patches of each image that is hidden, rounded up to whole patches."""
+    normalise_targets: bool = True
+    """Predict the pixels of each patch with zero mean and unit deviation."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The size of the decoder; MAE's is that of MixMAE."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+
+
+class MAE(nn.Module):
+    """The pretraining model: an encoder that is kept, and a decoder that is thrown away.
+
+    Args:
+        encoder: built, and a SequenceEncoder.
+        config: the objective.
+    Raises: ValueError if the encoder cannot run on a part of its tokens.
+    """
+
+    def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
+        super().__init__()
+        if not isinstance(encoder, SequenceEncoder):
+            raise ValueError(
+                f"MAE encodes visible patches alone, which {type(encoder).__name__} cannot: use a plain ViT, or "
+                "pretrain this encoder with MixMAE or SimMIM"
+            )
+        self.stride = encoder.strides[-1]
+        self.config = config
+        self.encoder = encoder
+        self.decoder = PixelDecoder(
+            encoder_dim=encoder.channels[-1],
+            patch_px=self.stride,
+            channels=encoder.in_channels,
+            grid=self.patch_grid(*encoder.image_size),
+            config=config.decoder,
+        )
+
+    def patch_grid(self, height_px: int, width_px: int) -> tuple[int, int]:
+        """Return the (h, w) grid of patches.   Raises: ValueError if a side is no multiple of 32 px."""
+        cell_grid(height_px, width_px)
+        return height_px // self.stride, width_px // self.stride
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Encode the visible patches (B, n) of images to (B, L, D), each at its own place, with zeros in the gaps."""
+        num_patches = images.shape[2] * images.shape[3] // self.stride**2
+        return place_tokens(self.encoder.encode_visible(images, visible), visible, num_patches)
+
+    def targets(self, images: Tensor) -> NormalisedPatches:
+        """Cut images into patches (B, L, P), float32, normalised if the config says so."""
+        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
+
+    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Average the squared error over the pixels of the hidden patches of all images.
+
+        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
+        """
+        return masked_mean((predicted.float() - target).square().mean(dim=-1), mask)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        first_sample: int = 0,
+        with_pictures: bool = False,
+    ) -> StepOutput:
+        """Compute the loss on a batch of images.
+
+        Args:
+            images: (B, C, H, W) float, normalised; H and W multiples of 32.
+            generator: CPU generator that the masks are drawn from; needed unless mask is given.
+            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one for each image. All images must
+                keep equally many patches.
+            first_sample: place of the first image in the global batch, of which this may be a part: with the same
+                generator, the parts together get the masks of the whole.
+            with_pictures: also return what a panel is drawn from.
+        Returns: the loss and, if asked for, the pictures of masking.mask_pictures; group_map has the grid of patches.
+            Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
+            un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        Raises: ValueError if sides are no multiples of 32, or the mask does not fit.
+        """
+        check_images(images, self.encoder.in_channels)
+        grid = self.patch_grid(images.shape[2], images.shape[3])
+        mask = masks_of_batch(
+            mask,
+            num_samples=len(images),
+            grid=grid,
+            mask_ratio=self.config.mask_ratio,
+            generator=generator,
+            first_sample=first_sample,
+        )
+        visible = visible_cells(mask).to(
+            images.device
+        )  # found where the mask was drawn: a GPU would wait for the count
+        mask = mask.to(images.device)
+        encoded = self.encode(images, visible)  # (B, L, D)
+        hidden = mask.flatten(1)  # (B, L)
+        predicted = self.decoder(encoded, hidden[:, None], grid)[:, 0]  # (B, L, P)
+        target = self.targets(images)  # (B, L, P)
+        loss = self.reconstruction_loss(predicted, target.patches, hidden)
+        if not with_pictures:
+            return StepOutput(loss=loss)
+        pixels = predicted.float() * target.std + target.mean
+        return StepOutput(loss=loss, pictures=mask_pictures(images, unpatchify(pixels, self.stride, grid), mask))

@@ -1,0 +1,127 @@
+"""SimMIM: predict the pixels of hidden cells with one linear layer, from an encoder that reads mask tokens (CVPR 2022).
+
+In the paper's order: hide cells, put a learned token in the place of their embedded patches, encode, predict pixels,
+compare the hidden ones.
+
+Unusual, beside MixMAE and MAE: the encoder runs on all tokens, most of which are mask tokens, so it pays for what it
+cannot see, and finetuning never shows it such tokens; any Encoder will do; the target is plain pixels, under l1.
+
+How the authors pretrain Swin-B (github.com/microsoft/SimMIM, configs and README; read 2026-11): images of 192 px,
+RandomResizedCrop scale (0.67, 1), AdamW with betas (0.9, 0.999), weight decay 0.05, gradients clipped at norm 5, 10
+warm-up epochs, batch 2048 (128 on each of 16 GPUs). 100 epochs: base lr 2e-4, cosine. 800 epochs: base lr 1e-4, divided
+by 10 after 700. Their base lr is for a batch of 512, so 1e-4 peaks at 4e-4 (mmpretrain's configs spell that out; the
+800-epoch figures are those of mmpretrain for Swin-B and of the authors for ViT-B).
+
+Legend: B images, C channels, H W pixels, h w cells of 32 px, s the encoder's last stride, L = (H/s)*(W/s) its last
+tokens, D its last width, P = s*s*C values of the pixels under a token. `mask` is bool, True = removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixmae.decoders import PixelHead
+from mixmae.encoders.base import Encoder, TokenFill, check_images, fill_dim
+from mixmae.layers.initialisation import TABLE_STD
+from mixmae.masking import hide, mask_pictures, masked_mean, masks_of_batch
+from mixmae.mixing import MASK_UNIT_PX, cell_grid, upsample_group_map
+from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.step import StepOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimMIMConfig:
+    """The objective; the defaults are those of SimMIM's code, whose cells are 32 px as ours."""
+
+    mask_ratio: float = 0.6
+    """Share of the cells of each image that is hidden, rounded up to whole cells."""
+    normalise_targets: bool = False
+    """Predict the pixels under each token with zero mean and unit deviation, as MAE does."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+
+
+class SimMIM(nn.Module):
+    """The pretraining model: an encoder that is kept, a mask token and a linear head that are thrown away.
+
+    Args:
+        encoder: built; its last stride divides 32 px.
+        config: the objective.
+    Raises: ValueError if the encoder's last stride does not divide a cell.
+    """
+
+    def __init__(self, encoder: Encoder, config: SimMIMConfig) -> None:
+        super().__init__()
+        self.stride = encoder.strides[-1]
+        if MASK_UNIT_PX % self.stride:
+            raise ValueError(f"SimMIM hides cells of {MASK_UNIT_PX} px, which a last stride of {self.stride} px cuts")
+        self.config = config
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.empty(fill_dim(encoder)))
+        nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)
+        self.decoder = PixelHead(encoder_dim=encoder.channels[-1], patch_px=self.stride, channels=encoder.in_channels)
+
+    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Encode images (B, C, H, W), with the mask token in hidden cells, to (B, L, D).
+
+        Hidden pixels are blanked too. Where patches do not overlap that changes nothing; an encoder whose first layer
+        reads across patches would otherwise see them.
+        """
+        return self.encoder(hide(images, mask), None, TokenFill(cells=mask, token=self.mask_token))
+
+    def targets(self, images: Tensor) -> NormalisedPatches:
+        """Cut images into the pixels under each token (B, L, P), float32, normalised if the config says so."""
+        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
+
+    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Average the absolute error over the hidden pixels of all images.
+
+        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
+        """
+        return masked_mean((predicted.float() - target).abs().mean(dim=-1), mask)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+        first_sample: int = 0,
+        with_pictures: bool = False,
+    ) -> StepOutput:
+        """Compute the loss on a batch of images.
+
+        Args:
+            images: (B, C, H, W) float, normalised; H and W multiples of 32.
+            generator: CPU generator that the masks are drawn from; needed unless mask is given.
+            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one for each image.
+            first_sample: place of the first image in the global batch, of which this may be a part: with the same
+                generator, the parts together get the masks of the whole.
+            with_pictures: also return what a panel is drawn from.
+        Returns: the loss and, if asked for, the pictures of masking.mask_pictures; group_map has the grid of cells.
+            Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
+            un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        Raises: ValueError if sides are no multiples of 32, or the mask does not fit.
+        """
+        check_images(images, self.encoder.in_channels)
+        mask = masks_of_batch(
+            mask,
+            num_samples=len(images),
+            grid=cell_grid(images.shape[2], images.shape[3]),
+            mask_ratio=self.config.mask_ratio,
+            generator=generator,
+            first_sample=first_sample,
+        ).to(images.device)
+        grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
+        predicted = self.decoder(self.encode(images, mask))  # (B, L, P)
+        target = self.targets(images)  # (B, L, P)
+        loss = self.reconstruction_loss(predicted, target.patches, upsample_group_map(mask, grid).flatten(1))
+        if not with_pictures:
+            return StepOutput(loss=loss)
+        pixels = predicted.float() * target.std + target.mean
+        return StepOutput(loss=loss, pictures=mask_pictures(images, unpatchify(pixels, self.stride, grid), mask))
