@@ -52,13 +52,16 @@ class TransformerBlock(nn.Module):
         attention: the module to mix tokens with; it gets the normalised x and whatever else forward was given.
         mlp_ratio: hidden width of the perceptron over dim.
         drop_path: probability to drop a branch of a sample.
+        norm_eps: what the norms add to the variance.
     """
 
-    def __init__(self, dim: int, attention: nn.Module, *, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, attention: nn.Module, *, mlp_ratio: float, drop_path: float = 0.0, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
