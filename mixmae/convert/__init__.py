@@ -20,7 +20,15 @@ from mixmae.convert.files import (
     writing,
 )
 from mixmae.convert.formats import FORMATS, detect_format, to_ours
-from mixmae.convert.load import LoadReport, load_pretrained, load_weights, resize_bias_table, resize_positions
+from mixmae.convert.load import (
+    LoadReport,
+    fit_weights,
+    load_checked,
+    load_pretrained,
+    load_weights,
+    resize_bias_table,
+    resize_positions,
+)
 from mixmae.convert.mae import from_mae
 from mixmae.convert.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
 from mixmae.convert.official import config_from_official, from_official, to_official
@@ -40,12 +48,14 @@ __all__ = [
     "detect_format",
     "digest_of",
     "encoder_state",
+    "fit_weights",
     "from_mae",
     "from_microsoft_swin",
     "from_mmpretrain",
     "from_official",
     "from_simmim_swin",
     "from_timm_swin",
+    "load_checked",
     "load_encoder",
     "load_pretrained",
     "load_weights",

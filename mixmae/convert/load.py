@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.convert.architecture import BIAS_TABLE, StateDict, describe, window_size
-from mixmae.convert.files import read_weights
+from mixmae.convert.files import Weights, read_weights
 
 MIN_MATCHED = 0.95
 """Share of a model's tensors that must be loaded."""
@@ -63,17 +63,47 @@ def load_weights(
 ) -> LoadReport:
     """Copy into a model the weights that fit it, and say which did not.
 
+    Args: as in fit_weights; the model is changed in place.
+    Returns: the report; it is for the caller to refuse a poor one.
+    """
+    fitting, report = fit_weights(model, state, made_for=made_for, positions=positions)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def fit_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    made_for: tuple[int, int] | None = None,
+    positions: Literal["interpolated", "regenerated"] = "interpolated",
+) -> tuple[StateDict, LoadReport]:
+    """Say which weights fit a model, with tables of positions resized to its own, and leave the model as it is.
+
     Args:
-        model: in our names; changed in place.
+        model: in our names.
         state: in our names, from from_official or another from_X.
         made_for: (H, W) in pixels, the input that the position tables of `state` are for; default a square.
         positions: what becomes of a position table of another size: "interpolated" as in the official finetuning, or
             "regenerated": the model keeps its own, which has the same formula.
-    Returns: the report; it is for the caller to refuse a poor one.
+    Returns: the weights to load, and the report of loading them.
     """
-    fitting, report = _fit(model, state, made_for, positions)
-    model.load_state_dict(fitting, strict=False)
-    return report
+    own = model.state_dict()
+    matched = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    resized = {}
+    for name, value in state.items():
+        if name in own and name not in matched:
+            table = _resize(model, name, value, own[name], made_for)
+            if table is not None:
+                resized[name] = own[name] if positions == "regenerated" and not name.endswith(BIAS_TABLE) else table
+    report = LoadReport(
+        matched=tuple(matched),
+        missing=tuple(name for name in own if name not in state),
+        unexpected=tuple(name for name in state if name not in own),
+        mismatched=tuple(name for name in state if name in own and name not in matched | resized),
+        resized=tuple(resized),
+    )
+    return matched | resized, report
 
 
 def load_pretrained(model: nn.Module, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:
@@ -83,17 +113,21 @@ def load_pretrained(model: nn.Module, path: Path | str, *, allow_mismatch: bool 
         model: an encoder, or a model with its encoder under `encoder`; changed in place.
         path: as in read_weights.
         allow_mismatch: load what fits, whatever is missing.
-    Returns: the report.
+    Returns: the report, whose names are those of a model with its encoder under `encoder`.
     Raises: ValueError, before anything is changed, if less than MIN_MATCHED of the model's tensors would be loaded, a
         tensor of the encoder has another shape, or the model's decoder finds no weights; and as read_weights.
     """
-    weights = read_weights(path)
+    return load_checked(model, read_weights(path), path, allow_mismatch=allow_mismatch)
+
+
+def load_checked(model: nn.Module, weights: Weights, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:
+    """Load weights that were read already. See load_pretrained; path is for messages."""
     if not hasattr(model, "encoder"):
         holder = nn.Module()
         holder.encoder = model
         model = holder
     made_for = None if weights.metadata is None else weights.metadata.encoder.image_sides
-    fitting, report = _fit(model, weights.state, made_for, "interpolated")
+    fitting, report = fit_weights(model, weights.state, made_for=made_for)
     print(f"{path}: {report}")
     if not allow_mismatch:
         _refuse_poor(report, weights.state, model.state_dict(), path)
@@ -122,28 +156,6 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
     side, new_side = isqrt(len(table)), 2 * window - 1
     image = table.T.unflatten(1, (side, side))[None]  # (1, N, 2w - 1, 2w - 1)
     return F.interpolate(image, size=(new_side, new_side), mode="bicubic", align_corners=False)[0].flatten(1).T
-
-
-def _fit(
-    model: nn.Module, state: Mapping[str, Tensor], made_for: tuple[int, int] | None, positions: str
-) -> tuple[StateDict, LoadReport]:
-    """Say which weights fit a model, tables resized, without changing it."""
-    own = model.state_dict()
-    matched = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    resized = {}
-    for name, value in state.items():
-        if name in own and name not in matched:
-            table = _resize(model, name, value, own[name], made_for)
-            if table is not None:
-                resized[name] = own[name] if positions == "regenerated" and not name.endswith(BIAS_TABLE) else table
-    report = LoadReport(
-        matched=tuple(matched),
-        missing=tuple(name for name in own if name not in state),
-        unexpected=tuple(name for name in state if name not in own),
-        mismatched=tuple(name for name in state if name in own and name not in matched | resized),
-        resized=tuple(resized),
-    )
-    return matched | resized, report
 
 
 @torch.no_grad()

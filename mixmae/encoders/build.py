@@ -27,10 +27,24 @@ SIZES: dict[str, Callable[[], EncoderConfig]] = {
 }
 """The known sizes by name."""
 
+OFFICIAL_WINDOWS = {384: (16, 16, 24, 12)}
+"""Windows of the paper's Swin by input size, where they differ from those at 224 px (the official code)."""
+
 
 def build_encoder(config: EncoderConfig) -> Encoder:
     """Build the encoder that a config describes, with fresh weights."""
     return _ENCODERS[type(config)](config)
+
+
+def config_at_size(config: EncoderConfig, image_size: int | tuple[int, int]) -> EncoderConfig:
+    """Give the config for another input: at 384 px the windows of the official 384 px models take the default's place.
+
+    At other sizes the windows stay, and grids that they do not divide are padded.
+    """
+    windows = OFFICIAL_WINDOWS.get(image_size) if isinstance(image_size, int) else None
+    if windows is not None and config.window_sizes == SwinConfig().window_sizes:
+        config = replace(config, window_sizes=windows)
+    return replace(config, image_size=image_size)
 
 
 def size_name(config: EncoderConfig) -> str | None:
