@@ -48,7 +48,7 @@ def from_official(state: Mapping[str, Tensor]) -> StateDict:
 def to_official(state: Mapping[str, Tensor]) -> StateDict:
     """Rename our weights to the official names: the inverse of from_official.
 
-    Args: state: the state dict of a MixMAE or an ImageClassifier on a SwinEncoder as in the paper.
+    Args: state: the state dict of a MixMAE, an ImageClassifier or an encoder alone; the encoder is the paper's Swin.
     Returns: the same tensors, and the relative position index that the official classes keep beside each bias table.
     """
     official: StateDict = {}
@@ -101,9 +101,9 @@ def _official_name(name: str) -> str:
         return "mask_token"
     if name.startswith("decoder."):
         return "decoder_" + name.removeprefix("decoder.")
-    if name == "encoder.pos_embed":
-        return "absolute_pos_embed"
     name = name.removeprefix("encoder.")
+    if name == "pos_embed":
+        return "absolute_pos_embed"
     found = re.fullmatch(r"stages\.(\d+)\.(.+)", name)
     if found is None:
         return name
