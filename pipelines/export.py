@@ -36,6 +36,7 @@ from mixmae.convert import (
     to_official,
     writing,
 )
+from mixmae.convert.files import NOT_STATED
 from mixmae.encoders.build import config_to_json, size_name
 from mixmae.flops import count_macs, count_parameters
 from mixmae.tracking import RunRef, metric_history
@@ -63,7 +64,7 @@ class Arguments:
     formats: Annotated[tuple[Format, ...], tyro.conf.arg(metavar="FORMAT ...")] = ("encoder",)
     """encoder: one safetensors file that says all of itself. hub: a Hugging Face Hub folder, which timm opens. onnx,
     pt2: the model with its code, any batch size. official, mmpretrain: their names, for their programs."""
-    data_licence: str = "not stated"
+    data_licence: str = NOT_STATED
     """What the licence of the training data says of such weights; it is written into the files."""
     mean: tuple[float, ...] | None = None
     """Mean that pixels (0..1) are normalised with. Default: the run's; ImageNet's for files that do not say it."""
@@ -129,7 +130,7 @@ def read(arguments: Arguments) -> Export:
             raise ValueError(f"--{name} needs a value for each of the {metadata.encoder.in_channels} channels")
         preprocessing = replace(preprocessing, **{name: values})
     state = encoder_state(model)[1]
-    licence = arguments.data_licence if arguments.data_licence != "not stated" else metadata.data_licence
+    licence = arguments.data_licence if arguments.data_licence != NOT_STATED else metadata.data_licence
     metadata = replace(metadata, preprocessing=preprocessing, data_licence=licence, digest=digest_of(state))
     parents = arguments.source.resolve().parents if arguments.source.is_dir() else ()
     run = next((folder for folder in parents if (folder / "run.json").is_file()), None)
@@ -216,17 +217,22 @@ def _program(item: Export) -> torch.export.ExportedProgram:
 
 
 def compare(item: Export, name: str, run: Callable[[Tensor], Tensor]) -> str:
-    """Run an exported model beside ours, with another batch than it was made with.   Raises: ValueError if it is off.
+    """Run an exported model beside ours, on other batches than it was made with.
 
-    Returns: how far off it is, in words.
+    Returns: how far off it is, in words.   Raises: ValueError if that is too far.
     """
-    images = item.images(3)
-    with torch.no_grad():
-        expected = item.model(images)
-        difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= TOLERANCE:
-        raise ValueError(f"{name} gives other numbers than the model ({difference:.1e} of the largest): not written")
-    return f", {name} differs by {difference:.0e} of the largest value"
+    worst = 0.0
+    for batch in (1, 3):
+        images = item.images(batch)
+        with torch.no_grad():
+            expected = item.model(images)
+            difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{name} gives other numbers than the model ({difference:.1e} of the largest): not written"
+            )
+        worst = max(worst, difference)
+    return f", {name} differs by {worst:.0e} of the largest value"
 
 
 def write_hub(item: Export, path: Path) -> str:
@@ -298,16 +304,16 @@ def model_card(item: Export, pictures: str) -> str:
         "classes": metadata.num_classes or "none: features",
         "input": f"{in_channels} x {height} x {width}, resized {metadata.preprocessing.interpolation}",
         "mean, std": f"{metadata.preprocessing.mean}, {metadata.preprocessing.std}",
-        "made from": f"{source.get('name', 'not stated')} ({source.get('format', 'not stated')})",
-        "run": source.get("run_id", "not stated"),
-        "step": source.get("position", {}).get("step", "not stated"),
-        "training data": source.get("data", {}).get("name", "not stated"),
+        "made from": f"{source.get('name', NOT_STATED)} ({source.get('format', NOT_STATED)})",
+        "run": source.get("run_id", NOT_STATED),
+        "step": source.get("position", {}).get("step", NOT_STATED),
+        "training data": source.get("data", {}).get("name", NOT_STATED),
         "licence of the data": metadata.data_licence,
         "sha256 of the weights": metadata.digest,
         "versions": ", ".join(f"{name} {number}" for name, number in source.get("versions", {}).items())
         or f"mixmae {mixmae.__version__} (export)",
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items())
     title = size_name(metadata.encoder) or type(metadata.encoder).__name__.removesuffix("Config").lower()
     head = "---\nlibrary_name: timm\ntags:\n- image-classification\n" if metadata.num_classes else (
         "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n"

@@ -227,6 +227,7 @@ def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetad
         path,
         metadata={"format": "pt", METADATA_KEY: json.dumps(metadata.to_json())},
     )
+    path.chmod(0o644)  # safetensors makes it private; weights are for others to read
 
 
 def load_encoder(path: Path | str) -> tuple[Encoder, EncoderMetadata]:
@@ -255,9 +256,13 @@ def build_model(weights: Weights, path: Path | str) -> tuple[nn.Module, EncoderM
     model = encoder if metadata.num_classes is None else ImageClassifier(encoder, metadata.num_classes)
     assert isinstance(model, nn.Module)
     own = encoder_state(model)[1]
-    wrong = [name for name in own if name not in weights.state or weights.state[name].shape != own[name].shape]
+    theirs = {name: value for name, value in weights.state.items() if name.startswith("encoder.") or name in own}
+    wrong = own.keys() ^ theirs.keys() or {name for name in own if own[name].shape != theirs[name].shape}
     if wrong:
-        raise ValueError(f"{path} is not what it says: {wrong[0]} is missing, or of another shape ({len(wrong)} such)")
+        raise ValueError(
+            f"{path} does not fill the {type(encoder).__name__} that it describes: {min(wrong)} is missing, has no "
+            f"place, or has another shape ({len(wrong)} such)"
+        )
     prefix = "encoder." if metadata.num_classes is None else ""
     model.load_state_dict({name.removeprefix(prefix): weights.state[name] for name in own})
     return model.eval(), metadata

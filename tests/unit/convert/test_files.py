@@ -173,6 +173,23 @@ def test_foreign_files_tell_what_their_shapes_tell(tmp_path):
     assert read_weights(tmp_path / "wide.pth", image_size=(64, 96)).metadata.encoder.image_size == (64, 96)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("encoder.norm.bias"),
+        lambda state: state.update({"encoder.fc_norm.weight": torch.ones(3)}),
+        lambda state: state.update({"encoder.norm.bias": torch.ones(3)}),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_that_do_not_fill_their_architecture(tmp_path, change):
+    state = tiny_mixmae().state_dict()
+    change(state)
+    save_file(state, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=r"does not fill the SwinEncoder.*norm\.(bias|weight).*\(1 such\)"):
+        load_encoder(tmp_path / "changed.safetensors")
+
+
 def test_configs_as_json():
     config = SwinConfig(image_size=(64, 96), embed_dim=24, num_heads=(2, 3, 4, 6), drop_path=0.1)
     content = json.loads(json.dumps(config_to_json(config)))
