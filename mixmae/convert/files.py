@@ -353,7 +353,9 @@ def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
         "format": "checkpoint of a run",
         "name": folder.name,
         "run_id": content.get("mlflow", {}).get("run_id", NOT_STATED),
-        **{key: content[key] for key in ("position", "data", "versions", "config") if key in content},
+        # Not where the data are: such files are published.
+        "data": {key: value for key, value in content.get("data", {}).items() if key in ("name", "digest")},
+        **{key: content[key] for key in ("position", "versions", "config") if key in content},
     }
     config = content.get("config", {})
     if "encoder" not in config:

@@ -14,6 +14,7 @@ from mixmae.convert import Preprocessing, load_weights, resize_bias_table, resiz
 from mixmae.encoders.build import config_to_json
 from mixmae.encoders.swin import SwinEncoder, swin_tiny
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.flops import count_parameters
 from tests.factories import noise_images, tiny_mixmae, tiny_swin
 
 TINY = config_to_json(tiny_swin().config)
@@ -101,6 +102,9 @@ def test_384_px_has_the_official_windows_and_resized_tables(tmp_path):
     for stage, window in enumerate((16, 16, 24, 12)):
         name = f"stages.{stage}.blocks.1.attn.relative_position_bias_table"
         assert torch.equal(own[name], resize_bias_table(state[name], window))
+    with torch.device("meta"):
+        base = timm.create_model("mixmae_swin_base", img_size=384)
+    assert count_parameters(base) == 89_577_440  # the official class at 384 px
 
 
 def test_other_channels_as_in_timm(tmp_path):

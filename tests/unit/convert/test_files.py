@@ -139,13 +139,19 @@ def test_a_checkpoint_folder_of_a_run(tmp_path, typed):
     if not typed:
         del encoder["type"]
     config = {"encoder": encoder, "augment": {"image_size": [96, 128]}, "pixel_mean": [0.5] * 3, "pixel_std": [0.2] * 3}
-    state = {"config": config, "position": {"step": 7}, "mlflow": {"run_id": "abc", "uri": "sqlite:////home/me.db"}}
+    state = {
+        "config": config,
+        "position": {"step": 7},
+        "mlflow": {"run_id": "abc", "uri": "sqlite:////home/me.db"},
+        "data": {"name": "photos", "digest": "d", "source": "/home/me/photos"},
+    }
     folder = tmp_path / "checkpoints" / "step_0000007"
     save_checkpoint(folder, model=method, optimizer=None, state=state)
     weights = read_weights(folder)
     assert weights.metadata.encoder == method.encoder.config
     assert weights.metadata.preprocessing == Preprocessing(image_size=(96, 128), mean=(0.5,) * 3, std=(0.2,) * 3)
     assert weights.metadata.source["run_id"] == "abc"
+    assert weights.metadata.source["data"] == {"name": "photos", "digest": "d"}
     assert "/home/me" not in json.dumps(weights.metadata.to_json())  # a published file tells no paths
     assert all(torch.equal(value, weights.state[name]) for name, value in method.state_dict().items())
     encoder, _ = load_encoder(folder)
