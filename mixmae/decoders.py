@@ -29,10 +29,12 @@ class DecoderConfig:
     """Attention heads; the number is the official code's."""
     mlp_ratio: float = 4.0
     """Hidden width of a block's perceptron over its width."""
+    norm_eps: float = 1e-5
+    """What the norms add to the variance: the official code's value; mmpretrain's decoder and MAE's have 1e-6."""
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or self.num_heads < 1 or self.mlp_ratio <= 0:
-            raise ValueError(f"depth and num_heads must be at least 1 and mlp_ratio above 0, got {self}")
+        if self.depth < 1 or self.num_heads < 1 or self.mlp_ratio <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"depth and num_heads must be at least 1, mlp_ratio and norm_eps above 0, got {self}")
         if self.dim < 4 or self.dim % 4 or self.dim % self.num_heads:
             raise ValueError(
                 f"the decoder's dim must be a multiple of 4 and of num_heads, got {self.dim} and {self.num_heads}"
@@ -61,10 +63,15 @@ class PixelDecoder(nn.Module):
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sin_cos_positions(config.dim, grid)[None])  # (1, L, C)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config.dim, SelfAttention(config.dim, config.num_heads), mlp_ratio=config.mlp_ratio)
+            TransformerBlock(
+                config.dim,
+                SelfAttention(config.dim, config.num_heads),
+                mlp_ratio=config.mlp_ratio,
+                norm_eps=config.norm_eps,
+            )
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.pred = nn.Linear(config.dim, patch_px * patch_px * channels)
         init_projections(self)
         nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)

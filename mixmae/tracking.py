@@ -136,6 +136,20 @@ def log_file(run: RunRef, path: Path) -> None:
     _client(run.uri).log_artifact(run.run_id, str(path))
 
 
+def metric_history(run: RunRef, key: str) -> list[tuple[int, float]]:
+    """The points (step, value) of a curve, the last one of each step; none if the store or the curve is not there."""
+    from mlflow.exceptions import MlflowException
+
+    if run.uri.startswith("sqlite:///") and not Path(run.uri.removeprefix("sqlite:///")).is_file():
+        return []
+    try:
+        points = _client(run.uri).get_metric_history(run.run_id, key)
+    except (MlflowException, OSError):
+        return []
+    latest = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+    return sorted(latest.items())
+
+
 class NullTracker:
     """Logs nothing: what the workers other than rank 0 use, and tests."""
 

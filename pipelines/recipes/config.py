@@ -8,6 +8,7 @@ from typing import Any
 
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.streams import StreamConfig
+from mixmae.encoders.build import config_to_json
 from mixmae.encoders.swin import SwinConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.training.loop import LoopConfig
@@ -101,11 +102,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def to_json(config: PretrainConfig) -> dict[str, Any]:
-    """The config as JSON values (tuples become lists)."""
+    """The config as JSON values (tuples become lists); the encoder's says its type."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(asdict(config))
+    return plain(asdict(config)) | {"encoder": config_to_json(config.encoder)}

@@ -21,10 +21,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL = 1e-5
 
 
-def read(name):
-    """Split a golden file into its numbers and an official state dict."""
+def read(name, prefix="model."):
+    """Split a golden file into its numbers and the state dict below a prefix."""
     content = load_file(GOLDEN / name)
-    weights = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
+    weights = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
     return content, weights
 
 

@@ -1,0 +1,73 @@
+"""Weights in other people's names and files, and back; loading them into models; our own encoder files.
+
+A format is a file with two functions on plain dicts of tensors: is_X, which knows it by its names, and from_X, which
+renames it to ours; to_X where we also write it. docs/weights.md shows how they are used.
+"""
+
+from mixmae.convert.architecture import Architecture, describe, read_architecture
+from mixmae.convert.files import (
+    EncoderMetadata,
+    Preprocessing,
+    Weights,
+    build_model,
+    digest_of,
+    encoder_state,
+    load_encoder,
+    read_state_dict,
+    read_weights,
+    save_encoder,
+    save_tensors,
+    writing,
+)
+from mixmae.convert.formats import FORMATS, detect_format, to_ours
+from mixmae.convert.load import (
+    LoadReport,
+    fit_weights,
+    load_checked,
+    load_pretrained,
+    load_weights,
+    resize_bias_table,
+    resize_positions,
+)
+from mixmae.convert.mae import from_mae
+from mixmae.convert.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
+from mixmae.convert.official import config_from_official, from_official, to_official
+from mixmae.convert.swin import from_microsoft_swin, from_simmim_swin, from_timm_swin
+
+__all__ = [
+    "FORMATS",
+    "Architecture",
+    "EncoderMetadata",
+    "LoadReport",
+    "Preprocessing",
+    "Weights",
+    "build_model",
+    "config_from_mmpretrain",
+    "config_from_official",
+    "describe",
+    "detect_format",
+    "digest_of",
+    "encoder_state",
+    "fit_weights",
+    "from_mae",
+    "from_microsoft_swin",
+    "from_mmpretrain",
+    "from_official",
+    "from_simmim_swin",
+    "from_timm_swin",
+    "load_checked",
+    "load_encoder",
+    "load_pretrained",
+    "load_weights",
+    "read_architecture",
+    "read_state_dict",
+    "read_weights",
+    "resize_bias_table",
+    "resize_positions",
+    "save_encoder",
+    "save_tensors",
+    "to_mmpretrain",
+    "to_official",
+    "to_ours",
+    "writing",
+]

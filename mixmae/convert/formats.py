@@ -1,0 +1,87 @@
+"""The formats that weights come in, told apart by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mixmae.convert.architecture import StateDict
+from mixmae.convert.mae import from_mae, is_mae
+from mixmae.convert.mmpretrain import from_mmpretrain, is_mmpretrain
+from mixmae.convert.official import from_official, is_official
+from mixmae.convert.swin import (
+    from_microsoft_swin,
+    from_simmim_swin,
+    from_timm_swin,
+    is_microsoft_swin,
+    is_simmim_swin,
+    is_timm_swin,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One way to name weights."""
+
+    name: str
+    """What detect_format gives."""
+    title: str
+    """What messages call it."""
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    """Whether names are of this format; asked in the order of FORMATS."""
+    to_ours: Callable[[Mapping[str, Tensor]], StateDict]
+    """Renames weights to ours."""
+
+
+def _is_ours(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("encoder.") for name in state)
+
+
+def _is_bare_encoder(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("stages.0.") for name in state) and "norm.weight" in state
+
+
+def _add_prefix(state: Mapping[str, Tensor]) -> StateDict:
+    return {f"encoder.{name}": value for name, value in state.items()}
+
+
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        Format(name="mixmim", title="official MixMIM", recognises=is_official, to_ours=from_official),
+        Format(name="mmpretrain", title="MixMIM of mmpretrain", recognises=is_mmpretrain, to_ours=from_mmpretrain),
+        Format(name="simmim_swin", title="Swin of SimMIM", recognises=is_simmim_swin, to_ours=from_simmim_swin),
+        Format(name="mixmae", title="mixmae's own", recognises=_is_ours, to_ours=dict),
+        Format(name="timm_swin", title="Swin of timm", recognises=is_timm_swin, to_ours=from_timm_swin),
+        Format(
+            name="microsoft_swin",
+            title="Swin of Microsoft",
+            recognises=is_microsoft_swin,
+            to_ours=from_microsoft_swin,
+        ),
+        Format(name="mae", title="ViT of MAE or timm", recognises=is_mae, to_ours=from_mae),
+        Format(name="encoder", title="an encoder of mixmae alone", recognises=_is_bare_encoder, to_ours=_add_prefix),
+    )
+}
+"""By name."""
+
+
+def detect_format(state: Mapping[str, Tensor]) -> str:
+    """Tell by its names which format a state dict is in.
+
+    Returns: a key of FORMATS.
+    Raises: ValueError that lists the known formats.
+    """
+    for entry in FORMATS.values():
+        if entry.recognises(state):
+            return entry.name
+    known = ", ".join(entry.title for entry in FORMATS.values())
+    some = ", ".join(list(state)[:3]) or "nothing"
+    raise ValueError(f"these weights are in no known format (they start with {some}); known are: {known}")
+
+
+def to_ours(state: Mapping[str, Tensor]) -> StateDict:
+    """Rename weights of any known format to ours.   Raises: ValueError as detect_format."""
+    return FORMATS[detect_format(state)].to_ours(state)

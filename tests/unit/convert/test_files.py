@@ -1,0 +1,213 @@
+"""Files are read without running code, written whole, and come back as they were."""
+
+import argparse
+import json
+import pickle
+import sys
+import types
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from mixmae.convert import load_encoder, read_state_dict, read_weights, save_encoder, to_official, writing
+from mixmae.convert.files import EncoderMetadata, Preprocessing
+from mixmae.encoders.build import config_from_json, config_to_json, size_name
+from mixmae.encoders.swin import SwinConfig, SwinEncoder, swin_base
+from mixmae.finetune.classification import ImageClassifier
+from mixmae.training.checkpoint import save_checkpoint
+from tests.factories import noise_images, tiny_mixmae, tiny_swin
+
+PREPROCESSING = Preprocessing(image_size=(96, 96), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+def test_reads_official_checkpoints_with_their_namespace(tmp_path):
+    weights = to_official(tiny_mixmae().state_dict())
+    args = argparse.Namespace(lr=1e-4, output_dir="runs", betas=(0.9, 0.95))
+    torch.save({"model": weights, "optimizer": {"state": {}}, "epoch": 3, "args": args}, tmp_path / "checkpoint.pth")
+    save_file(weights, tmp_path / "model.safetensors")
+    for name in ("checkpoint.pth", "model.safetensors"):
+        read = read_state_dict(tmp_path / name)
+        assert read.keys() == weights.keys()
+        assert torch.equal(read["mask_token"], weights["mask_token"])
+
+
+def test_reads_checkpoints_with_a_yacs_config_and_ddp_names(tmp_path, monkeypatch):
+    """SimMIM's files hold one; it is read as a plain dict, whether or not yacs is installed."""
+
+    class CfgNode(dict):
+        def __init__(self, content):
+            super().__init__(content)
+            self.__dict__["__renamed_keys__"] = {}
+
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    config = CfgNode({"MODEL": CfgNode({"TYPE": "swin"}), "IMG": 192})
+    torch.save({"model": {"module.norm.weight": torch.ones(3)}, "config": config}, tmp_path / "simmim.pth")
+    monkeypatch.undo()
+    assert read_state_dict(tmp_path / "simmim.pth").keys() == {"norm.weight"}
+
+
+class Calls:
+    """Unpickling this calls a function."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
+)
+def test_a_file_that_asks_for_code_is_refused(tmp_path, save):
+    save({"model": tiny_swin().state_dict(), "args": Calls(tmp_path / "was_run")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="could run code"):
+        read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["noise.pth", "noise.safetensors"])
+def test_damaged_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b"not a checkpoint at all")
+    with pytest.raises(ValueError, match=name):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2]])
+def test_files_without_weights(tmp_path, content):
+    torch.save(content, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="holds no weights"):
+        read_state_dict(tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize("model", [tiny_swin(), ImageClassifier(tiny_swin(), 7), tiny_mixmae()])
+def test_an_encoder_file_is_all_that_is_needed(tmp_path, model):
+    path = tmp_path / "encoder.safetensors"
+    written = save_encoder(path, model, PREPROCESSING, source={"run_id": "abc", "step": 7}, data_licence="CC0")
+    encoder, metadata = load_encoder(path)
+    assert metadata == written
+    assert (metadata.preprocessing, metadata.data_licence) == (PREPROCESSING, "CC0")
+    assert metadata.source == {"run_id": "abc", "step": 7}
+    assert metadata.num_classes == (7 if isinstance(model, ImageClassifier) else None)
+    own = getattr(model, "encoder", model)
+    assert encoder.config == own.config
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in encoder.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(encoder(noise_images(1)), own.eval()(noise_images(1)))
+    again = tmp_path / "again.safetensors"
+    save_encoder(again, encoder, metadata.preprocessing)
+    names = read_state_dict(again)
+    assert all(torch.equal(value, read_state_dict(path)[name]) for name, value in names.items())
+
+
+def test_changed_weights_are_noticed(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, tiny_swin(), PREPROCESSING)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = read_state_dict(path)
+    state["encoder.norm.bias"] = state["encoder.norm.bias"] + 1
+    save_file(state, path, metadata=metadata)
+    with pytest.raises(ValueError, match="damaged or was changed"):
+        read_weights(path)
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, tiny_swin(), PREPROCESSING)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        save_encoder(path, tiny_swin(), PREPROCESSING)
+    with pytest.raises(OSError, match="none"), writing(path, overwrite=True) as partial:
+        partial.with_name("none").rename(partial)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    save_encoder(path, ImageClassifier(tiny_swin(), 3), PREPROCESSING, overwrite=True)
+    assert read_weights(path).metadata.num_classes == 3
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "first runs"])
+def test_a_checkpoint_folder_of_a_run(tmp_path, typed):
+    method = tiny_mixmae((96, 128))
+    encoder = config_to_json(SwinConfig(**{**vars(method.encoder.config), "image_size": 224}))
+    if not typed:
+        del encoder["type"]
+    config = {"encoder": encoder, "augment": {"image_size": [96, 128]}, "pixel_mean": [0.5] * 3, "pixel_std": [0.2] * 3}
+    state = {
+        "config": config,
+        "position": {"step": 7},
+        "mlflow": {"run_id": "abc", "uri": "sqlite:////home/me.db"},
+        "data": {"name": "photos", "digest": "d", "source": "/home/me/photos"},
+    }
+    folder = tmp_path / "checkpoints" / "step_0000007"
+    save_checkpoint(folder, model=method, optimizer=None, state=state)
+    weights = read_weights(folder)
+    assert weights.metadata.encoder == method.encoder.config
+    assert weights.metadata.preprocessing == Preprocessing(image_size=(96, 128), mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert weights.metadata.source["run_id"] == "abc"
+    assert weights.metadata.source["data"] == {"name": "photos", "digest": "d"}
+    assert "/home/me" not in json.dumps(weights.metadata.to_json())  # a published file tells no paths
+    assert all(torch.equal(value, weights.state[name]) for name, value in method.state_dict().items())
+    encoder, _ = load_encoder(folder)
+    assert torch.equal(encoder.pos_embed, method.encoder.pos_embed)
+    with pytest.raises(ValueError, match=r"choose one of its checkpoints.*step_0000007"):
+        read_weights(tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=r"folder without model\.safetensors$"):
+        read_weights(tmp_path)
+
+
+def test_foreign_files_tell_what_their_shapes_tell(tmp_path):
+    torch.save({"model": to_official(tiny_mixmae().state_dict())}, tmp_path / "official.pth")
+    metadata = read_weights(tmp_path / "official.pth").metadata
+    assert metadata.encoder == tiny_swin().config
+    assert metadata.source == {"format": "official MixMIM", "name": "official.pth"}
+    assert metadata.data_licence == "not stated"
+    torch.save(to_official(SwinEncoder(SwinConfig(image_size=(64, 96))).state_dict()), tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match="384 tokens, which is no square"):
+        load_encoder(tmp_path / "wide.pth")
+    assert read_weights(tmp_path / "wide.pth", image_size=(64, 96)).metadata.encoder.image_size == (64, 96)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("encoder.norm.bias"),
+        lambda state: state.update({"encoder.fc_norm.weight": torch.ones(3)}),
+        lambda state: state.update({"encoder.norm.bias": torch.ones(3)}),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_that_do_not_fill_their_architecture(tmp_path, change):
+    state = tiny_mixmae().state_dict()
+    change(state)
+    save_file(state, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=r"does not fill the SwinEncoder.*norm\.(bias|weight).*\(1 such\)"):
+        load_encoder(tmp_path / "changed.safetensors")
+
+
+def test_configs_as_json():
+    config = SwinConfig(image_size=(64, 96), embed_dim=24, num_heads=(2, 3, 4, 6), drop_path=0.1)
+    content = json.loads(json.dumps(config_to_json(config)))
+    assert content["type"] == "SwinConfig"
+    assert config_from_json(content) == config
+    assert size_name(config) is None
+    assert size_name(SwinConfig(**{**vars(swin_base()), "image_size": 384, "drop_path": 0.1})) == "swin_base"
+    with pytest.raises(ValueError, match="no encoder config 'Mamba'; known are SwinConfig"):
+        config_from_json({"type": "Mamba"})
+    with pytest.raises(ValueError, match="SwinConfig has no field teeth"):
+        config_from_json(content | {"teeth": 3})
+    with pytest.raises(ValueError, match="do not make a SwinConfig"):
+        config_from_json(content | {"depths": None})
+    with pytest.raises(ValueError, match="another version"):
+        EncoderMetadata.from_json({"encoder": content})
