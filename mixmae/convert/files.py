@@ -299,8 +299,9 @@ def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _remove(target)
-        partial.rename(target)
+        if target.is_dir():
+            _remove(target)  # a folder cannot be replaced at once, a file can
+        partial.replace(target)
     finally:
         _remove(partial)
 
