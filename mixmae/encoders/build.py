@@ -1,4 +1,4 @@
-"""Encoders by their configs: built, named, and written as JSON. A new encoder is a line in each of the three tables."""
+"""Encoders by their configs: built, named, and written as JSON. A new encoder is a line in each of the tables."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from mixmae.encoders import pvt, resnetv2, swin, twins, vit
 from mixmae.encoders.base import Encoder
-from mixmae.encoders.swin import (
-    SwinConfig,
-    SwinEncoder,
-    swin_base,
-    swin_huge,
-    swin_large,
-    swin_small,
-    swin_tiny,
-)
+from mixmae.encoders.pvt import PvtConfig, PvtEncoder
+from mixmae.encoders.resnetv2 import ResNetV2Config, ResNetV2Encoder
+from mixmae.encoders.swin import SwinConfig, SwinEncoder
+from mixmae.encoders.twins import TwinsConfig, TwinsEncoder
+from mixmae.encoders.vit import ViTConfig, ViTEncoder
 
-EncoderConfig = SwinConfig
-"""The architecture of any encoder: a union once there are several."""
+EncoderConfig = SwinConfig | PvtConfig | TwinsConfig | ViTConfig | ResNetV2Config
+"""The architecture of any encoder."""
 
-_ENCODERS: dict[type, Callable[[Any], Encoder]] = {SwinConfig: SwinEncoder}
+_ENCODERS: dict[type, Callable[[Any], Encoder]] = {
+    SwinConfig: SwinEncoder,
+    PvtConfig: PvtEncoder,
+    TwinsConfig: TwinsEncoder,
+    ViTConfig: ViTEncoder,
+    ResNetV2Config: ResNetV2Encoder,
+}
 
 SIZES: dict[str, Callable[[], EncoderConfig]] = {
-    size.__name__: size for size in (swin_tiny, swin_small, swin_base, swin_large, swin_huge)
+    **{f"swin_{size}": getattr(swin, f"swin_{size}") for size in ("tiny", "small", "base", "large", "huge")},
+    **{f"swin_{size}_w7": getattr(swin, f"swin_{size}_w7") for size in ("base", "large")},
+    **{f"pvt_{size}": getattr(pvt, f"pvt_{size}") for size in ("tiny", "small", "medium", "large")},
+    **{f"pvt_v2_b{size}": getattr(pvt, f"pvt_v2_b{size}") for size in range(6)},
+    **{
+        f"twins_{kind}_{size}": getattr(twins, f"twins_{kind}_{size}")
+        for kind in ("pcpvt", "svt")
+        for size in ("small", "base", "large")
+    },
+    **{f"vit_{size}": getattr(vit, f"vit_{size}") for size in ("tiny", "small", "base", "large", "huge")},
+    **{f"resnetv2_{size}": getattr(resnetv2, f"resnetv2_{size}") for size in ("50x3", "101x3")},
 }
 """The known sizes by name."""
 
@@ -42,7 +55,7 @@ def config_at_size(config: EncoderConfig, image_size: int | tuple[int, int]) -> 
     At other sizes the windows stay, and grids that they do not divide are padded.
     """
     windows = OFFICIAL_WINDOWS.get(image_size) if isinstance(image_size, int) else None
-    if windows is not None and config.window_sizes == SwinConfig().window_sizes:
+    if windows is not None and isinstance(config, SwinConfig) and config.window_sizes == SwinConfig().window_sizes:
         config = replace(config, window_sizes=windows)
     return replace(config, image_size=image_size)
 

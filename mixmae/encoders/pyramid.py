@@ -100,8 +100,8 @@ class PyramidEncoder(nn.Module):
         self.config = config
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
-        self.channels = config.embed_dims
-        self.strides = STRIDES
+        self.channels: tuple[int, ...] = config.embed_dims
+        self.strides: tuple[int, ...] = STRIDES
         self.num_blocks = sum(config.depths)
         self.stages = nn.ModuleList(stages)
         self.norm = norm

@@ -179,8 +179,8 @@ class ResNetV2Encoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.stem_dim = config.stem_dim
-        self.channels = config.channels
-        self.strides = STRIDES
+        self.channels: tuple[int, ...] = config.channels
+        self.strides: tuple[int, ...] = STRIDES
         self.num_blocks = sum(config.depths)
 
         self.stem = Root(config.in_channels, config.stem_dim)

@@ -86,8 +86,8 @@ class ViTEncoder(nn.Module):
         self.config = config
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
-        self.channels = (config.embed_dim,)
-        self.strides = (config.patch_px,)
+        self.channels: tuple[int, ...] = (config.embed_dim,)
+        self.strides: tuple[int, ...] = (config.patch_px,)
         self.num_blocks = config.depth
         self.group_isolation: GroupIsolation = "none" if config.class_token else "exact"
         self._table_grid = (self.image_size[0] // config.patch_px, self.image_size[1] // config.patch_px)
