@@ -1,4 +1,6 @@
-"""Pretrain an encoder with MixMAE: Ray Data streams the images, Ray Train runs the workers, MLflow keeps the record.
+"""Pretrain an encoder with MixMAE, SimMIM or MAE.
+
+Ray Data streams the images, Ray Train runs the workers, MLflow keeps the record.
 
     python pipelines/pretrain.py RECIPE [--data PATH] [--output FOLDER] [--workers N] [any field of the recipe]
 
@@ -29,9 +31,9 @@ from mixmae.data.order import Plan
 from mixmae.data.sources import Source, open_train_and_held_out
 from mixmae.data.storage import plain_place
 from mixmae.data.streams import TrainStream
-from mixmae.encoders.swin import SwinEncoder
+from mixmae.encoders.build import build_encoder
 from mixmae.flops import count_macs, count_parameters
-from mixmae.methods.mixmae import MixMAE
+from mixmae.methods.build import build_method, images_mixed
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.step import StepOutput
@@ -114,7 +116,7 @@ class PretrainJob:
         return length_of(self.config, self.source)
 
     def build_model(self) -> nn.Module:
-        return MixMAE(SwinEncoder(self.config.sized_encoder()), self.config.method)
+        return build_method(build_encoder(self.config.sized_encoder()), self.config.method)
 
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
@@ -145,18 +147,16 @@ class PretrainJob:
         images = self._normalise(self._heldout_images.to(device))
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
-        num_images = self.config.method.num_images
+        num_images = images_mixed(self.config.method)
         shown = images[: PANEL_ROWS * num_images]
-        partners = cyclic_partners(len(shown), num_images)[::num_images].to(device)
         generator = torch.Generator().manual_seed(step_seed(0, "panel"))
-        pictures = model(shown, generator=generator, partners=partners, with_pictures=True).pictures
-        panel = reconstruction_panel(
-            pictures,
-            mean=self.config.pixel_mean,
-            std=self.config.pixel_std,
-            caption="Outlined cells are shown to the model; in reconstructions they are the original's pixels. Hidden "
-            "cells are un-normalised with the mean and spread of the original's patch.",
-        )
+        # A mix a row, each of other images.
+        pairs = {"partners": cyclic_partners(len(shown), num_images)[::num_images].to(device)} if num_images > 1 else {}
+        pictures = model(shown, generator=generator, with_pictures=True, **pairs).pictures
+        caption = "Outlined cells are shown to the model; in reconstructions they are the original's pixels."
+        if self.config.method.normalise_targets:
+            caption += " Hidden cells are un-normalised with the mean and spread of the original's patch."
+        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std, caption=caption)
         return panel, {"heldout/loss": loss}
 
     def open_tracker(self) -> MlflowTracker:
@@ -168,7 +168,7 @@ class PretrainJob:
     @cached_property
     def _heldout_images(self) -> torch.Tensor:
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images a mix."""
-        num_images = self.config.method.num_images
+        num_images = images_mixed(self.config.method)
         count = min(HELDOUT_IMAGES, self.heldout.num_rows) // num_images * num_images
         return eval_batch(self.heldout, range(count), self.config.augment.image_size)
 
@@ -263,6 +263,8 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
     config = arguments.config
     config.micro_batch(arguments.workers)
+    with torch.device("meta"):  # says at once if the encoder cannot do what the method needs
+        build_method(build_encoder(config.sized_encoder()), config.method)
     data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
     folder = RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
     before = folder.read()
@@ -379,9 +381,10 @@ def start_tracking(
         if arguments.mlflow_uri in (None, run.uri) and reopen_run(run):
             return run
         print(f"note: the interrupted run {run.run_id} is not in {uri}; its curves go on in a new one")
-    with torch.device("meta"):
-        encoder = SwinEncoder(config.sized_encoder())
     size = config.augment.image_size
+    with torch.device("meta"):
+        encoder = build_encoder(config.sized_encoder())
+    assert isinstance(encoder, nn.Module)
     return create_run(
         uri=uri,
         experiment=arguments.experiment,
@@ -454,6 +457,8 @@ def main(argv: list[str] | None = None) -> int:
             default=Arguments(config=recipe()),
             prog=f"pretrain.py {recipe.__name__}",
             description=recipe.__doc__,
+            # A recipe settles which encoder and which method: their fields are flags, not subcommands.
+            config=(tyro.conf.AvoidSubcommands,),
         )
     except ValueError as error:
         fail(error, code=2)

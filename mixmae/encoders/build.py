@@ -54,9 +54,9 @@ def config_at_size(config: EncoderConfig, image_size: int | tuple[int, int]) -> 
 
     At other sizes the windows stay, and grids that they do not divide are padded.
     """
-    windows = OFFICIAL_WINDOWS.get(image_size) if isinstance(image_size, int) else None
-    if windows is not None and isinstance(config, SwinConfig) and config.window_sizes == SwinConfig().window_sizes:
-        config = replace(config, window_sizes=windows)
+    if isinstance(config, SwinConfig) and config.window_sizes == SwinConfig().window_sizes:
+        known = OFFICIAL_WINDOWS.get(image_size) if isinstance(image_size, int) else None
+        config = replace(config, window_sizes=known or config.window_sizes)
     return replace(config, image_size=image_size)
 
 

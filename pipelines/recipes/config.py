@@ -8,8 +8,8 @@ from typing import Any
 
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.streams import StreamConfig
-from mixmae.encoders.build import config_to_json
-from mixmae.encoders.swin import SwinConfig
+from mixmae.encoders.build import EncoderConfig, config_to_json
+from mixmae.methods.build import MethodConfig, images_mixed
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
@@ -22,10 +22,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PretrainConfig:
     """All that decides what a pretraining run computes."""
 
-    encoder: SwinConfig
+    encoder: EncoderConfig
     """The architecture that is pretrained, built for augment.image_size whatever its own image_size says."""
-    method: MixMAEConfig = field(default_factory=MixMAEConfig)
-    """The pretext task."""
+    method: MethodConfig = field(default_factory=MixMAEConfig)
+    """The pretext task: MixMAE, SimMIM or MAE."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Crop, resize and flip of the training images."""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -43,10 +43,11 @@ class PretrainConfig:
     """Spread that pixels (0..1) are normalised with, a value a channel."""
 
     def __post_init__(self) -> None:
-        if self.loop.batch_size % self.method.num_images:
+        mixed = images_mixed(self.method)
+        if self.loop.batch_size % mixed:
             raise ValueError(
-                f"A batch of {self.loop.batch_size} images cannot be mixed {self.method.num_images} at a time: make "
-                f"--loop.batch-size a multiple of --method.num-images ({self.method.num_images})."
+                f"A batch of {self.loop.batch_size} images cannot be mixed {mixed} at a time: make "
+                f"--loop.batch-size a multiple of --method.num-images ({mixed})."
             )
         if any(side % 32 or side < 64 for side in self.augment.size):
             raise ValueError(
@@ -57,7 +58,7 @@ class PretrainConfig:
         if not len(self.pixel_mean) == len(self.pixel_std) == channels:
             raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
 
-    def sized_encoder(self) -> SwinConfig:
+    def sized_encoder(self) -> EncoderConfig:
         """The encoder's config for the size of the training images."""
         return replace(self.encoder, image_size=self.augment.image_size)
 
@@ -68,10 +69,11 @@ class PretrainConfig:
     def micro_batch(self, num_workers: int) -> int:
         """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
         micro = self.loop.batch_size // num_workers // self.loop.accumulation(num_workers)
-        if micro % self.method.num_images:
+        mixed = images_mixed(self.method)
+        if micro % mixed:
             raise ValueError(
                 f"With {num_workers} workers the model sees {micro} images at once, which cannot be mixed "
-                f"{self.method.num_images} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
+                f"{mixed} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
             )
         return micro
 
@@ -102,11 +104,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def to_json(config: PretrainConfig) -> dict[str, Any]:
-    """The config as JSON values (tuples become lists); the encoder's says its type."""
+    """The config as JSON values (tuples become lists); the encoder's and the method's say their type."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(asdict(config)) | {"encoder": config_to_json(config.encoder)}
+    content = plain(asdict(config))
+    content["method"] = {"type": type(config.method).__name__, **content["method"]}
+    return content | {"encoder": config_to_json(config.encoder)}

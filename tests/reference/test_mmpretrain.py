@@ -22,7 +22,7 @@ def test_encoded_reconstructed_and_pooled():
     index = torch.arange(batch)
     group_map, partners = golden["mask"].view(1, 3, 3).long(), torch.stack([index, index.flip(0)], dim=1)
     with torch.no_grad():
-        encoded = method.encode(mix(golden["input"], group_map, partners), group_map)
+        encoded = method.encoder(mix(golden["input"], group_map, partners), group_map)
         predicted = method.decoder(encoded, hidden_mask(group_map, 2).flatten(2), (3, 3))  # (4, 2, 9, 3072)
         pooled = method.encoder(golden["input"]).mean(dim=1)
     assert_close(encoded, golden["encoded"])
