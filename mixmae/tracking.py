@@ -112,9 +112,17 @@ def create_run(
     return RunRef(uri=uri, experiment_id=experiment_id, run_id=run_id)
 
 
-def finish_run(run: RunRef, *, status: str, tags: Mapping[str, str] | None = None) -> None:
-    """End the run: status FINISHED, FAILED or KILLED."""
+def finish_run(
+    run: RunRef,
+    *,
+    status: str,
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """End the run: status FINISHED, FAILED or KILLED.   Args: metrics: its result, a point each at step 0."""
     client = _client(run.uri)
+    for key, number in (metrics or {}).items():
+        client.log_metric(run.run_id, key, number)
     for key, value in (tags or {}).items():
         client.set_tag(run.run_id, key, value)
     client.set_terminated(run.run_id, status=status)
@@ -126,6 +134,17 @@ def reopen_run(run: RunRef) -> bool:
 
     try:
         _client(run.uri).update_run(run.run_id, status="RUNNING")
+    except MlflowException:
+        return False
+    return True
+
+
+def tag_run(uri: str, run_id: str, key: str, value: str) -> bool:
+    """Tag a run that another program made.   Returns: False if the store does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(uri).set_tag(run_id, key, value)
     except MlflowException:
         return False
     return True

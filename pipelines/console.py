@@ -60,6 +60,11 @@ class ProgressView:
         else:
             self.say(f"step {step}/{self._total} · {status}")
 
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """What the validation set says after a `step`."""
+        values = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
+        self.say(f"evaluation after step {int(metrics['step'])}: {values}")
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self._live:

@@ -356,7 +356,7 @@ def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
         "run_id": content.get("mlflow", {}).get("run_id", NOT_STATED),
         # Not where the data are: such files are published.
         "data": {key: value for key, value in content.get("data", {}).items() if key in ("name", "digest")},
-        **{key: content[key] for key in ("position", "versions", "config") if key in content},
+        **{key: content[key] for key in ("position", "versions", "config", "classes") if key in content},
     }
     config = content.get("config", {})
     if "encoder" not in config:

@@ -94,6 +94,22 @@ class JoinedSource:
             samples = read_rows(self.parts[part], self._extra_rows[part][places])
         return [self._relabel(part, sample) for sample in samples]
 
+    def join_labels(self, labels: Sequence[Int64Array]) -> Int64Array:
+        """The class index of every row from those of the rows of each part: (num_rows,) int64, below 0 for none."""
+        joined = []
+        for (part, base), size in zip(self._chunks, self.chunk_sizes.tolist(), strict=True):
+            if base >= 0:
+                start = int(self.parts[part].chunk_sizes[:base].sum())
+                own = labels[part][start : start + size]
+            else:
+                own = labels[part][self._extra_rows[part][-1 - base : -1 - base + size]]
+            mapping = self.label_maps[part]
+            if mapping is not None:
+                known = (own >= 0) & (own < len(mapping))
+                own = np.where(known, np.append(mapping, -1)[np.where(known, own, -1)], -1)
+            joined.append(own)
+        return np.concatenate(joined)
+
     def _relabel(self, part: int, sample: Sample) -> Sample:
         mapping = self.label_maps[part]
         if mapping is None:

@@ -116,6 +116,20 @@ class ParquetSource:
             samples.append(Sample(data or b"", int(label) if label is not None else -1, where, intervals, original))
         return samples
 
+    def read_label_column(self) -> Int64Array:
+        """The class index of every row, -1 where there is none; no image is read."""
+        if self.label_column is None:
+            return np.full(self.num_rows, -1, dtype=np.int64)
+        parts = []
+        for path in self.files:
+            try:
+                handle = _parquet_file(self.storage, path, threading.get_ident())
+                column = handle.read(columns=[self.label_column]).column(0)
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(self.storage, path, error) from error
+            parts.append(column.cast(pa.int64()).fill_null(-1).to_numpy())
+        return np.concatenate(parts)
+
     def _place(self, path: str, row: int, original: str) -> str:
         return f"{self.storage.shown(path)}#{row}" + (f" / {original}" if original else "")
 

@@ -1,4 +1,7 @@
-"""Checkpoints: a folder with model.safetensors, optimizer.pt and state.json, complete or not there at all."""
+"""Checkpoints: a folder with model.safetensors, optimizer.pt and state.json, complete or not there at all.
+
+With a running average of the weights also average.pt.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from mixmae.training.ema import WeightAverage
+
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+AVERAGE_FILE = "average.pt"
 STATE_FILE = "state.json"
 
 
@@ -27,6 +33,7 @@ def save_checkpoint(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
+    average: WeightAverage | None = None,
     state: dict[str, Any],
 ) -> None:
     """Write a checkpoint folder under a temporary name, then rename it.
@@ -34,7 +41,7 @@ def save_checkpoint(
     Args:
         directory: the folder to make; one that exists is replaced.
         model: the bare module, not wrapped by DDP or compile.
-        optimizer: left out of the folder when None.
+        optimizer, average: left out of the folder when None.
         state: JSON values: step, config, versions, ...
     """
     target = Path(directory)
@@ -45,6 +52,8 @@ def save_checkpoint(
         safetensors.torch.save_file(tensors, partial / MODEL_FILE, metadata={"format": "pt"})
         if optimizer is not None:
             torch.save(optimizer.state_dict(), partial / OPTIMIZER_FILE)
+        if average is not None:
+            torch.save(average.state_dict(), partial / AVERAGE_FILE)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
         partial.chmod(0o755)  # mkdtemp makes it private; a checkpoint is for others to read
         if target.exists():
@@ -67,16 +76,21 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    directory: str | os.PathLike[str], *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
-    """Load a checkpoint into a bare model and, if given, its optimiser.
+    """Load a checkpoint into a bare model and, if given, its optimiser and the average of its weights.
 
     Returns: the checkpoint's state.
     Raises: CheckpointError if a file is missing or the tensors are not those of this model.
     """
     folder = Path(directory)
     state = read_state(folder)
-    for name in (MODEL_FILE, *([OPTIMIZER_FILE] if optimizer is not None else [])):
+    wanted = {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}
+    for name in (name for name, part in wanted.items() if part is not None):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
     tensors = safetensors.torch.load_file(folder / MODEL_FILE)
@@ -89,6 +103,8 @@ def load_checkpoint(
     model.load_state_dict(tensors)
     if optimizer is not None:
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+    if average is not None:
+        average.load_state_dict(torch.load(folder / AVERAGE_FILE, map_location="cpu", weights_only=True))
     return state
 
 

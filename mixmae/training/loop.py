@@ -50,11 +50,13 @@ class LoopConfig:
     log_every_steps: int = 20
     """Steps between two progress lines and points of the curves."""
     panel_every_epochs: float = 1.0
-    """Epochs between two reconstruction panels (at least four a run)."""
+    """Epochs between two looks at the held-out images, for a panel or an evaluation (at least four a run)."""
     checkpoint_every_epochs: float = 1.0
     """Epochs between two checkpoints (at least four a run)."""
     max_broken_fraction: float = 0.01
     """Share of images that may fail to decode before the run stops."""
+    max_loss: float | None = None
+    """Mean loss between two progress lines above which the run stops as diverged; None: only if it is no number."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "log_every_steps", "panel_every_epochs", "checkpoint_every_epochs")
@@ -183,9 +185,6 @@ def train(
         lr = learning_rate(state.step, peak=peak_lr, length=length)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        # Drop path and the like draw from the global generator: make it a function of the step too.
-        torch.manual_seed(step_seed(config.seed, "modules", state.step, rank))
-
         for index in range(accumulation):
             fetch_start = time.perf_counter()
             batch = next(batches)
@@ -195,6 +194,8 @@ def train(
             # The same generator for all micro-batches and workers: they share the step's group map.
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
             first_sample = (rank * accumulation + index) * micro_batch
+            # Drop path and the like draw from the global generator: make it a function of the images' place too.
+            torch.manual_seed(step_seed(config.seed, "modules", state.step, first_sample))
             last = index == accumulation - 1
             with contextlib.ExitStack() as stack:
                 if isinstance(model, DistributedDataParallel) and not last:
@@ -250,7 +251,8 @@ def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
 def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLength) -> None:
     """Stop a run that has diverged or that mostly sees substitutes. All inputs are the same on every worker."""
     loss = state.metrics["loss"]
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    largest = float("inf") if config.max_loss is None else config.max_loss
+    if loss != loss or abs(loss) == float("inf") or loss > largest:
         raise TrainingStopped(
             f"The loss is {loss} at step {state.step}: the run has diverged. Lower --optim.base-lr, lengthen "
             "--loop.warmup-epochs or set --optim.clip-grad-norm, and start from an older checkpoint or anew."

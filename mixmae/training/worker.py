@@ -26,14 +26,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixmae.step import StepOutput
-from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
+from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from mixmae.training.ema import WeightAverage
 from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainingStopped, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
 
 Message = tuple[str, Any]
-"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("saved", step),
-("started", step that training starts from), ("failed", one line; the worker group restarts if it may)."""
+"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("evaluation", dict),
+("saved", step), ("started", step that training starts from), ("failed", one line; the worker group restarts if it
+may)."""
 
 
 class ClusterError(ValueError):
@@ -61,6 +63,13 @@ class TrainingJob(Protocol):
     def optim(self) -> OptimConfig: ...
     @property
     def length(self) -> RunLength: ...
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of a running average of the weights, which is evaluated and saved beside them; None: no average."""
+
+    @property
+    def best(self) -> tuple[str, Path] | None:
+        """The metric of `evaluate` whose highest value is kept, and the folder for its weights; None: none is kept."""
 
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
@@ -71,8 +80,11 @@ class TrainingJob(Protocol):
     def step(self, model: nn.Module, batch: Batch, generator: torch.Generator, first_sample: int) -> StepOutput:
         """One micro-batch through the task's forward."""
 
+    def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        """Metrics that all workers measure together, alike on all of them: every rank calls it at the same steps."""
+
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
-        """Pictures and metrics of the held-out images."""
+        """Pictures and metrics of the held-out images, on rank 0 alone."""
 
     def open_tracker(self) -> Tracker:
         """The tracker of rank 0."""
@@ -222,13 +234,16 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
     optimizer = build_optimizer(model, job.optim)
+    average = None if job.ema_decay is None else WeightAverage(model, job.ema_decay)
     state = TrainState()
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            saved = load_checkpoint(directory, model=model, optimizer=optimizer)
+            saved = load_checkpoint(directory, model=model, optimizer=optimizer, average=average)
         state = TrainState(**saved["position"])
 
+    if average is not None:
+        optimizer.register_step_post_hook(lambda *_: average.update(model))
     trained: nn.Module = model
     if job.loop.compile:
         model.compile()  # in place: names in checkpoints stay as they are
@@ -236,7 +251,7 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
         trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     with contextlib.ExitStack() as stack:
-        events = _WorkerEvents(job, model, optimizer, mailbox, rank=rank)
+        events = _WorkerEvents(job, model, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
         if rank == 0:
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
@@ -264,10 +279,18 @@ class _WorkerEvents:
     """The loop's Events inside a Ray Train worker: rank 0 speaks, every rank takes part in Ray's barriers."""
 
     def __init__(
-        self, job: TrainingJob, model: nn.Module, optimizer: torch.optim.Optimizer, mailbox: Any, *, rank: int
+        self,
+        job: TrainingJob,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        mailbox: Any,
+        *,
+        rank: int,
+        num_workers: int,
     ) -> None:
-        self._job, self._model, self._optimizer = job, model, optimizer
-        self._mailbox, self._rank = mailbox, rank
+        self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
+        self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
@@ -280,11 +303,15 @@ class _WorkerEvents:
             self._mailbox.put.remote(("broken", entries))
 
     def panel(self, step: int) -> Mapping[str, float]:
-        if self._tracker is None:
-            return {}
         self._model.eval()
+        measured = self._evaluate(step)
+        if self._tracker is None:
+            return measured
+        if measured:
+            self._mailbox.put.remote(("evaluation", {"step": step, **measured}))
         with torch.no_grad():
             image, metrics = self._job.draw_panel(self._model)
+        metrics = {**measured, **metrics}
         if metrics:
             self._tracker.log_metrics(curve_names(metrics), step)
         if image is not None:
@@ -294,6 +321,28 @@ class _WorkerEvents:
             self._mailbox.put.remote(("panel", (step, png.getvalue())))
         return metrics
 
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
+        share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
+        metrics = dict(self._job.evaluate(self._model, **share))
+        self._keep_if_best(step, metrics, "trained")
+        if self._average is not None:
+            with self._average.applied_to(self._model):
+                averaged = self._job.evaluate(self._model, **share)
+                self._keep_if_best(step, averaged, "averaged")
+            metrics |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
+        return metrics
+
+    def _keep_if_best(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
+        if self._rank != 0 or self._job.best is None:
+            return
+        name, folder = self._job.best
+        # The file and not the memory of this process: the workers may have been started again since.
+        if folder.exists() and read_state(folder)["metrics"][name] >= metrics[name]:
+            return
+        state = self._job.describe() | {"position": {"step": step}, "metrics": dict(metrics), "weights": weights}
+        save_checkpoint(folder, model=self._model, optimizer=None, state=state)
+
     def save(self, state: TrainState) -> None:
         name = f"step_{state.step:07d}"
         if self._rank != 0:
@@ -302,7 +351,7 @@ class _WorkerEvents:
         with tempfile.TemporaryDirectory(prefix="mixmae_checkpoint_") as parent:
             local = Path(parent) / name
             described = self._job.describe() | {"position": vars(state)}
-            save_checkpoint(local, model=self._model, optimizer=self._optimizer, state=described)
+            save_checkpoint(local, model=self._model, optimizer=self._optimizer, average=self._average, state=described)
             # Ray copies the folder to the run's storage and only then lists it as the latest checkpoint.
             ray.train.report(
                 {"step": state.step},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from pipelines.recipes.config import PretrainConfig
 from pipelines.recipes.demo import demo
+from pipelines.recipes.finetune import FINETUNE_RECIPES
 from pipelines.recipes.mixmae_swin import (
     mixmae_swin_base_300ep,
     mixmae_swin_base_600ep,
@@ -15,6 +17,8 @@ from pipelines.recipes.mixmae_swin import (
     mixmae_swin_large_300ep,
     mixmae_swin_large_600ep,
 )
+
+__all__ = ["FINETUNE_RECIPES", "PRETRAIN_RECIPES", "find_recipe", "list_recipes"]
 
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     recipe.__name__: recipe
@@ -30,17 +34,18 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 }
 
 
-def find_recipe(name: str) -> Callable[[], PretrainConfig]:
-    """The pretraining recipe of this name.   Raises: ValueError that offers the nearest names."""
-    if name in PRETRAIN_RECIPES:
-        return PRETRAIN_RECIPES[name]
-    near = difflib.get_close_matches(name, PRETRAIN_RECIPES, n=3, cutoff=0.4) or list(PRETRAIN_RECIPES)
+RecipeT = TypeVar("RecipeT", bound=Callable[[], Any])
+
+
+def find_recipe(name: str, recipes: Mapping[str, RecipeT]) -> RecipeT:
+    """The recipe of this name in a table.   Raises: ValueError that offers the nearest names."""
+    if name in recipes:
+        return recipes[name]
+    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4) or list(recipes)
     raise ValueError(f"There is no recipe {name!r}: did you mean {', '.join(near)}?")
 
 
-def list_recipes() -> str:
+def list_recipes(recipes: Mapping[str, Callable[[], Any]]) -> str:
     """A line a recipe: its name and the first sentence of its docstring."""
-    width = max(map(len, PRETRAIN_RECIPES))
-    return "\n".join(
-        f"  {name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in PRETRAIN_RECIPES.items()
-    )
+    width = max(map(len, recipes))
+    return "\n".join(f"  {name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.items())

@@ -1,4 +1,4 @@
-"""The config of a whole pretraining run: the parts' dataclasses side by side."""
+"""The config of a whole run, of pretraining or of finetuning: the parts' dataclasses side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mixmae.data.augment import AugmentConfig
+from mixmae.data.finetune_augment import FinetuneAugmentConfig
+from mixmae.data.mixup import MixupConfig
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig, images_mixed
@@ -19,15 +24,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """All that decides what a pretraining run computes."""
+class RunConfig:
+    """What all training runs have in common."""
 
     encoder: EncoderConfig
-    """The architecture that is pretrained, built for augment.image_size whatever its own image_size says."""
-    method: MethodConfig = field(default_factory=MixMAEConfig)
-    """The pretext task: MixMAE, SimMIM or MAE."""
+    """The architecture, built for augment.image_size whatever its own image_size says."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Crop, resize and flip of the training images."""
+    """What is done to the training images."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """How Ray Data executes the data order."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -43,12 +46,6 @@ class PretrainConfig:
     """Spread that pixels (0..1) are normalised with, a value a channel."""
 
     def __post_init__(self) -> None:
-        mixed = images_mixed(self.method)
-        if self.loop.batch_size % mixed:
-            raise ValueError(
-                f"A batch of {self.loop.batch_size} images cannot be mixed {mixed} at a time: make "
-                f"--loop.batch-size a multiple of --method.num-images ({mixed})."
-            )
         if any(side % 32 or side < 64 for side in self.augment.size):
             raise ValueError(
                 f"The image size is {self.augment.image_size}: each side must be a multiple of 32 px (the mask unit) "
@@ -68,7 +65,34 @@ class PretrainConfig:
 
     def micro_batch(self, num_workers: int) -> int:
         """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
-        micro = self.loop.batch_size // num_workers // self.loop.accumulation(num_workers)
+        return self.loop.batch_size // num_workers // self.loop.accumulation(num_workers)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> normalised float32, on the images' device."""
+        mean = torch.tensor(self.pixel_mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.pixel_std, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """All that decides what a pretraining run computes."""
+
+    method: MethodConfig = field(default_factory=MixMAEConfig)
+    """The pretext task: MixMAE, SimMIM or MAE."""
+
+    def __post_init__(self) -> None:
+        mixed = images_mixed(self.method)
+        if self.loop.batch_size % mixed:
+            raise ValueError(
+                f"A batch of {self.loop.batch_size} images cannot be mixed {mixed} at a time: make "
+                f"--loop.batch-size a multiple of --method.num-images ({mixed})."
+            )
+        super().__post_init__()
+
+    def micro_batch(self, num_workers: int) -> int:
+        """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
+        micro = super().micro_batch(num_workers)
         mixed = images_mixed(self.method)
         if micro % mixed:
             raise ValueError(
@@ -76,6 +100,36 @@ class PretrainConfig:
                 f"{mixed} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
             )
         return micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """All that decides what a finetuning run computes; the defaults are the paper's (table 12)."""
+
+    augment: FinetuneAugmentConfig = field(default_factory=FinetuneAugmentConfig)
+    """Crop, flip, RandAugment and random erasing of the training images."""
+    mixup: MixupConfig = field(default_factory=MixupConfig)
+    """Mixup, CutMix and label smoothing; images are mixed inside a micro-batch."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=5e-4, layer_decay=0.7, betas=(0.9, 0.999)))
+    """Optimiser; layer_decay lowers the rate from the head down to the stem."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100, warmup_epochs=5))
+    """Length, batch, precision and bookkeeping; panel_every_epochs says how often the validation set is looked at."""
+    resize_share: float = 0.875
+    """Side of the validation images' central crop over that of the whole: 224 / 256; 1 for no margin."""
+    ema_decay: float | None = None
+    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
+    divergence: float | None = 3.0
+    """Stop when the mean loss is above this many times that of a guess, the logarithm of the number of classes; None:
+    only when it is not a number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.resize_share <= 1:
+            raise ValueError(f"resize_share is {self.resize_share}: it must be in (0, 1], 0.875 is usual.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
+        if self.divergence is not None and not self.divergence > 1:
+            raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
 #: Fields that may differ when a run is continued: they change speed and bookkeeping, not what is computed.
@@ -103,7 +157,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
-def to_json(config: PretrainConfig) -> dict[str, Any]:
+def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as JSON values (tuples become lists); the encoder's and the method's say their type."""
 
     def plain(value: Any) -> Any:
@@ -112,5 +166,6 @@ def to_json(config: PretrainConfig) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     content = plain(asdict(config))
-    content["method"] = {"type": type(config.method).__name__, **content["method"]}
+    if isinstance(config, PretrainConfig):
+        content["method"] = {"type": type(config.method).__name__, **content["method"]}
     return content | {"encoder": config_to_json(config.encoder)}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import pretrain as module
+from pipelines import runs as module
 from pipelines.pretrain import main
 from pipelines.recipes import PRETRAIN_RECIPES
 from pipelines.recipes.config import differences, to_json

@@ -1,0 +1,22 @@
+"""The classes of all rows of a collection, read without its images."""
+
+from __future__ import annotations
+
+from mixmae.data.folders import FilesSource
+from mixmae.data.joined import JoinedSource
+from mixmae.data.order import Int64Array
+from mixmae.data.parquet import ParquetSource
+from mixmae.data.source import RowRange, Source
+from mixmae.data.tars import TarSource
+
+
+def read_labels(source: Source) -> Int64Array:
+    """Give the class index of every row: (num_rows,) int64 in storage order, below 0 where there is none."""
+    if isinstance(source, RowRange):
+        return read_labels(source.base)[source.start : source.stop]
+    if isinstance(source, JoinedSource):
+        return source.join_labels([read_labels(part) for part in source.parts])
+    if isinstance(source, ParquetSource):
+        return source.read_label_column()
+    assert isinstance(source, (FilesSource, TarSource)), type(source)
+    return source.labels
