@@ -1,0 +1,255 @@
+"""Judge a finetuned classifier on labelled images: accuracy, a table of classes, confusions, calibration, speed.
+
+    python pipelines/evaluate.py MODEL [--data SOURCE] [--split SPLIT] [--output FOLDER]
+
+MODEL is a finetuning run's folder (its best weights), one of its checkpoints, a classifier file, a hub folder, or
+official finetuned weights. Written are metrics.json, classes.csv, confusions.png and calibration.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixmae.convert import EncoderMetadata, build_model, read_weights
+from mixmae.convert.files import NOT_STATED
+from mixmae.data.blocks import eval_batches
+from mixmae.data.labels import read_labels
+from mixmae.data.source import DataError
+from mixmae.data.sources import Source, list_splits, open_source
+from mixmae.data.storage import plain_place
+from mixmae.finetune.classification import ImageClassifier
+from mixmae.finetune.features import predict_logits
+from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
+from pipelines.console import fail
+from pipelines.finetune import HELDOUT_IMAGES
+from pipelines.runs import open_data, weights_of
+
+SHOWN_CLASSES = 60
+"""Classes whose names fit beside a picture of confusions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line: what to judge, and on what."""
+
+    model: tyro.conf.Positional[Path]
+    """A finetuning run's folder or checkpoint, or a classifier in any known format."""
+    data: str | None = None
+    """Labelled images (docs/data.md). Without it: the images that the run itself held out."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Split to judge on. Default: the images that the run held out of this data, or for other data validation, else
+    test, else all there is."""
+    output: Path | None = None
+    """Folder for the tables and pictures. Default: evaluations/NAME, after the model."""
+    batch_size: int = 64
+    """Images that are looked at at once."""
+    resize_share: float | None = None
+    """Side of the images' central crop over that of the whole. Default: the run's; 0.875 for files."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A model ready to look at images."""
+
+    model: ImageClassifier
+    metadata: EncoderMetadata
+    class_names: tuple[str, ...] | None
+    resize_share: float
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.head.out_features
+
+    def name_of(self, label: int) -> str:
+        """The name of a class, or its number."""
+        return str(label) if self.class_names is None else self.class_names[label]
+
+    def logits(self, source: Source, batch_size: int) -> tuple[Tensor, Tensor]:
+        """(N, C) float32 and the labels (N,) int64 of all images of a source; broken images have label -1."""
+        preprocessing = self.metadata.preprocessing
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            batches = eval_batches(
+                source, preprocessing.image_size, batch_size=batch_size, resize_share=self.resize_share, pool=pool
+            )
+            return predict_logits(self.model, batches, mean=preprocessing.mean, std=preprocessing.std)
+
+
+def load_classifier(path: Path, *, device: Literal["auto", "cpu", "gpu"], resize_share: float | None) -> Classifier:
+    """Build a classifier from what finetuning or export wrote, or from official finetuned weights.
+
+    Raises: ValueError if it is none; FileNotFoundError.
+    """
+    path = weights_of(path)
+    model, metadata = build_model(read_weights(path), path)
+    if not isinstance(model, ImageClassifier):
+        raise ValueError(f"{path} holds an encoder without a classifier: finetune it first (pipelines/finetune.py).")
+    if device == "gpu" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here: leave --device out, or give --device cpu.")
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    names = metadata.source.get("classes")
+    share = resize_share or metadata.source.get("config", {}).get("resize_share", 0.875)
+    return Classifier(
+        model=model.to(place),
+        metadata=metadata,
+        class_names=tuple(names) if names else None,
+        resize_share=share,
+        device=place,
+    )
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Judge the model and write what came of it.   Returns: the process's exit status."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}: it must be at least 1.")
+    classifier = load_classifier(arguments.model, device=arguments.device, resize_share=arguments.resize_share)
+    source = open_labelled(arguments, classifier)
+    folder = arguments.output or Path("evaluations") / arguments.model.resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    logits, labels = classifier.logits(source, arguments.batch_size)
+    images_per_s = len(labels) / (time.monotonic() - start)
+    metrics = write_results(folder, classifier, logits, labels)
+    origin = classifier.metadata.source
+    content = {
+        "model": str(weights_of(arguments.model)),
+        "run_id": origin.get("run_id", NOT_STATED),
+        "data": {"name": source.name, "digest": source.digest},
+        "resize_share": classifier.resize_share,
+        **metrics,
+        "images_per_s": images_per_s,
+    }
+    (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(
+        f"{weights_of(arguments.model)} on {source.name}: top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, "
+        f"loss {metrics['loss']:.4f}, calibration error {metrics['calibration_error']:.4f}\n"
+        f"{metrics['num_judged']} images judged, {metrics['num_unknown']} without a class or broken; "
+        f"{images_per_s:.0f} images/s on {classifier.device.type}\n"
+        f"{folder}: metrics.json, classes.csv, confusions.png, calibration.png"
+    )
+    return 0
+
+
+def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
+    """The images to judge on.   Raises: DataError if they have no classes, or others than the model."""
+    source = _open(arguments)
+    labels = read_labels(source)
+    if not (labels >= 0).any():
+        raise DataError(f"{source.name} has no labels to judge by: give labelled images, or use pipelines/predict.py.")
+    if labels.max() >= classifier.num_classes:
+        raise DataError(
+            f"{source.name} has the label {labels.max()}, but the model knows {classifier.num_classes} classes: judge "
+            "it on the classes that it was finetuned for."
+        )
+    if source.class_names and classifier.class_names and tuple(source.class_names) != classifier.class_names:
+        pairs = zip(source.class_names, classifier.class_names, strict=False)
+        theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer classes", "more"))
+        raise DataError(
+            f"{source.name} has other classes than the model ({theirs} where it has {ours}; {len(source.class_names)} "
+            f"and {len(classifier.class_names)} in all): judge it on the classes that it was finetuned for."
+        )
+    return source
+
+
+def _open(arguments: Arguments) -> Source:
+    model = arguments.model.resolve()
+    run = next((folder for folder in (model, *model.parents) if (folder / "run.json").is_file()), None)
+    if run is not None and arguments.split is None:
+        trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
+        if arguments.data is None or plain_place(arguments.data) == trained_on:
+            data = None if trained_on == "built-in" else arguments.data or trained_on
+            return open_data(data, run.parent / "data", HELDOUT_IMAGES)[1]
+    if arguments.data is None:
+        raise ValueError("say on which images: --data SOURCE (it may be left out for a run, and without --split).")
+    there = list_splits(arguments.data)
+    return open_source(
+        arguments.data, arguments.split or next(name for name in ("validation", "test", "train") if name in there)
+    )
+
+
+def write_results(folder: Path, classifier: Classifier, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Write the tables and pictures.   Returns: the numbers."""
+    accuracy, measured = top_k_accuracy(logits, labels), calibration(logits, labels)
+    table, confusions = per_class_accuracy(logits, labels), confusion_matrix(logits, labels)
+    known = labels != UNKNOWN
+    with (folder / "classes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "name", "images", "top1", "top5", "most_taken_for"])
+        for label in range(classifier.num_classes):
+            wrong = confusions[label].clone()
+            wrong[label] = 0
+            taken_for = classifier.name_of(int(wrong.argmax())) if wrong.sum() else ""
+            shares = [f"{value:.4f}" if table.counts[label] else "" for value in (table.top1[label], table.top5[label])]
+            writer.writerow([label, classifier.name_of(label), int(table.counts[label]), *shares, taken_for])
+    draw_confusions(confusions, classifier, folder / "confusions.png")
+    draw_calibration(measured, folder / "calibration.png")
+    return {
+        "top1": accuracy.top[1],
+        "top5": accuracy.top[5],
+        "loss": F.cross_entropy(logits[known].double(), labels[known]).item(),
+        "mean_class_top1": table.top1[table.counts > 0].mean().item(),
+        "calibration_error": measured.expected_error,
+        "num_judged": accuracy.num_judged,
+        "num_unknown": accuracy.num_unknown,
+    }
+
+
+def draw_confusions(confusions: Tensor, classifier: Classifier, path: Path) -> None:
+    """A picture of the confusion matrix, each row as shares of its class."""
+    from matplotlib.figure import Figure
+
+    num_classes = len(confusions)
+    side = min(12.0, 4.0 + 0.16 * num_classes)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted class", ylabel="class")
+    shares = confusions / confusions.sum(dim=1, keepdim=True).clamp(min=1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    if num_classes <= SHOWN_CLASSES:
+        names = [classifier.name_of(label) for label in range(num_classes)]
+        axes.set_xticks(range(num_classes), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(num_classes), names, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the class's images")
+    figure.savefig(path, dpi=120)
+
+
+def draw_calibration(measured: Calibration, path: Path) -> None:
+    """A reliability diagram: how often predictions of each confidence are right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    widths = measured.edges.diff()
+    accuracy = [0.0 if math.isnan(value) else value for value in measured.accuracy.tolist()]
+    axes.bar(measured.edges[:-1].tolist(), accuracy, width=widths.tolist(), align="edge", edgecolor="white")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    axes.set_title(f"expected calibration error {measured.expected_error:.4f}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    arguments = tyro.cli(Arguments, args=argv, prog="evaluate.py", description=__doc__)
+    try:
+        return evaluate(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
