@@ -154,36 +154,36 @@ class PaperEncoder:
     """Ours, a key of encoders.build.SIZES."""
     where: str
     """The tables that it is in, or else the section."""
-    params_m: float | None = None
+    paper_params_m: float | None = None
     """Parameters in millions; None if the paper prints none."""
-    gmacs: float | None = None
+    paper_gmacs: float | None = None
     """Its "FLOPs (G)", which are MACs."""
     why: str = ""
     """Why ours differ, where they do by more than 1 %."""
 
 
 PAPER_ENCODERS = (
-    PaperEncoder(name="Swin-B", size="swin_base_w7", where="2, 3", params_m=88, gmacs=15.6),
-    PaperEncoder(name="Swin-B/W14", size="swin_base", where="2, 5", params_m=88, gmacs=16.3),
+    PaperEncoder(name="Swin-B", size="swin_base_w7", where="2, 3", paper_params_m=88, paper_gmacs=15.6),
+    PaperEncoder(name="Swin-B/W14", size="swin_base", where="2, 5", paper_params_m=88, paper_gmacs=16.3),
     PaperEncoder(
         name="Swin-L",
         size="swin_large",
         where="3, 5",
-        params_m=235,
-        gmacs=35.8,
+        paper_params_m=235,
+        paper_gmacs=35.8,
         why="the released Swin-L, with windows of 14, has 197 M too; the paper's 35.8 G are that model's",
     ),
     PaperEncoder(
         name="Swin-H",
         size="swin_huge",
         where="section 5.1",
-        params_m=600,
+        paper_params_m=600,
         why='"600M" is a round number; the official class has 659 M too',
     ),
     PaperEncoder(name="PVT-L", size="pvt_large", where="3"),
     PaperEncoder(name="Twins-SVT-L", size="twins_svt_large", where="3"),
-    PaperEncoder(name="ViT-B", size="vit_base", where="2, 5, 17", params_m=86, gmacs=17.5),
-    PaperEncoder(name="ViT-L", size="vit_large", where="5", params_m=304, gmacs=61.3),
+    PaperEncoder(name="ViT-B", size="vit_base", where="2, 5, 17", paper_params_m=86, paper_gmacs=17.5),
+    PaperEncoder(name="ViT-L", size="vit_large", where="5", paper_params_m=304, paper_gmacs=61.3),
     PaperEncoder(name="Res50x3", size="resnetv2_50x3", where="19"),
     PaperEncoder(name="Res101x3", size="resnetv2_101x3", where="19"),
 )
@@ -201,19 +201,20 @@ PRETRAINED = {"Swin-B/W14": "swin_base", "ViT-B": "vit_base"}
 
 
 def encoder_figures() -> list[dict[str, Any]]:
-    """Count the paper's encoders with a head of 1000 classes, as the paper does, at 224 px; ratios are ours / paper."""
+    """Count the paper's encoders at 224 px with a head of 1000 classes; ratios are ours / paper."""
     rows = []
     for paper in PAPER_ENCODERS:
         with torch.device("meta"):
             model = ImageClassifier(build_encoder(SIZES[paper.size]()), NUM_CLASSES)
         parameters, macs = count_parameters(model), count_macs(model, IMAGE_PX).total
         rows.append(
-            asdict(paper)
-            | {
+            {
+                **asdict(paper),
                 "parameters": parameters,
-                "params_ratio": parameters / (paper.params_m * 1e6) if paper.params_m else None,
+                "params_ratio": parameters / (paper.paper_params_m * 1e6) if paper.paper_params_m else None,
+                "macs": macs,
+                "macs_ratio": macs / (paper.paper_gmacs * 1e9) if paper.paper_gmacs else None,
             }
-            | {"macs": macs, "macs_ratio": macs / (paper.gmacs * 1e9) if paper.gmacs else None}
         )
     return rows
 
@@ -262,8 +263,8 @@ def report(figures: Mapping[str, Any]) -> str:
     for row in figures["encoders"]:
         cells = [row["name"], row["where"]]
         for ours, paper, ratio, unit in (
-            ("parameters", "params_m", "params_ratio", 1e6),
-            ("macs", "gmacs", "macs_ratio", 1e9),
+            ("parameters", "paper_params_m", "params_ratio", 1e6),
+            ("macs", "paper_gmacs", "macs_ratio", 1e9),
         ):
             printed = ["-", "-"] if row[paper] is None else [f"{row[paper]:g}", f"{row[ratio]:.3f}"]
             cells += [f"{row[ours] / unit:.2f}", *printed]

@@ -102,8 +102,8 @@ def test_encoders_of_the_paper(figures):
 
 def test_what_differs_from_the_paper_is_explained_and_nothing_else(figures):
     for row in figures["encoders"]:
-        assert (row["params_ratio"] is None) == (row["params_m"] is None)
-        assert (row["macs_ratio"] is None) == (row["gmacs"] is None)
+        assert (row["params_ratio"] is None) == (row["paper_params_m"] is None)
+        assert (row["macs_ratio"] is None) == (row["paper_gmacs"] is None)
         off = any(abs(row[ratio] - 1) > 0.01 for ratio in ("params_ratio", "macs_ratio") if row[ratio] is not None)
         assert bool(row["why"]) == off, row["name"]
     ratios = {row["name"]: row["params_ratio"] for row in figures["encoders"] if row["why"]}
