@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +174,13 @@ def test_the_list_has_each_recipe_once_below_its_heading():
 def test_an_unknown_name_like_no_other_is_told_where_the_list_is():
     with pytest.raises(ValueError, match="without arguments lists them"):
         find_recipe("qqq")
+
+
+def test_the_results_name_every_recipe_of_the_paper_with_its_figures():
+    """docs/results.md: each recipe is there, none is unknown, and its rows have what its docstring expects."""
+    text = (Path(__file__).parents[3] / "docs" / "results.md").read_text()
+    assert set(re.findall(r"`((?:mixmae|simmim|mae)_\w+)`", text)) == set(PAPER)
+    for name in PAPER:
+        rows = " ".join(line for line in text.splitlines() if f"`{name}`" in line)
+        expected = PRETRAIN_RECIPES[name].__doc__.split("Expected:")[1]
+        assert all(figure in rows for figure in re.findall(r"\d\d\.\d", expected)), name
