@@ -30,6 +30,7 @@ from mixmae.convert import (
     describe,
     digest_of,
     encoder_state,
+    first_conv,
     read_weights,
     save_tensors,
     to_mmpretrain,
@@ -242,10 +243,11 @@ def write_hub(item: Export, path: Path) -> str:
     preprocessing = item.metadata.preprocessing
     height, width = preprocessing.image_size
     num_classes = item.metadata.num_classes or 0
+    encoder = encoder_state(item.model)[0]
     config = {
         "architecture": "mixmae_encoder",
         "num_classes": num_classes,
-        "num_features": encoder_state(item.model)[0].channels[-1],
+        "num_features": encoder.channels[-1],
         "model_args": {"encoder": config_to_json(item.metadata.encoder), "img_size": [height, width]},
         "pretrained_cfg": {
             "input_size": [item.metadata.encoder.in_channels, height, width],
@@ -254,7 +256,7 @@ def write_hub(item: Export, path: Path) -> str:
             "mean": preprocessing.mean,
             "std": preprocessing.std,
             "num_classes": num_classes,
-            "first_conv": "encoder.patch_embed.proj",
+            "first_conv": first_conv(encoder),
             "classifier": "head",
         },
         "mixmae": item.metadata.to_json(),
