@@ -93,6 +93,13 @@ class Export:
     def kind(self) -> str:
         return "encoder" if self.metadata.num_classes is None else "classifier"
 
+    @property
+    def official(self) -> dict[str, Tensor]:
+        """The weights that the official classes have: those of the model, and a decoder of MixMAE's kind."""
+        decodes = "decoder.embed.weight" in self.weights.state  # SimMIM's does not
+        kept = {name: value for name, value in self.weights.state.items() if decodes and name.startswith("decoder.")}
+        return self.state | kept
+
     def images(self, batch: int) -> Tensor:
         """Noise to compare outputs on, (batch, C, H, W)."""
         generator = torch.Generator().manual_seed(0)
@@ -145,12 +152,12 @@ def write_encoder(item: Export, path: Path) -> str:
 
 def write_official(item: Export, path: Path) -> str:
     # A tensor of a file's own, whatever it was a view of: torch.save would keep the whole.
-    torch.save({"model": {name: value.clone() for name, value in to_official(item.weights.state).items()}}, path)
+    torch.save({"model": {name: value.clone() for name, value in to_official(item.official).items()}}, path)
     return ""
 
 
 def write_mmpretrain(item: Export, path: Path) -> str:
-    content = {name: value.clone() for name, value in to_mmpretrain(item.weights.state).items()}
+    content = {name: value.clone() for name, value in to_mmpretrain(item.official).items()}
     torch.save({"meta": {"mixmae_version": mixmae.__version__}, "state_dict": content}, path)
     return ""
 

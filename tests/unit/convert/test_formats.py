@@ -299,8 +299,8 @@ def test_a_whole_mae():
     assert all(torch.equal(returned[name], value) for name, value in ours.items())
     found = config_from_mae(theirs, decoder_num_heads=4)
     assert (found.encoder, found.decoder) == (config, decoder)
+    huge = {"patch_embed.proj.weight": torch.zeros(192, 3, 14, 14), "pos_embed": torch.zeros(1, 257, 192)}
     with pytest.raises(ValueError, match="patch_px must divide 32, the mask cell, got 14"):
-        huge = {"patch_embed.proj.weight": torch.zeros(192, 3, 14, 14), "pos_embed": torch.zeros(1, 257, 192)}
         config_from_mae(theirs | huge)
 
 
