@@ -283,6 +283,7 @@ def encoder_state(model: nn.Module) -> tuple[Encoder, StateDict]:
 
 def first_conv(encoder: Encoder) -> str:
     """Give the name, in a model that has the encoder, of the layer that reads pixels."""
+    assert isinstance(encoder, nn.Module)
     for name, module in encoder.named_modules(prefix="encoder"):
         if isinstance(module, nn.Conv2d):
             return name

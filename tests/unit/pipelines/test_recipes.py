@@ -31,6 +31,7 @@ ABLATIONS = {
         f"mixmae_swin_base_300ep_fill_{fill}": {"method.fill": fill, "method.unmixing": "none"}
         for fill in ("zero", "learnable", "shuffle", "zoom")
     },
+    "mixmae_swin_base_600ep_as_mae": {"loop.epochs": 600, "method.num_images": 4, "method.fill": "zero"},
     "mixmae_swin_base_300ep_images_2_mask_tokens": {"method.mask_token_share": 0.5},
     "mixmae_swin_base_300ep_images_3": {"method.num_images": 3, "loop.batch_size": 1032},
     "mixmae_swin_base_300ep_images_5": {"method.num_images": 5, "loop.batch_size": 1040},
