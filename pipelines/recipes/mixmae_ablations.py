@@ -65,8 +65,8 @@ MIXMAE_ABLATIONS = (
             ("zoom", "an enlarged crop", 83.5, 44.9, 47.9),
         )
     ),
-    # MAE on a pyramid (table 2): hidden cells are encoded, but masked attention keeps them from being seen. The paper does
-    # not say how its MAE ran on windows; so does ours.
+    # MAE on a pyramid (table 2): hidden cells are encoded, but masked attention keeps them from being seen. The paper
+    # does not say how its MAE ran on windows.
     _ablation(
         "as_mae",
         "MAE on windows, hiding 75 %",
