@@ -1,10 +1,17 @@
 """Parameters and multiply-accumulates of a model, counted from its modules.
 
+    python -m mixmae.flops [--json]
+
+prints those of the paper's encoders beside its figures, and what pretraining costs an image under each method.
+
 Conventions, found by matching the figures of the official classes to all their printed digits:
 - A parameter count includes the fixed position tables, which the official classes keep as parameters without gradient.
 - A MAC is one multiply-accumulate; a matrix product of (a, b) by (b, c) is a*b*c of them. Linear layers, convolutions
   and both products of attention count (all pairs of a window, blocked ones too); biases, additions, activations, the
-  softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, whose counts the official figures are.
+  softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, whose counts the official figures are;
+  group norms (ResNetV2) do not count.
+- Under a group map all counts are those of the plain encoder: pairs of different groups count too, and so does each
+  place of a kernel. But a dense convolution is a matrix product there, which counts as linear or attention.
 - fvcore did not see the products inside the official DECODER's attention, which is one fused function there. total
   includes them; official_macs leaves them out, to compare with the official 19.002 G of pretraining.
 What papers call FLOPs is MACs here (the paper's "16.3 G FLOPs" of Swin-B/W14 are 16.35 GMACs).
@@ -12,14 +19,23 @@ What papers call FLOPs is MACs here (the paper's "16.3 G FLOPs" of Swin-B/W14 ar
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from mixmae.encoders.build import SIZES, build_encoder
+from mixmae.finetune.classification import ImageClassifier
+from mixmae.methods.build import MethodConfig, build_method
+from mixmae.methods.mae import MAEConfig
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.methods.simmim import SimMIMConfig
 
 FIXED_TABLE = "pos_embed"
 NORM_MACS_PER_ELEMENT = 5
@@ -31,9 +47,11 @@ _KINDS = {
     "bmm": "attention",
     "baddbmm": "attention",
     "convolution": "convolution",
+    "addcmul": "convolution",
     "native_layer_norm": "norm",
 }
-"""Which field of Macs an operation counts in; every kind of fused attention is attention."""
+"""Which field of Macs an operation counts in; every kind of fused attention is attention. addcmul is what a depthwise
+convolution does under a group map, once a place of its kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +106,8 @@ def count_macs(
         raise ValueError(f"the model has no part named {part!r}")
     if any(tensor.device.type != "meta" for tensor in model.state_dict().values()):
         model = copy.deepcopy(model).to("meta")
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _norm_flops})
+    ours = {torch.ops.aten.native_layer_norm: _norm_flops, torch.ops.aten.addcmul: _addcmul_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=ours)
     with counter, torch.no_grad():
         model(torch.empty(num_images, in_channels, height, width, device="meta"), **inputs)
     root = type(model).__name__
@@ -114,3 +133,166 @@ def official_macs(model: nn.Module, image_size: int | tuple[int, int], **options
 def _norm_flops(input_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Count twice the MACs of a layer norm, since the counter counts two FLOPs a MAC."""
     return 2 * NORM_MACS_PER_ELEMENT * input_shape.numel()
+
+
+def _addcmul_flops(*args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    """Count a MAC for each element."""
+    return 2 * out_shape.numel()
+
+
+IMAGE_PX = 224
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperEncoder:
+    """An encoder of the paper, and what the paper prints of it."""
+
+    name: str
+    """The paper's name."""
+    size: str
+    """Ours, a key of encoders.build.SIZES."""
+    where: str
+    """The tables that it is in, or else the section."""
+    paper_params_m: float | None = None
+    """Parameters in millions; None if the paper prints none."""
+    paper_gmacs: float | None = None
+    """Its "FLOPs (G)", which are MACs."""
+    why: str = ""
+    """Why ours differ, where they do by more than 1 %."""
+
+
+PAPER_ENCODERS = (
+    PaperEncoder(name="Swin-B", size="swin_base_w7", where="2, 3", paper_params_m=88, paper_gmacs=15.6),
+    PaperEncoder(name="Swin-B/W14", size="swin_base", where="2, 5", paper_params_m=88, paper_gmacs=16.3),
+    PaperEncoder(
+        name="Swin-L",
+        size="swin_large",
+        where="3, 5",
+        paper_params_m=235,
+        paper_gmacs=35.8,
+        why="the released Swin-L, with windows of 14, has 197 M too; the paper's 35.8 G are that model's",
+    ),
+    PaperEncoder(
+        name="Swin-H",
+        size="swin_huge",
+        where="section 5.1",
+        paper_params_m=600,
+        why='"600M" is a round number; the official class has 659 M too',
+    ),
+    PaperEncoder(name="PVT-L", size="pvt_large", where="3"),
+    PaperEncoder(name="Twins-SVT-L", size="twins_svt_large", where="3"),
+    PaperEncoder(name="ViT-B", size="vit_base", where="2, 5, 17", paper_params_m=86, paper_gmacs=17.5),
+    PaperEncoder(name="ViT-L", size="vit_large", where="5", paper_params_m=304, paper_gmacs=61.3),
+    PaperEncoder(name="Res50x3", size="resnetv2_50x3", where="19"),
+    PaperEncoder(name="Res101x3", size="resnetv2_101x3", where="19"),
+)
+
+METHODS: dict[str, MethodConfig] = {
+    **{
+        f"MixMAE, K = {num_images}, pairing {pairing}": MixMAEConfig(num_images=num_images, pairing=pairing)
+        for num_images in (2, 4)
+        for pairing in ("all", "once")
+    },
+    "SimMIM": SimMIMConfig(),
+    "MAE": MAEConfig(),
+}
+PRETRAINED = {"Swin-B/W14": "swin_base", "ViT-B": "vit_base"}
+
+
+def encoder_figures() -> list[dict[str, Any]]:
+    """Count the paper's encoders at 224 px with a head of 1000 classes; ratios are ours / paper."""
+    rows = []
+    for paper in PAPER_ENCODERS:
+        with torch.device("meta"):
+            model = ImageClassifier(build_encoder(SIZES[paper.size]()), NUM_CLASSES)
+        parameters, macs = count_parameters(model), count_macs(model, IMAGE_PX).total
+        rows.append(
+            {
+                **asdict(paper),
+                "parameters": parameters,
+                "params_ratio": parameters / (paper.paper_params_m * 1e6) if paper.paper_params_m else None,
+                "macs": macs,
+                "macs_ratio": macs / (paper.paper_gmacs * 1e9) if paper.paper_gmacs else None,
+            }
+        )
+    return rows
+
+
+def pretraining_figures() -> list[dict[str, Any]]:
+    """Count what one image of a batch costs, forward, at 224 px, under each method that the encoder can have."""
+    rows = []
+    for name, size in PRETRAINED.items():
+        for method, config in METHODS.items():
+            if isinstance(config, MAEConfig) and not size.startswith("vit"):
+                continue  # a pyramid cannot run on a part of its tokens
+            with torch.device("meta"):
+                model = build_method(build_encoder(SIZES[size]()), config)
+            # A batch of 4 is a multiple of every K. MAE runs its encoder in parts: what is no decoder is encoder.
+            options: dict[str, Any] = {"num_images": 4, "generator": torch.Generator()}
+            macs = count_macs(model, IMAGE_PX, **options).total
+            decoder = count_macs(model, IMAGE_PX, part=DECODER, **options).total
+            rows.append(
+                {
+                    "encoder": name,
+                    "method": method,
+                    "encoder_macs": macs - decoder,
+                    "decoder_macs": decoder,
+                    "macs": macs,
+                }
+            )
+    return rows
+
+
+def align(rows: list[list[str]]) -> str:
+    """Lay rows out in columns: words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def report(figures: Mapping[str, Any]) -> str:
+    """Write what encoder_figures and pretraining_figures counted as text."""
+    encoders = [["encoder", "table", "params M", "paper", "ratio", "GMACs", "paper", "ratio", "why"]]
+    for row in figures["encoders"]:
+        cells = [row["name"], row["where"]]
+        for ours, paper, ratio, unit in (
+            ("parameters", "paper_params_m", "params_ratio", 1e6),
+            ("macs", "paper_gmacs", "macs_ratio", 1e9),
+        ):
+            printed = ["-", "-"] if row[paper] is None else [f"{row[paper]:g}", f"{row[ratio]:.3f}"]
+            cells += [f"{row[ours] / unit:.2f}", *printed]
+        encoders.append([*cells, row["why"]])
+    pretraining = [["encoder", "method", "encoder G", "decoder G", "total G"]] + [
+        [row["encoder"], row["method"], *(f"{row[key] / 1e9:.2f}" for key in ("encoder_macs", "decoder_macs", "macs"))]
+        for row in figures["pretraining"]
+    ]
+    return f"""The paper's encoders at {IMAGE_PX} px, with a head of {NUM_CLASSES} classes.
+GMACs are the paper's FLOPs (G); ratio is ours / paper.
+
+{align(encoders)}
+
+One forward of pretraining, in GMACs for an image of the batch, at {IMAGE_PX} px.
+pairing all: as many mixes as images; once: each image in one mix. ViT has no class token; its mask cells are of 32 px
+under MixMAE and SimMIM.
+
+{align(pretraining)}"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mixmae.flops", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    as_json = parser.parse_args(argv).json
+    figures = {"encoders": encoder_figures(), "pretraining": pretraining_figures()}
+    print(json.dumps(figures, indent=2) if as_json else report(figures))
+
+
+if __name__ == "__main__":
+    main()

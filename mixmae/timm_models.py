@@ -24,12 +24,11 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from mixmae.convert import fit_weights, load_checked, read_weights, to_ours
+from mixmae.convert import first_conv, fit_weights, load_checked, read_weights, to_ours
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.build import SIZES, EncoderConfig, build_encoder, config_at_size, config_from_json
 from mixmae.finetune.classification import HEAD_STD
 
-FIRST_CONV = "encoder.patch_embed.proj"
 ANY_ENCODER = "mixmae_encoder"
 
 __all__ = ["TimmEncoder"]
@@ -68,9 +67,11 @@ class TimmEncoder(nn.Module):
         self.encoder = build_encoder(replace(config, drop_path=drop_path_rate, **fields))
         self.in_chans = self.encoder.in_channels
         self.num_features = self.head_hidden_size = self.encoder.channels[-1]
+        last = [f"blocks.{self.encoder.num_blocks - 1}"]  # of a plain ViT, which has no stages
+        modules = last if len(self.encoder.strides) == 1 else [f"stages.{i}" for i in range(len(self.encoder.strides))]
         self.feature_info = [
-            {"num_chs": width, "reduction": stride, "module": f"encoder.stages.{stage}"}
-            for stage, (width, stride) in enumerate(zip(self.encoder.channels, self.encoder.strides, strict=True))
+            {"num_chs": width, "reduction": stride, "module": f"encoder.{module}"}
+            for width, stride, module in zip(self.encoder.channels, self.encoder.strides, modules, strict=True)
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.global_pool = ""
@@ -164,7 +165,7 @@ class TimmEncoder(nn.Module):
         Raises: ValueError as convert.load_pretrained; a head of other classes stays fresh.
         """
         weights = read_weights(path)
-        name = f"{FIRST_CONV}.weight"
+        name = f"{first_conv(self.encoder)}.weight"
         first = weights.state.get(name)
         if first is not None and first.shape[1] == 3 and self.in_chans != 3:
             first = adapt_input_conv(self.in_chans, first)
@@ -182,16 +183,17 @@ def _filter(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _create(
     variant: str, encoder: EncoderConfig | Mapping[str, Any], pretrained: bool | str | Path, kwargs: dict[str, Any]
 ) -> Any:
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    config = config_from_json(encoder) if isinstance(encoder, Mapping) else encoder
+    with torch.device("meta"):
+        model = build_encoder(config)
+    overlay = {"first_conv": first_conv(model), **(kwargs.pop("pretrained_cfg_overlay", None) or {})}
     if isinstance(pretrained, str | Path):
         overlay["file"], pretrained = str(pretrained), True
     if "file" in overlay:
         overlay["custom_load"] = True
     feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
     if kwargs.get("features_only"):
-        with torch.device("meta"):
-            config = config_from_json(encoder) if isinstance(encoder, Mapping) else encoder
-            feature_cfg["out_indices"] = tuple(range(len(build_encoder(config).strides)))
+        feature_cfg["out_indices"] = tuple(range(len(model.strides)))
     return build_model_with_cfg(
         TimmEncoder,
         variant,
@@ -199,7 +201,7 @@ def _create(
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_filter,
         feature_cfg=feature_cfg,
-        encoder=encoder,
+        encoder=config,
         **kwargs,
     )
 
@@ -227,7 +229,6 @@ _CFG = {
     "mean": IMAGENET_DEFAULT_MEAN,
     "std": IMAGENET_DEFAULT_STD,
     "num_classes": 1000,
-    "first_conv": FIRST_CONV,
     "classifier": "head",
 }
 

@@ -30,6 +30,7 @@ from mixmae.convert import (
     describe,
     digest_of,
     encoder_state,
+    first_conv,
     read_weights,
     save_tensors,
     to_mmpretrain,
@@ -92,6 +93,13 @@ class Export:
     def kind(self) -> str:
         return "encoder" if self.metadata.num_classes is None else "classifier"
 
+    @property
+    def official(self) -> dict[str, Tensor]:
+        """The weights that the official classes have: those of the model, and a decoder of MixMAE's kind."""
+        decodes = "decoder.embed.weight" in self.weights.state  # SimMIM's does not
+        kept = {name: value for name, value in self.weights.state.items() if decodes and name.startswith("decoder.")}
+        return self.state | kept
+
     def images(self, batch: int) -> Tensor:
         """Noise to compare outputs on, (batch, C, H, W)."""
         generator = torch.Generator().manual_seed(0)
@@ -144,12 +152,12 @@ def write_encoder(item: Export, path: Path) -> str:
 
 def write_official(item: Export, path: Path) -> str:
     # A tensor of a file's own, whatever it was a view of: torch.save would keep the whole.
-    torch.save({"model": {name: value.clone() for name, value in to_official(item.weights.state).items()}}, path)
+    torch.save({"model": {name: value.clone() for name, value in to_official(item.official).items()}}, path)
     return ""
 
 
 def write_mmpretrain(item: Export, path: Path) -> str:
-    content = {name: value.clone() for name, value in to_mmpretrain(item.weights.state).items()}
+    content = {name: value.clone() for name, value in to_mmpretrain(item.official).items()}
     torch.save({"meta": {"mixmae_version": mixmae.__version__}, "state_dict": content}, path)
     return ""
 
@@ -242,10 +250,11 @@ def write_hub(item: Export, path: Path) -> str:
     preprocessing = item.metadata.preprocessing
     height, width = preprocessing.image_size
     num_classes = item.metadata.num_classes or 0
+    encoder = encoder_state(item.model)[0]
     config = {
         "architecture": "mixmae_encoder",
         "num_classes": num_classes,
-        "num_features": encoder_state(item.model)[0].channels[-1],
+        "num_features": encoder.channels[-1],
         "model_args": {"encoder": config_to_json(item.metadata.encoder), "img_size": [height, width]},
         "pretrained_cfg": {
             "input_size": [item.metadata.encoder.in_channels, height, width],
@@ -254,7 +263,7 @@ def write_hub(item: Export, path: Path) -> str:
             "mean": preprocessing.mean,
             "std": preprocessing.std,
             "num_classes": num_classes,
-            "first_conv": "encoder.patch_embed.proj",
+            "first_conv": first_conv(encoder),
             "classifier": "head",
         },
         "mixmae": item.metadata.to_json(),

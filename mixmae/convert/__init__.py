@@ -12,6 +12,7 @@ from mixmae.convert.files import (
     build_model,
     digest_of,
     encoder_state,
+    first_conv,
     load_encoder,
     read_state_dict,
     read_weights,
@@ -29,10 +30,13 @@ from mixmae.convert.load import (
     resize_bias_table,
     resize_positions,
 )
-from mixmae.convert.mae import from_mae
+from mixmae.convert.mae import config_from_mae, from_mae
 from mixmae.convert.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
 from mixmae.convert.official import config_from_official, from_official, to_official
+from mixmae.convert.pvt import from_pvt, from_timm_pvt_v2, to_timm_pvt_v2
+from mixmae.convert.resnetv2 import from_timm_resnetv2, to_timm_resnetv2
 from mixmae.convert.swin import from_microsoft_swin, from_simmim_swin, from_timm_swin
+from mixmae.convert.twins import from_twins, to_twins
 
 __all__ = [
     "FORMATS",
@@ -42,19 +46,25 @@ __all__ = [
     "Preprocessing",
     "Weights",
     "build_model",
+    "config_from_mae",
     "config_from_mmpretrain",
     "config_from_official",
     "describe",
     "detect_format",
     "digest_of",
     "encoder_state",
+    "first_conv",
     "fit_weights",
     "from_mae",
     "from_microsoft_swin",
     "from_mmpretrain",
     "from_official",
+    "from_pvt",
     "from_simmim_swin",
+    "from_timm_pvt_v2",
+    "from_timm_resnetv2",
     "from_timm_swin",
+    "from_twins",
     "load_checked",
     "load_encoder",
     "load_pretrained",
@@ -69,5 +79,8 @@ __all__ = [
     "to_mmpretrain",
     "to_official",
     "to_ours",
+    "to_timm_pvt_v2",
+    "to_timm_resnetv2",
+    "to_twins",
     "writing",
 ]

@@ -5,19 +5,25 @@ Legend: I a stage, J a block, w the side of a window, L tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from mixmae.decoders import DecoderConfig
-from mixmae.encoders.build import EncoderConfig, size_name
+from mixmae.encoders import pyramid
+from mixmae.encoders.build import SIZES, EncoderConfig, size_name
+from mixmae.encoders.pvt import PvtConfig
+from mixmae.encoders.resnetv2 import ResNetV2Config
 from mixmae.encoders.swin import NUM_STAGES, PATCH_PX, SwinConfig
+from mixmae.encoders.twins import TwinsConfig
+from mixmae.encoders.vit import ViTConfig
 from mixmae.mixing import MASK_UNIT_PX
 
 StateDict = dict[str, Tensor]
+ImageSize = int | tuple[int, int]
 
 BIAS_TABLE = "relative_position_bias_table"
 
@@ -27,8 +33,13 @@ DECODER_NUM_HEADS = {512: 16}
 DEFAULT_PX = 224
 """Input size of weights that have no position table to tell it."""
 
+FIRST_CONVS = ("patch_embed.proj.weight", "stem.conv.weight")
+"""How the names of the weights that read pixels end."""
+
 PLAIN_SWIN: dict[str, Any] = {"shift": True, "absolute_positions": False}
 """How a Swin of Microsoft, timm or SimMIM differs from the paper's, in fields of SwinConfig."""
+
+_Config = TypeVar("_Config", PvtConfig, TwinsConfig, ViTConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +48,33 @@ class Architecture:
 
     encoder: EncoderConfig
     decoder: DecoderConfig | None
-    """The pixel decoder of MixMAE; None where there is none."""
+    """The pixel decoder of MixMAE or MAE; None where there is none."""
     num_classes: int | None
     """None where there is no classifier."""
 
 
 def read_architecture(
     state: Mapping[str, Tensor],
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize | None = None,
     decoder_num_heads: int | None = None,
 ) -> Architecture:
     """Read the architecture of weights off their shapes.
 
     Args:
-        state: a MixMAE, an ImageClassifier or an encoder alone, in our names (encoder.*).
+        state: a method, an ImageClassifier or an encoder alone, in our names (encoder.*).
         image_size: side, or height and width, in pixels; default the square that the position table was made for. With
             another size the table does not fit, and is resized when it is loaded.
         decoder_num_heads: shapes do not tell the heads of the decoder; needed unless it has the released width of 512.
-    Returns: configs to build the models from. Drop path and the like are not in weights and keep their defaults.
+    Returns: configs to build the models from. Drop path and the like are not in weights and keep their defaults; the
+        heads of a ViT, PVT or Twins (and windows) are those of the known size that is as wide.
     Raises: ValueError if it is no architecture that shapes tell, the size is not given and not square, or the decoder's
         heads are not known.
     """
+    encoder = encoder_config(state, image_size)
+    has_decoder = "decoder.embed.weight" in state
     return Architecture(
-        encoder=swin_config(state, image_size),
-        decoder=pixel_decoder_config(state, decoder_num_heads) if "decoder.embed.weight" in state else None,
+        encoder=encoder,
+        decoder=pixel_decoder_config(state, encoder, decoder_num_heads) if has_decoder else None,
         num_classes=num_classes(state),
     )
 
@@ -70,50 +84,119 @@ def num_classes(state: Mapping[str, Tensor]) -> int | None:
     return state["head.weight"].shape[0] if "head.weight" in state else None
 
 
-def swin_config(state: Mapping[str, Tensor], image_size: int | tuple[int, int] | None = None) -> SwinConfig:
-    """Read the config of a SwinEncoder off its weights; arguments and errors as in read_architecture.
+def kind_of(state: Mapping[str, Tensor]) -> str | None:
+    """Give a key of READERS, what encoder weights in our names are of; None where the names are no encoder's."""
+    if f"encoder.stages.0.blocks.0.attn.{BIAS_TABLE}" in state:
+        return "Swin"
+    if "encoder.blocks.0.attn.qkv.weight" in state:
+        return "ViT"
+    if "encoder.stem.conv.weight" in state:
+        return "ResNet v2"
+    if "encoder.stages.0.peg.proj.weight" in state:
+        return "Twins"
+    if "encoder.stages.0.blocks.0.mlp.dwconv.weight" in state:
+        return "PVT v2"
+    return "PVT" if "encoder.stages.0.pos_embed" in state else None
+
+
+def encoder_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> EncoderConfig:
+    """Read the config of an encoder off its weights; arguments and errors as in read_architecture."""
+    kind = kind_of(state)
+    if kind is None:
+        raise ValueError("their names are those of no encoder that is known here")
+    try:
+        return READERS[kind](state, image_size)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}, which every {kind} has, is not there") from error
+
+
+def swin_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> SwinConfig:
+    """Read the config of a SwinEncoder.
 
     Weights without a position table are those of a plain, shifted Swin (shapes do not tell shifts).
     """
     tables = [f"encoder.stages.{stage}.blocks.0.attn.{BIAS_TABLE}" for stage in range(NUM_STAGES)]
-    first_mlp = "encoder.stages.0.blocks.0.mlp.fc1.weight"
-    absent = [name for name in ("encoder.patch_embed.proj.weight", *tables, first_mlp) if name not in state]
-    if absent:
-        raise ValueError(f"only the config of a Swin can be read off shapes, and {absent[0]} is not there")
     plain = "encoder.pos_embed" not in state
-    if plain and not PLAIN_SWIN.keys() <= {field.name for field in fields(SwinConfig)}:
-        raise ValueError("these are weights of a Swin with shifted windows, which SwinConfig cannot describe")
     embed_dim, in_channels, *_ = state["encoder.patch_embed.proj.weight"].shape
-    if image_size is None and plain:
-        image_size = DEFAULT_PX
-    elif image_size is None:
-        num_tokens = state["encoder.pos_embed"].shape[1]
-        image_size = isqrt(num_tokens) * PATCH_PX
-        if (image_size // PATCH_PX) ** 2 != num_tokens:
-            raise ValueError(f"the position table has {num_tokens} tokens, which is no square: pass image_size")
+    if image_size is None:
+        image_size = DEFAULT_PX if plain else _square_side(state["encoder.pos_embed"]) * PATCH_PX
     return SwinConfig(
         image_size=image_size,
         in_channels=in_channels,
         embed_dim=embed_dim,
-        depths=tuple(_count_blocks(state, f"encoder.stages.{stage}.blocks.") for stage in range(NUM_STAGES)),
+        depths=_depths(state),
         num_heads=tuple(state[table].shape[1] for table in tables),
         window_sizes=tuple(window_size(table, state[table]) for table in tables),
-        mlp_ratio=_mlp_ratio(state[first_mlp]),
+        mlp_ratio=_mlp_ratio(state["encoder.stages.0.blocks.0.mlp.fc1.weight"]),
         **(PLAIN_SWIN if plain else {}),
     )
 
 
-def pixel_decoder_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> DecoderConfig:
-    """Read the config of MixMAE's PixelDecoder off its weights; errors as in read_architecture."""
+def vit_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> ViTConfig:
+    """Read the config of a ViTEncoder."""
+    embed_dim, in_channels, patch_px, _ = state["encoder.patch_embed.proj.weight"].shape
+    if image_size is None:
+        image_size = _square_side(state["encoder.pos_embed"]) * patch_px
+    return replace(
+        _known_size(ViTConfig, embed_dim=embed_dim),
+        image_size=image_size,
+        in_channels=in_channels,
+        patch_px=patch_px,
+        depth=_count_blocks(state, "encoder.blocks."),
+        mlp_ratio=_mlp_ratio(state["encoder.blocks.0.mlp.fc1.weight"]),
+        class_token="encoder.cls_token" in state,
+    )
+
+
+def pvt_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> PvtConfig:
+    """Read the config of a PvtEncoder of either version."""
+    table = state.get("encoder.stages.0.pos_embed")  # (1, H, W, C), in v1
+    if image_size is None and table is not None:
+        height, width = (side * pyramid.STRIDES[0] for side in table.shape[1:3])
+        image_size = height if height == width else (height, width)
+    known = _known_size(PvtConfig, embed_dims=_embed_dims(state), version=2 if table is None else 1)
+    return replace(known, image_size=image_size or DEFAULT_PX, **_pyramid_fields(state))
+
+
+def twins_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> TwinsConfig:
+    """Read the config of a TwinsEncoder: an SVT if its first block attends in windows."""
+    windows = (7,) * NUM_STAGES if "encoder.stages.0.blocks.0.attn.qkv.weight" in state else None
+    known = _known_size(TwinsConfig, embed_dims=_embed_dims(state), window_sizes=windows)
+    return replace(known, image_size=image_size or DEFAULT_PX, **_pyramid_fields(state))
+
+
+def resnetv2_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> ResNetV2Config:
+    """Read the config of a ResNetV2Encoder; shapes do not tell the groups of its norms, which are 32 in all of BiT."""
+    stem_dim, in_channels, *_ = state["encoder.stem.conv.weight"].shape
+    return ResNetV2Config(
+        image_size=image_size or DEFAULT_PX, in_channels=in_channels, stem_dim=stem_dim, depths=_depths(state)
+    )
+
+
+READERS: dict[str, Callable[[Mapping[str, Tensor], ImageSize | None], EncoderConfig]] = {
+    "Swin": swin_config,
+    "ViT": vit_config,
+    "ResNet v2": resnetv2_config,
+    "Twins": twins_config,
+    "PVT v2": pvt_config,
+    "PVT": pvt_config,
+}
+"""What reads the config of each kind of encoder off its weights."""
+
+
+def pixel_decoder_config(
+    state: Mapping[str, Tensor], encoder: EncoderConfig, num_heads: int | None = None
+) -> DecoderConfig:
+    """Read the config of a PixelDecoder on an encoder off its weights; errors as in read_architecture."""
     dim = state["decoder.embed.weight"].shape[0]
     num_heads = num_heads or DECODER_NUM_HEADS.get(dim)
     if num_heads is None:
         raise ValueError(f"shapes do not tell how many heads a decoder of width {dim} has: pass decoder_num_heads")
     num_values = state["decoder.pred.weight"].shape[0]
-    in_channels = state["encoder.patch_embed.proj.weight"].shape[1]
-    if num_values != MASK_UNIT_PX**2 * in_channels:
+    patch_px = encoder.patch_px if isinstance(encoder, ViTConfig) else MASK_UNIT_PX
+    if num_values != patch_px**2 * encoder.in_channels:
         raise ValueError(
-            f"the decoder predicts {num_values} values a cell, not {MASK_UNIT_PX} px of {in_channels} channels"
+            f"the decoder predicts {num_values} values a token, not {patch_px} px of {encoder.in_channels} channels"
         )
     return DecoderConfig(
         dim=dim,
@@ -125,21 +208,18 @@ def pixel_decoder_config(state: Mapping[str, Tensor], num_heads: int | None = No
 
 def describe(state: Mapping[str, Tensor]) -> str:
     """Say in words what encoder weights in our names belong to, for messages: "a Swin of width 128 with ... blocks"."""
-    projections = (name for name in state if name.startswith("encoder.") and name.endswith("proj.weight"))
-    first = next((state[name] for name in projections if state[name].ndim == 4), None)
+    kind = kind_of(state)
+    if kind is None:
+        return "an architecture that is not known here"
+    first = next((value for name, value in state.items() if name.endswith(FIRST_CONVS)), None)
     width = "" if first is None else f" of width {first.shape[0]}"
-    num_stages = _count_blocks(state, "encoder.stages.")
-    if num_stages:
-        depths = "-".join(str(_count_blocks(state, f"encoder.stages.{stage}.blocks.")) for stage in range(num_stages))
-        kind = "a Swin" if any(name.endswith(BIAS_TABLE) for name in state) else "a pyramid"
-        try:
-            known = size_name(swin_config(state, DEFAULT_PX))
-        except ValueError:
-            known = None
-        return f"{kind}{width} with {depths} blocks" + (f" ({known})" if known else "")
-    if depth := _count_blocks(state, "encoder.blocks."):
-        return f"a ViT{width} with {depth} blocks"
-    return "an architecture that is not known here"
+    depths = (_count_blocks(state, "encoder.blocks."),) if kind == "ViT" else _depths(state)
+    try:
+        known = size_name(encoder_config(state, DEFAULT_PX))
+    except ValueError:
+        known = None
+    blocks = "-".join(map(str, depths))
+    return f"a {kind}{width} with {blocks} blocks" + (f" ({known})" if known else "")
 
 
 def window_size(name: str, table: Tensor) -> int:
@@ -156,3 +236,49 @@ def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 
 def _mlp_ratio(fc1: Tensor) -> float:
     return fc1.shape[0] / fc1.shape[1]
+
+
+def _depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Blocks of each stage."""
+    return tuple(_count_blocks(state, f"encoder.stages.{stage}.blocks.") for stage in range(NUM_STAGES))
+
+
+def _embed_dims(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Widths of the stages of a PVT or Twins."""
+    return tuple(state[f"encoder.stages.{stage}.patch_embed.proj.weight"].shape[0] for stage in range(NUM_STAGES))
+
+
+def _pyramid_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What shapes tell of a PyramidConfig beside its widths."""
+    blocks = [f"encoder.stages.{stage}.blocks." for stage in range(NUM_STAGES)]
+    reductions = {name.split(".blocks.")[0]: value for name, value in state.items() if name.endswith("attn.sr.weight")}
+    return {
+        "in_channels": state["encoder.stages.0.patch_embed.proj.weight"].shape[1],
+        "depths": _depths(state),
+        "mlp_ratios": tuple(_mlp_ratio(state[f"{prefix}0.mlp.fc1.weight"]) for prefix in blocks),
+        "sr_ratios": tuple(
+            reductions[stage].shape[-1] if (stage := f"encoder.stages.{number}") in reductions else 1
+            for number in range(NUM_STAGES)
+        ),
+    }
+
+
+def _known_size(kind: type[_Config], **values: Any) -> _Config:
+    """Give a known size with these values of fields, for what shapes do not tell.   Raises: ValueError for none."""
+    for size in SIZES.values():
+        config = size()
+        if isinstance(config, kind) and all(getattr(config, name) == value for name, value in values.items()):
+            return config
+    widths = values.get("embed_dim") or "-".join(map(str, values["embed_dims"]))
+    raise ValueError(
+        f"shapes do not tell how many heads a {kind.__name__.removesuffix('Config')} of width {widths} has, and no "
+        f"known size is as wide: pass encoder={kind.__name__}(...)"
+    )
+
+
+def _square_side(table: Tensor) -> int:
+    """Give the side of the grid that a table of positions (1, L, C) is for.   Raises: ValueError if not square."""
+    side = isqrt(table.shape[1])
+    if side * side != table.shape[1]:
+        raise ValueError(f"the position table has {table.shape[1]} tokens, which is no square: pass image_size")
+    return side

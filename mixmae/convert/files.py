@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mixmae.convert.architecture import StateDict, describe, num_classes, read_architecture
+from mixmae.convert.architecture import StateDict, describe, encoder_config, num_classes
 from mixmae.convert.formats import FORMATS, detect_format
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import EncoderConfig, build_encoder, config_from_json, config_to_json
@@ -154,13 +154,16 @@ class Weights:
     """Why not."""
 
 
-def read_weights(path: Path | str, image_size: int | tuple[int, int] | None = None) -> Weights:
+def read_weights(
+    path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
+) -> Weights:
     """Read weights of any known format, rename them to ours, and say what they are.
 
     Args:
         path: a .safetensors file or a torch checkpoint; a run's checkpoint folder (state.json); a hub folder
             (config.json).
         image_size: side, or height and width, that a foreign file was made for, where it is not square.
+        encoder: the architecture of a foreign file, where shapes do not tell it.
     Returns: the weights. Foreign files say nothing of preprocessing: ImageNet's mean and std are assumed.
     Raises: ValueError for an unreadable file, an unknown format, or weights that are not those of the digest;
         FileNotFoundError.
@@ -180,7 +183,7 @@ def read_weights(path: Path | str, image_size: int | tuple[int, int] | None = No
         if is_run:
             metadata = _run_metadata(file.parent, state)
         else:
-            metadata = _foreign_metadata(state, image_size, {"format": FORMATS[name].title, "name": path.name})
+            metadata = _foreign_metadata(state, image_size, encoder, {"format": FORMATS[name].title, "name": path.name})
     except ValueError as error:
         return Weights(state=state, format=name, metadata=None, unknown=str(error))
     return Weights(state=state, format=name, metadata=metadata)
@@ -230,14 +233,16 @@ def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetad
     path.chmod(0o644)  # safetensors makes it private; weights are for others to read
 
 
-def load_encoder(path: Path | str) -> tuple[Encoder, EncoderMetadata]:
+def load_encoder(
+    path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
+) -> tuple[Encoder, EncoderMetadata]:
     """Build the encoder that a file describes, with the file's weights.
 
-    Args: path: an encoder file, or anything else that read_weights takes.
+    Args: as in read_weights.
     Returns: the encoder, and what the file says of it; a head or a decoder is left out.
     Raises: ValueError if the architecture is not known or the weights are not its own, and as read_weights.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, image_size, encoder)
     model, metadata = build_model(weights, path)
     return model.encoder if isinstance(model, ImageClassifier) else model, metadata  # type: ignore[return-value]
 
@@ -274,6 +279,15 @@ def encoder_state(model: nn.Module) -> tuple[Encoder, StateDict]:
         return model, {f"encoder.{name}": value for name, value in model.state_dict().items()}  # type: ignore[return-value]
     kept = {name: v for name, v in model.state_dict().items() if name.startswith(("encoder.", "head."))}
     return model.encoder, kept  # type: ignore[return-value]
+
+
+def first_conv(encoder: Encoder) -> str:
+    """Give the name, in a model that has the encoder, of the layer that reads pixels."""
+    assert isinstance(encoder, nn.Module)
+    for name, module in encoder.named_modules(prefix="encoder"):
+        if isinstance(module, nn.Conv2d):
+            return name
+    raise AssertionError("an encoder reads pixels by a convolution")
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -337,12 +351,13 @@ def _own_metadata(file: Path) -> EncoderMetadata | None:
 
 
 def _foreign_metadata(
-    state: StateDict, image_size: int | tuple[int, int] | None, source: Mapping[str, Any]
+    state: StateDict,
+    image_size: int | tuple[int, int] | None,
+    encoder: EncoderConfig | None,
+    source: Mapping[str, Any],
 ) -> EncoderMetadata:
     """What the shapes of weights say.   Raises: ValueError if they do not tell the architecture."""
-    # Shapes do not tell the heads of a decoder, which an encoder does not need.
-    encoder = {name: value for name, value in state.items() if not name.startswith("decoder.")}
-    config = read_architecture(encoder, image_size).encoder
+    config = encoder or encoder_config(state, image_size)
     preprocessing = Preprocessing(image_size=config.image_sides)
     return EncoderMetadata(encoder=config, preprocessing=preprocessing, num_classes=num_classes(state), source=source)
 
@@ -360,7 +375,7 @@ def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
     }
     config = content.get("config", {})
     if "encoder" not in config:
-        return _foreign_metadata(state, None, source)
+        return _foreign_metadata(state, None, None, source)
     encoder = config_from_json(config["encoder"])
     size = config.get("augment", {}).get("image_size")
     if size is not None:

@@ -11,6 +11,8 @@ from mixmae.convert.architecture import StateDict
 from mixmae.convert.mae import from_mae, is_mae
 from mixmae.convert.mmpretrain import from_mmpretrain, is_mmpretrain
 from mixmae.convert.official import from_official, is_official
+from mixmae.convert.pvt import from_pvt, from_timm_pvt_v2, is_pvt, is_timm_pvt_v2
+from mixmae.convert.resnetv2 import from_timm_resnetv2, is_timm_resnetv2
 from mixmae.convert.swin import (
     from_microsoft_swin,
     from_simmim_swin,
@@ -19,6 +21,7 @@ from mixmae.convert.swin import (
     is_simmim_swin,
     is_timm_swin,
 )
+from mixmae.convert.twins import from_twins, is_twins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,9 @@ def _is_ours(state: Mapping[str, Tensor]) -> bool:
 
 
 def _is_bare_encoder(state: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("stages.0.") for name in state) and "norm.weight" in state
+    # None of ours has batch norms; ResNets with them have the names of ours otherwise.
+    names = [name for name in state if name.startswith("stages.0.blocks.0.")]
+    return bool(names) and not any(name.endswith("running_mean") for name in names)
 
 
 def _add_prefix(state: Mapping[str, Tensor]) -> StateDict:
@@ -62,6 +67,15 @@ FORMATS = {
             to_ours=from_microsoft_swin,
         ),
         Format(name="mae", title="ViT of MAE or timm", recognises=is_mae, to_ours=from_mae),
+        Format(name="timm_pvt_v2", title="PVT v2 of timm", recognises=is_timm_pvt_v2, to_ours=from_timm_pvt_v2),
+        Format(name="pvt", title="PVT of its authors", recognises=is_pvt, to_ours=from_pvt),
+        Format(name="twins", title="Twins of timm", recognises=is_twins, to_ours=from_twins),
+        Format(
+            name="timm_resnetv2",
+            title="ResNet v2 of timm",
+            recognises=is_timm_resnetv2,
+            to_ours=from_timm_resnetv2,
+        ),
         Format(name="encoder", title="an encoder of mixmae alone", recognises=_is_bare_encoder, to_ours=_add_prefix),
     )
 }

@@ -4,17 +4,25 @@ patch_embed.proj.*, cls_token, blocks.J.*, norm.*    encoder.*
 pos_embed (1, 1 + L, C), the class token's first     encoder.pos_embed (1, L, C); the first is added to cls_token
 mask_token, decoder_embed.*, decoder_blocks.K.*, ... decoder.mask_token, decoder.embed.*, decoder.blocks.K.*, ...
 decoder_pos_embed (1, 1 + L, C)                      decoder.pos_embed (1, L, C)
-head.*                                               head.*
+head.*                                               head.*, of a model without a class token that pools after its norm
+
+Other heads read the class token, or patches averaged before the norm (fc_norm), which ImageClassifier does not do: they
+are left out. The norms of MAE's decoder add 1e-6 to the variance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isqrt
 
+import torch
 from torch import Tensor
 
-from mixmae.convert.architecture import StateDict
+from mixmae.convert.architecture import Architecture, StateDict, read_architecture
+from mixmae.layers.positions import sin_cos_positions
+
+DECODER_NORM_EPS = 1e-6
 
 
 def is_mae(state: Mapping[str, Tensor]) -> bool:
@@ -29,9 +37,7 @@ def from_mae(state: Mapping[str, Tensor]) -> StateDict:
     Returns: our names. The class token gets the position that is always added to it (in MAE it is zero).
     """
     ours: StateDict = {}
-    num_positions = state["pos_embed"].shape[1]
-    # Our own encoder has a class token, but no position for it.
-    num_extra = int("cls_token" in state and isqrt(num_positions) ** 2 != num_positions)
+    num_extra = int("cls_token" in state and _has_class_position(state["pos_embed"]))
     for name, value in state.items():
         if name == "cls_token":
             ours["encoder.cls_token"] = value + state["pos_embed"][:, :1] if num_extra else value
@@ -44,7 +50,28 @@ def from_mae(state: Mapping[str, Tensor]) -> StateDict:
         elif name.startswith("decoder_"):
             ours["decoder." + name.removeprefix("decoder_")] = value
         elif name.startswith("head."):
-            ours[name] = value
+            if "cls_token" not in state and "norm.weight" in state:
+                ours[name] = value
         else:
             ours["encoder." + name] = value
     return ours
+
+
+def config_from_mae(
+    state: Mapping[str, Tensor],
+    image_size: int | tuple[int, int] | None = None,
+    decoder_num_heads: int | None = None,
+) -> Architecture:
+    """Read the architecture of MAE's weights off their shapes; see read_architecture."""
+    found = read_architecture(from_mae(state), image_size, decoder_num_heads)
+    return found if found.decoder is None else replace(found, decoder=replace(found.decoder, norm_eps=DECODER_NORM_EPS))
+
+
+def _has_class_position(table: Tensor) -> bool:
+    """Say whether a table of a model with a class token begins with its position: published grids are square.
+
+    The table of our own encoder, of any grid, begins with the corner of the sin-cos table.
+    """
+    if isqrt(table.shape[1]) ** 2 == table.shape[1]:
+        return False
+    return table.shape[2] % 4 > 0 or not torch.equal(table[0, 0], sin_cos_positions(table.shape[2], (1, 1))[0])

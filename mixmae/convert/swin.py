@@ -1,8 +1,13 @@
 """Plain Swin: shifted windows and no absolute positions, as timm, Microsoft and SimMIM name its weights.
 
 timm starts a stage with its downsampling (as we do) and calls the classifier head.fc; Microsoft ends it with that and
-stores indices and masks that follow from the sizes; SimMIM is Microsoft's below "encoder.", with a mask token and a
-one-layer decoder. The order of channels where patches merge is ours in all three.
+stores indices and masks that follow from the sizes; SimMIM is Microsoft's below "encoder.". The order of channels where
+patches merge is ours in all three. What SimMIM has beside the encoder, against methods.simmim.SimMIM:
+    encoder.mask_token (1, 1, C)             mask_token (C,)
+    decoder.0.* (D to 3 * s * s, 1 x 1)      decoder.pred.*, rows in the order (row, column, channel)
+
+Legend: C the width of a token, D that of the last stage, s the side of its tokens in pixels. A pixel shuffle follows
+SimMIM's decoder, which takes its channels in the order (channel, row, column).
 """
 
 from __future__ import annotations
@@ -45,12 +50,21 @@ def from_microsoft_swin(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def from_simmim_swin(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename the weights of SimMIM's Swin to ours; its mask token and decoder keep their names, which nothing loads."""
+    """Rename the weights of SimMIM's Swin to ours, those of methods.simmim.SimMIM on a SwinEncoder."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    rest = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+    rest = {}
     if "mask_token" in encoder:
-        rest["mask_token"] = encoder.pop("mask_token")
+        rest["mask_token"] = encoder.pop("mask_token").flatten()
+    if "decoder.0.weight" in state:
+        in_channels = encoder["patch_embed.proj.weight"].shape[1]
+        rest["decoder.pred.weight"] = _pixel_by_pixel(state["decoder.0.weight"].flatten(1), in_channels)
+        rest["decoder.pred.bias"] = _pixel_by_pixel(state["decoder.0.bias"], in_channels)
     return from_microsoft_swin(encoder) | rest
+
+
+def _pixel_by_pixel(value: Tensor, in_channels: int) -> Tensor:
+    """(channels * s * s, ...), channel by channel -> (s * s * channels, ...), pixel by pixel."""
+    return value.unflatten(0, (in_channels, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _rename(state: Mapping[str, Tensor], *, downsample_shift: int) -> StateDict:

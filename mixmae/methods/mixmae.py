@@ -51,7 +51,8 @@ class MixMAEConfig:
     """Images in a mix, 2 to 5: each shows 1/K of its cells, so K = 4 hides 75 %."""
     fill: Literal["mix", "zero", "learnable", "shuffle", "zoom"] = "mix"
     """What stands in the cells that an image does not show (Table 6): other images, or, one image at a time, zeros, a
-    mask token, its own hidden cells in another order, or an enlarged crop of itself."""
+    mask token, its own hidden cells in another order, or an enlarged crop of itself. zero with masked attention is MAE
+    on a pyramid (Table 2): the hidden cells are encoded, but nothing sees them."""
     mask_token_share: float = 0.0
     """Share of a mix's cells that hold a mask token instead of an image: 0.5 with num_images 2 is the paper's "2 w/
     [MASK] (0.75)" (Table 8)."""
@@ -88,10 +89,11 @@ class MixMAEConfig:
                 f"mask_token_share is a share of the cells, at least 0 and below 1; got {self.mask_token_share}"
             )
         if self.fill != "mix":
-            if self.unmixing != "none":
+            if self.unmixing != "none" and (self.fill, self.unmixing) != ("zero", "attention"):
                 raise ValueError(
                     f"fill={self.fill!r} fills the hidden cells of one image: with unmixing={self.unmixing!r} nothing "
-                    "of the filling would reach it, and all fills would be the same; set unmixing='none'"
+                    "of the filling would reach it, and all fills would be the same; set unmixing='none', or "
+                    "fill='zero' and unmixing='attention' for MAE on this encoder"
                 )
             if self.mask_token_share or self.pairing != "all" or not self.dual:
                 raise ValueError(

@@ -11,6 +11,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
+from mixmae.convert import to_ours, to_timm_resnetv2
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.resnetv2 import (
     WEIGHT_EPS,
@@ -21,6 +22,7 @@ from mixmae.encoders.resnetv2 import (
 )
 from mixmae.encoders.swin import SwinConfig, SwinEncoder, swin_base_w7, swin_large_w7
 from mixmae.encoders.vit import ViTConfig, ViTEncoder, vit_base, vit_large, vit_small, vit_tiny
+from mixmae.finetune.classification import ImageClassifier
 from tests.factories import noise_images, seeded
 
 RTOL = 1e-5
@@ -43,11 +45,10 @@ def randomise(model):
     return model
 
 
-def take_weights(encoder, theirs, rename=lambda name: name):
-    """Copy timm's parameters, all of which must fit but the head's; positions come along where timm has them."""
-    weights = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head")}
-    encoder.load_state_dict({rename(name): value for name, value in weights.items()}, strict=True)
-    return encoder.eval()
+def take_weights(model, theirs):
+    """Copy timm's parameters, all of which must fit; positions come along where timm has them."""
+    model.load_state_dict(to_ours(theirs.state_dict()), strict=True)
+    return model.eval()
 
 
 def timm_vit(class_token, image_size=64):
@@ -107,7 +108,7 @@ def test_swin_with_shifts(image_size, window):
     theirs = randomise(
         SwinTransformer(
             img_size=image_size, embed_dim=16, depths=depths, num_heads=num_heads, window_size=window,
-            always_partition=False, num_classes=0,
+            always_partition=False, num_classes=5,
         )
     )  # fmt: skip
     config = SwinConfig(
@@ -119,24 +120,31 @@ def test_swin_with_shifts(image_size, window):
         shift=True,
         absolute_positions=False,
     )
-    encoder = take_weights(SwinEncoder(config), theirs, lambda name: name.replace("layers.", "stages."))
+    model = take_weights(ImageClassifier(SwinEncoder(config), 5), theirs)
+    encoder = model.encoder
     images = noise_images(1, image_size)
     with torch.no_grad():
         last, stages = theirs.forward_intermediates(images, norm=False)
         for ours, expected in zip(encoder.features(images), stages, strict=True):
             assert_close(ours, expected)
         assert_close(encoder(images), last.flatten(1, 2))
+        assert_close(model(images), theirs(images))
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 160)])
 def test_resnetv2(size):
     theirs = randomise(
         ResNetV2(
-            layers=(2, 1, 2, 1), channels=(32, 64, 128, 256), stem_chs=8, num_classes=0, stem_type="fixed",
+            layers=(2, 1, 2, 1), channels=(32, 64, 128, 256), stem_chs=8, num_classes=5, stem_type="fixed",
             conv_layer=partial(StdConv2d, eps=WEIGHT_EPS), norm_layer=partial(GroupNormAct, num_groups=4),
         )
     )  # fmt: skip
-    encoder = take_weights(ResNetV2Encoder(ResNetV2Config(stem_dim=8, depths=(2, 1, 2, 1), num_norm_groups=4)), theirs)
+    config = ResNetV2Config(stem_dim=8, depths=(2, 1, 2, 1), num_norm_groups=4)
+    model = take_weights(ImageClassifier(ResNetV2Encoder(config), 5), theirs)
+    encoder = model.encoder
+    back, state = to_timm_resnetv2(model.state_dict()), theirs.state_dict()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
     images = noise_images(2, size)
     with torch.no_grad():
         assert_close(encoder.stem(images, None), theirs.stem(images))
@@ -144,6 +152,7 @@ def test_resnetv2(size):
         for ours, expected in zip(encoder.features(images), stages, strict=True):
             assert_close(ours, expected)
         assert_close(encoder(images), last.flatten(2).transpose(1, 2))
+        assert_close(model(images), theirs(images))
 
 
 @pytest.mark.parametrize(

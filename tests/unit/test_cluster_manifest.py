@@ -7,7 +7,7 @@ import tyro
 import yaml
 
 from pipelines.pretrain import Arguments
-from pipelines.recipes import find_recipe
+from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
 
 MANIFEST = Path(__file__).parents[2] / "docs" / "cluster" / "rayjob.yaml"
 
@@ -20,7 +20,7 @@ def test_the_entry_point_is_a_valid_command_line_that_the_cluster_can_hold():
     manifest = yaml.safe_load(MANIFEST.read_text())
     python, script, recipe, *rest = shlex.split(manifest["spec"]["entrypoint"])
     assert (python, script) == ("python", "pipelines/pretrain.py")
-    arguments = tyro.cli(Arguments, args=rest, default=Arguments(config=find_recipe(recipe)()))
+    arguments = tyro.cli(Arguments, args=rest, default=Arguments(config=find_recipe(recipe, PRETRAIN_RECIPES)()))
     arguments.config.micro_batch(arguments.workers)
     groups = {group["groupName"]: group for group in manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     gpus = groups["gpu-train"]["replicas"] * int(_requests(groups["gpu-train"])["nvidia.com/gpu"])

@@ -1,17 +1,18 @@
 """Counts against the figures of the official classes, and one small model by hand."""
 
+import contextlib
 import dataclasses
+import io
+import json
 
 import pytest
 import torch
 
+from mixmae.encoders.build import SIZES, build_encoder
 from mixmae.encoders.swin import SwinEncoder, swin_base, swin_huge, swin_large
-from mixmae.encoders.vit import ViTEncoder, vit_base
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.flops import count_macs, count_parameters, official_macs
-from mixmae.methods.mae import MAE, MAEConfig
+from mixmae.flops import count_macs, count_parameters, main, official_macs, report
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
-from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from tests.factories import seeded, tiny_swin
 
 WINDOWS_384 = (16, 16, 24, 12)
@@ -65,19 +66,79 @@ def test_unknown_part():
         count_macs(tiny_swin(), 96, part="neck")
 
 
-def test_costs_of_the_methods():
-    """The table of docs/method.md: GMACs of encoder and decoder at 224 px, an image of the batch."""
+@pytest.mark.parametrize("size", ["resnetv2_50x3", "pvt_v2_b1", "twins_svt_small", "swin_tiny"])
+def test_a_group_map_changes_no_count(size):
     with torch.device("meta"):
-        swin = SwinEncoder(swin_base())
-        methods = {
-            SimMIM(swin, SimMIMConfig()): (1, "16.35", "0.15"),
-            MixMAE(swin, MixMAEConfig(num_images=2)): (2, "16.35", "2.69"),
-            MixMAE(swin, MixMAEConfig(num_images=4)): (4, "16.35", "5.35"),
-            MAE(ViTEncoder(vit_base()), MAEConfig()): (1, "4.33", "5.41"),
-        }
-    for method, (num_images, encoder, decoder) in methods.items():
-        options = {"num_images": num_images, "generator": seeded()}
-        parts = [count_macs(method, 224, part=part, **options).total for part in ("decoder", "")]
-        assert (f"{(parts[1] - parts[0]) / 1e9:.2f}", f"{parts[0] / 1e9:.2f}") == (encoder, decoder)
-    head = count_macs(next(iter(methods)), 224, generator=seeded(), part="decoder")
-    assert head.total == head.linear == 49 * 1024 * 3072
+        encoder = build_encoder(SIZES[size]())
+    group_map = torch.arange(49, device="meta").view(1, 7, 7) % 2
+    assert count_macs(encoder, 224, group_map=group_map).total == count_macs(encoder, 224).total
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """What the command prints as JSON."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["--json"])
+    return json.loads(printed.getvalue())
+
+
+def test_encoders_of_the_paper(figures):
+    ours = {
+        row["name"]: (round(row["parameters"] / 1e6, 2), round(row["macs"] / 1e9, 2)) for row in figures["encoders"]
+    }
+    assert ours == {
+        "Swin-B": (88.17, 15.47),
+        "Swin-B/W14": (88.34, 16.35),
+        "Swin-L": (197.4, 35.86),
+        "Swin-H": (659.26, 117.67),
+        "PVT-L": (61.37, 9.84),
+        "Twins-SVT-L": (99.27, 15.15),
+        "ViT-B": (86.57, 17.49),
+        "ViT-L": (304.32, 61.28),
+        "Res50x3": (217.32, 36.08),
+        "Res101x3": (387.93, 69.49),
+    }
+
+
+def test_what_differs_from_the_paper_is_explained_and_nothing_else(figures):
+    for row in figures["encoders"]:
+        assert (row["params_ratio"] is None) == (row["paper_params_m"] is None)
+        assert (row["macs_ratio"] is None) == (row["paper_gmacs"] is None)
+        off = any(abs(row[ratio] - 1) > 0.01 for ratio in ("params_ratio", "macs_ratio") if row[ratio] is not None)
+        assert bool(row["why"]) == off, row["name"]
+    ratios = {row["name"]: row["params_ratio"] for row in figures["encoders"] if row["why"]}
+    assert ratios == pytest.approx({"Swin-L": 197.396668 / 235, "Swin-H": 659.262658 / 600})
+
+
+def test_costs_of_the_methods(figures):
+    """The table of docs/method.md: GMACs of encoder and decoder at 224 px, an image of the batch."""
+    costs = {
+        (row["encoder"], row["method"]): tuple(round(row[key] / 1e9, 2) for key in ("encoder_macs", "decoder_macs"))
+        for row in figures["pretraining"]
+    }
+    assert costs == {
+        ("Swin-B/W14", "MixMAE, K = 2, pairing all"): (16.35, 2.69),
+        ("Swin-B/W14", "MixMAE, K = 2, pairing once"): (8.18, 1.34),
+        ("Swin-B/W14", "MixMAE, K = 4, pairing all"): (16.35, 5.35),
+        ("Swin-B/W14", "MixMAE, K = 4, pairing once"): (4.09, 1.34),
+        ("Swin-B/W14", "SimMIM"): (16.35, 0.15),
+        ("ViT-B", "MixMAE, K = 2, pairing all"): (17.49, 10.74),
+        ("ViT-B", "MixMAE, K = 2, pairing once"): (8.74, 5.37),
+        ("ViT-B", "MixMAE, K = 4, pairing all"): (17.49, 21.41),
+        ("ViT-B", "MixMAE, K = 4, pairing once"): (4.37, 5.35),
+        ("ViT-B", "SimMIM"): (17.49, 0.12),
+        ("ViT-B", "MAE"): (4.33, 5.41),
+    }
+    assert all(row["encoder_macs"] + row["decoder_macs"] == row["macs"] for row in figures["pretraining"])
+    head = next(row["decoder_macs"] for row in figures["pretraining"] if row["method"] == "SimMIM")
+    assert head == 49 * 1024 * 3072
+
+
+def test_the_report_is_aligned(figures):
+    lines = report(figures).splitlines()
+    assert "Swin-L       3, 5           197.40    235  0.840   35.86   35.8  1.002  the released Swin-L" in report(
+        figures
+    )
+    header = next(line for line in lines if line.startswith("encoder") and "params M" in line)
+    edge = header.index("GMACs") + len("GMACs")
+    assert next(line for line in lines if line.startswith("Res101x3"))[:edge].endswith(" 69.49")

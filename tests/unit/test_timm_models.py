@@ -11,10 +11,12 @@ from torch import nn
 
 import mixmae.timm_models
 from mixmae.convert import Preprocessing, load_weights, resize_bias_table, resize_positions, save_encoder, to_official
-from mixmae.encoders.build import config_to_json
+from mixmae.encoders.build import SIZES, config_to_json
 from mixmae.encoders.swin import SwinEncoder, swin_tiny
+from mixmae.encoders.vit import ViTConfig, ViTEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.flops import count_parameters
+from tests.contract.test_encoders import ENCODERS
 from tests.factories import noise_images, tiny_mixmae, tiny_swin
 
 TINY = config_to_json(tiny_swin().config)
@@ -133,9 +135,84 @@ def test_layer_decay_of_timm():
     assert scales[id(model.encoder.patch_embed.proj.weight)] == (0.5**13, 0.05)
 
 
+every_encoder = pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS)
+
+
+@every_encoder
+def test_every_encoder_behaves_as_a_model_of_timm(build):
+    config = config_to_json(build().config)
+    images = noise_images(2, (64, 96))
+
+    def create(**kwargs):
+        return timm.create_model("mixmae_encoder", encoder=config, img_size=(64, 96), **kwargs).eval()
+
+    model = create(num_classes=7, drop_path_rate=0.1)
+    assert model.encoder.image_size == (64, 96)
+    assert model.encoder.config.drop_path == 0.1
+    with torch.no_grad():
+        nn.init.normal_(model.head.weight)
+        tokens = model.forward_features(images)
+        torch.testing.assert_close(model(images), tokens.mean(dim=1) @ model.head.weight.T + model.head.bias)
+        model.reset_classifier(0)
+        assert torch.equal(model(images), tokens.mean(dim=1))
+        assert create(num_classes=0)(images).shape == (2, model.num_features)
+        assert create(in_chans=1)(images[:, :1]).shape == (2, 1000)
+
+        maps = create(features_only=True)
+        strides, widths = maps.feature_info.reduction(), maps.feature_info.channels()
+        for feature, stride, width in zip(maps(images), strides, widths, strict=True):
+            assert feature.shape == (2, width, 64 // stride, 96 // stride)
+
+        # What a hook on the named module sees is the feature, in whatever layout the encoder has inside.
+        seen = {}
+        names = [info["module"] for info in model.feature_info]
+        for name in names:
+            model.get_submodule(name).register_forward_hook(lambda _, i, output, name=name: seen.update({name: output}))
+        for name, feature in zip(names, model.encoder.features(images), strict=True):
+            inside = seen[name][:, -feature[0, 0].numel() :] if seen[name].ndim == 3 else seen[name]
+            assert torch.equal(inside.flatten().sort().values, feature.flatten().sort().values)
+
+
+@every_encoder
+def test_layer_decay_of_every_encoder(build):
+    model = timm.create_model("mixmae_encoder", encoder=config_to_json(build().config), img_size=96, num_classes=7)
+    depths = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert depths.keys() == {name for name, _ in model.named_parameters()}
+    num_blocks = model.encoder.num_blocks
+    assert sorted(set(depths.values())) == list(range(num_blocks + 2))  # the stem, the blocks, the head
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    parameters = [p for group in groups for p in group["params"]]
+    assert sorted(map(id, parameters)) == sorted(map(id, model.parameters()))
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert scales[id(parameter)] == 0.5 ** (num_blocks + 1 - depths[name])
+
+
+def test_a_mae_file(tmp_path, capsys):
+    """A ViT with a class token, as MAE stores it; at another input size its table is resized."""
+    made = ViTEncoder(ViTConfig(image_size=96, embed_dim=192, depth=2, num_heads=3, class_token=True))
+    state = made.state_dict()
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 192), state["pos_embed"]], dim=1)
+    state["mask_token"] = torch.zeros(1, 1, 32)
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    encoder = config_to_json(made.config)
+    model = timm.create_model("mixmae_encoder", encoder=encoder, pretrained=tmp_path / "mae.pth", num_classes=0)
+    images = noise_images(2)
+    with torch.no_grad():
+        assert torch.equal(model.eval().forward_features(images), made.eval()(images))
+    larger = timm.create_model(
+        "mixmae_encoder", encoder=encoder, pretrained=tmp_path / "mae.pth", num_classes=0, img_size=160
+    )
+    assert torch.equal(larger.encoder.pos_embed, resize_positions(made.pos_embed, (6, 6), (10, 10)))
+
+
 def test_registration():
-    names = timm.list_models("mixmae_*")
-    assert {"mixmae_encoder", "mixmae_swin_tiny", "mixmae_swin_base", "mixmae_swin_huge"} <= set(names)
+    assert set(timm.list_models("mixmae_*")) == {"mixmae_encoder", *(f"mixmae_{size}" for size in SIZES)}
+    with torch.device("meta"):
+        for name, first in (("pvt_large", "stages.0.patch_embed.proj"), ("resnetv2_50x3", "stem.conv")):
+            model = timm.create_model(f"mixmae_{name}")
+            assert model.encoder.config == SIZES[name]()
+            assert model.pretrained_cfg["first_conv"] == f"encoder.{first}"
     assert mixmae.timm_models.default_cfgs["mixmae_swin_base"].default.classifier == "head"
     with torch.device("meta"):
         model = timm.create_model("mixmae_swin_base", drop_path_rate=0.2, window_sizes=(7, 7, 7, 7))

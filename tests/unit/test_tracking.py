@@ -1,5 +1,6 @@
 """What needs no server; the rest is tested against a real one in tests/ray/test_pretrain.py."""
 
+import shutil
 import socket
 
 import pytest
@@ -39,9 +40,10 @@ def test_a_server_that_is_away_is_named(tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_run_in_sqlite_has_params_dataset_tags_and_status(tmp_path):
+def test_run_in_sqlite_has_params_dataset_tags_and_status(tmp_path, mlflow_db):
     from mlflow import MlflowClient
 
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
     uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     run = create_run(
         uri=uri,

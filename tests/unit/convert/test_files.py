@@ -5,19 +5,31 @@ import json
 import pickle
 import sys
 import types
+from itertools import product
 
 import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from mixmae.convert import load_encoder, read_state_dict, read_weights, save_encoder, to_official, writing
+from mixmae.convert import (
+    load_encoder,
+    load_pretrained,
+    read_state_dict,
+    read_weights,
+    save_encoder,
+    to_official,
+    writing,
+)
 from mixmae.convert.files import EncoderMetadata, Preprocessing
+from mixmae.decoders import DecoderConfig
 from mixmae.encoders.build import config_from_json, config_to_json, size_name
 from mixmae.encoders.swin import SwinConfig, SwinEncoder, swin_base
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.training.checkpoint import save_checkpoint
-from tests.factories import noise_images, tiny_mixmae, tiny_swin
+from tests.contract.test_encoders import ENCODERS
+from tests.factories import noise_images, tiny_mae, tiny_mixmae, tiny_simmim, tiny_swin, tiny_vit
 
 PREPROCESSING = Preprocessing(image_size=(96, 96), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
@@ -160,6 +172,33 @@ def test_a_checkpoint_folder_of_a_run(tmp_path, typed):
         read_weights(tmp_path)
 
 
+def mixmae_on(encoder):
+    return MixMAE(encoder, MixMAEConfig(decoder=DecoderConfig(dim=32, depth=1, num_heads=4)))
+
+
+@pytest.mark.parametrize(
+    ("build", "method"),
+    [*product(ENCODERS.values(), (mixmae_on, tiny_simmim)), (tiny_vit, tiny_mae)],
+    ids=lambda function: function.__name__,
+)
+def test_runs_of_every_encoder_and_method_are_read(tmp_path, build, method):
+    made = method(build()).eval()
+    config = {"encoder": config_to_json(made.encoder.config), "augment": {"image_size": 96}}
+    save_checkpoint(tmp_path / "step_1", model=made, optimizer=None, state={"config": config})
+    weights = read_weights(tmp_path / "step_1")
+    assert weights.format == "mixmae"
+    assert weights.state.keys() == made.state_dict().keys()
+    encoder, metadata = load_encoder(tmp_path / "step_1")
+    assert metadata.encoder == made.encoder.config
+    with torch.no_grad():
+        assert torch.equal(encoder(noise_images(1)), made.encoder(noise_images(1)))
+    again = method(build())
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    assert load_pretrained(again, tmp_path / "step_1").matched_share == 1.0
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_weights(tmp_path / "none.pth")
@@ -173,10 +212,11 @@ def test_foreign_files_tell_what_their_shapes_tell(tmp_path):
     assert metadata.encoder == tiny_swin().config
     assert metadata.source == {"format": "official MixMIM", "name": "official.pth"}
     assert metadata.data_licence == "not stated"
-    torch.save(to_official(SwinEncoder(SwinConfig(image_size=(64, 96))).state_dict()), tmp_path / "wide.pth")
+    wide = SwinConfig(image_size=(64, 96), embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    torch.save(to_official(SwinEncoder(wide).state_dict()), tmp_path / "wide.pth")
     with pytest.raises(ValueError, match="384 tokens, which is no square"):
         load_encoder(tmp_path / "wide.pth")
-    assert read_weights(tmp_path / "wide.pth", image_size=(64, 96)).metadata.encoder.image_size == (64, 96)
+    assert load_encoder(tmp_path / "wide.pth", image_size=(64, 96))[1].encoder == wide
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mixmae.convert.files import Preprocessing
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.layers.positions import sin_cos_positions
-from tests.factories import noise_images, tiny_mixmae, tiny_swin
+from tests.factories import noise_images, tiny_mixmae, tiny_pvt, tiny_swin
 from tests.unit.convert.test_formats import vit_state
 
 
@@ -97,6 +97,25 @@ def test_tables_that_are_not_square(tmp_path, capsys):
     other = small((96, 160), (12, 12, 6, 3))
     load_pretrained(other, tmp_path / "encoder.safetensors")
     assert torch.equal(model.pos_embed, other.pos_embed)
+
+
+def test_the_tables_of_each_stage_of_pvt_are_resized(tmp_path, capsys):
+    """They are (1, H, W, C), learned, and of any shape; against the definition of the interpolation."""
+    made, model = tiny_pvt(64), tiny_pvt((96, 160))
+    torch.save(made.state_dict(), tmp_path / "pvt.pth")
+    report = load_pretrained(model, tmp_path / "pvt.pth")
+    tables = [f"stages.{stage}.pos_embed" for stage in range(4)]
+    assert report.resized == tuple(f"encoder.{name}" for name in tables)
+    assert report.matched_share == 1.0
+    for stage, name in enumerate(tables):
+        own, table = model.state_dict()[name], made.state_dict()[name]
+        assert own.shape[1:3] == (96 // (4 * 2**stage), 160 // (4 * 2**stage))
+        rows, columns = ([(i + 0.5) * table.shape[1] / n - 0.5 for i in range(n)] for n in own.shape[1:3])
+        expected = cubic(cubic(table[0].double(), rows).transpose(0, 1), columns).transpose(0, 1)
+        torch.testing.assert_close(own[0].double(), expected, rtol=1e-5, atol=1e-6)
+    back = tiny_pvt(64)
+    load_weights(back, made.state_dict())
+    assert torch.equal(back.stages[0].pos_embed, made.stages[0].pos_embed)
 
 
 def test_a_decoder_table_is_resized_too():

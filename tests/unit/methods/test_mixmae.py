@@ -201,7 +201,9 @@ def test_bad_configs():
     with pytest.raises(ValueError, match="Swin does"):
         MixMAE(tiny_vit(), MixMAEConfig(unmixing="embedding"))
     with pytest.raises(ValueError, match="all fills would be the same; set unmixing='none'"):
-        MixMAEConfig(fill="zero")
+        MixMAEConfig(fill="shuffle")
+    with pytest.raises(ValueError, match="all fills would be the same"):
+        MixMAEConfig(fill="zero", unmixing="both")
     with pytest.raises(ValueError, match="mixes no images"):
         MixMAEConfig(fill="zero", unmixing="none", pairing="once")
     with pytest.raises(ValueError, match="'mix', 'zero', 'learnable', 'shuffle' or 'zoom'"):
@@ -272,6 +274,17 @@ def test_filled_pixels_are_never_read(fill):
     partners = cyclic_partners(4, 1)
     encode = lambda pixels: method.encode(method.mix(pixels, group_map, partners))  # noqa: E731
     assert torch.equal(encode(images), encode(other))
+
+
+def test_zeros_that_nothing_sees_are_mae_on_a_pyramid():
+    """fill="zero" with masked attention: the visible cells are encoded as if there were no others."""
+    method = tiny_mixmae(num_images=2, fill="zero")
+    images, group_map, partners = noise_images(4), group_maps(num_images=2), cyclic_partners(4, 1)
+    visible = group_map.flatten() == 0
+    alone = method.encode(method.mix(images, group_map, partners))[:, visible]
+    mixed = tiny_mixmae(num_images=2)
+    beside = mixed.encode(mixed.mix(images, group_map, cyclic_partners(4, 2)))[:, visible]
+    torch.testing.assert_close(alone, beside)  # the same weights: what fills the hidden cells does not matter
 
 
 def test_mask_tokens_beside_two_images():

@@ -11,14 +11,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mixmae.timm_models  # noqa: F401
-from mixmae.convert import load_encoder, read_state_dict, read_weights, to_mmpretrain, to_official
+from mixmae.convert import (
+    Preprocessing,
+    first_conv,
+    load_encoder,
+    read_state_dict,
+    read_weights,
+    save_encoder,
+    to_official,
+)
 from mixmae.encoders.build import config_to_json
-from mixmae.encoders.swin import SwinEncoder, swin_tiny
+from mixmae.encoders.pvt import PvtEncoder, pvt_v2_b0
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.tracking import create_run, metric_history
 from mixmae.training.checkpoint import save_checkpoint
 from pipelines.export import Arguments, compare, main, read
-from tests.factories import noise_images, tiny_mixmae, tiny_swin
+from tests.contract.test_encoders import ENCODERS
+from tests.factories import ablation_mixmae, noise_images, tiny_mae, tiny_mixmae, tiny_simmim, tiny_swin, tiny_vit
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -52,11 +61,12 @@ def trained(model):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, mlflow_db):
     """A checkpoint of a run with a panel and a curve in MLflow; the method it is of; the run's reference."""
     base = tmp_path_factory.mktemp("run")
     folder = base / "runs" / "photos"
     method = trained(tiny_mixmae())
+    shutil.copy(mlflow_db, base / "mlflow.db")
     reference = create_run(uri=f"sqlite:///{base / 'mlflow.db'}", experiment="test", name="photos", params={}, tags={})
     state = {
         "config": {"encoder": config_to_json(method.encoder.config), "augment": {"image_size": 96}},
@@ -114,6 +124,19 @@ def test_our_own_files_come_back_bit_for_bit(tmp_path, run):
     assert metadata.source["position"] == {"step": 40}
 
 
+def test_official_names_of_other_objectives(tmp_path):
+    """The official classes have no place for SimMIM's decoder, nor for the mask tokens of an ablation's encoder."""
+    method = trained(tiny_simmim())
+    encoder = {f"encoder.{name}": value for name, value in method.encoder.state_dict().items()}
+    export(run_of(method, tmp_path), tmp_path / "out", "--formats", "official", "mmpretrain")
+    assert same(read_weights(tmp_path / "out" / "official.pth").state, encoder)
+    assert same(read_weights(tmp_path / "out" / "mmpretrain.pth").state, encoder)
+    method = trained(ablation_mixmae("learnable"))
+    export(run_of(method, tmp_path / "ablation"), tmp_path / "again", "--formats", "official")
+    expected = {name: value for name, value in method.state_dict().items() if name != "mask_token"}
+    assert same(read_weights(tmp_path / "again" / "official.pth").state, expected)
+
+
 def test_hub_folders_open_in_timm_and_tell_of_the_run(tmp_path, run):
     checkpoint, method, reference = run
     from mlflow import MlflowClient
@@ -141,25 +164,62 @@ def test_hub_folders_open_in_timm_and_tell_of_the_run(tmp_path, run):
     assert not (hub / "loss.png").exists()
 
 
+def run_of(model, base):
+    """A checkpoint of a run without MLflow."""
+    checkpoint = base / "runs" / "photos" / "checkpoints" / "step_0000001"
+    config = {"encoder": config_to_json(model.encoder.config), "augment": {"image_size": 96}}
+    save_checkpoint(checkpoint, model=model, optimizer=None, state={"config": config, "position": {"step": 1}})
+    (checkpoint.parents[1] / "run.json").write_text("{}")
+    return checkpoint
+
+
+@pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS)
+def test_runs_of_every_encoder_are_exported(tmp_path, build):
+    method = trained(tiny_mae() if build is tiny_vit else tiny_simmim(build()))
+    export(run_of(method, tmp_path), tmp_path / "out", "--formats", "encoder", "hub")
+    encoder, metadata = load_encoder(tmp_path / "out" / "encoder.safetensors")
+    assert metadata.encoder == method.encoder.config
+    assert same(encoder.state_dict(), method.encoder.state_dict())
+    hub = f"local-dir:{tmp_path / 'out' / 'hub'}"
+    images = noise_images(2)
+    with torch.no_grad():
+        model = timm.create_model(hub, pretrained=True).eval()
+        assert torch.equal(model(images), method.encoder(images).mean(dim=1))
+        grey = timm.create_model(hub, pretrained=True, in_chans=1)
+    name = f"{first_conv(method.encoder)}.weight"
+    torch.testing.assert_close(grey.state_dict()[name], method.state_dict()[name].sum(dim=1, keepdim=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS)
+def test_graphs_of_every_encoder_give_the_same_numbers(tmp_path, capsys, build):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export(run_of(trained(tiny_simmim(build())), tmp_path), tmp_path / "out", "--formats", "onnx", "pt2")
+    said = capsys.readouterr().out
+    assert "torch.export differs by" in said
+    assert "onnxruntime differs by" in said
+
+
 def test_torch_export_gives_the_same_numbers(tmp_path, capsys):
-    model = trained(tiny_swin())
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    export(tmp_path / "weights.pth", tmp_path / "out", "--formats", "pt2")
+    encoder = trained(tiny_vit())  # the smallest graph
+    save_encoder(tmp_path / "weights.safetensors", encoder, Preprocessing(image_size=(96, 96)))
+    export(tmp_path / "weights.safetensors", tmp_path / "out", "--formats", "pt2")
     assert "torch.export differs by" in capsys.readouterr().out
     images = noise_images(5, seed=9)
     extra = {"mixmae.json": ""}
     program = torch.export.load(tmp_path / "out" / "encoder.pt2", extra_files=extra).module()
     with torch.no_grad():
-        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(program(images), encoder(images), rtol=1e-5, atol=1e-5)
     assert json.loads(extra["mixmae.json"])["preprocessing"]["image_size"] == [96, 96]
 
 
 def test_onnx_gives_the_same_numbers(tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = trained(ImageClassifier(tiny_swin(), 7))
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    export(tmp_path / "weights.pth", tmp_path / "out", "--formats", "onnx")
+    model = trained(ImageClassifier(tiny_vit(), 7))
+    save_encoder(tmp_path / "weights.safetensors", model, Preprocessing(image_size=(96, 96)))
+    export(tmp_path / "weights.safetensors", tmp_path / "out", "--formats", "onnx")
     assert "onnxruntime differs by" in capsys.readouterr().out
     images = noise_images(5, seed=9)
     session = onnxruntime.InferenceSession(tmp_path / "out" / "classifier.onnx")
@@ -168,7 +228,7 @@ def test_onnx_gives_the_same_numbers(tmp_path, capsys):
     output = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["mixmae"])
-    assert metadata["encoder"] == config_to_json(tiny_swin().config)
+    assert metadata["encoder"] == config_to_json(tiny_vit().config)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["classifier.onnx"]
 
 
@@ -204,9 +264,9 @@ def test_mistakes(tmp_path, capsys):
 
 
 def test_the_card_of_a_known_size(tmp_path):
-    torch.save(to_mmpretrain(SwinEncoder(swin_tiny()).state_dict()), tmp_path / "tiny.pth")
-    export(tmp_path / "tiny.pth", tmp_path / "out", "--formats", "hub")
+    torch.save(PvtEncoder(pvt_v2_b0()).state_dict(), tmp_path / "b0.pth")
+    export(tmp_path / "b0.pth", tmp_path / "out", "--formats", "hub")
     card = (tmp_path / "out" / "hub" / "README.md").read_text()
-    assert card.splitlines()[7] == "# swin_tiny, an encoder of MixMAE"
+    assert card.splitlines()[7] == "# pvt_v2_b0, an encoder of MixMAE"
     assert "| licence of the data | not stated |" in card
     assert "![" not in card

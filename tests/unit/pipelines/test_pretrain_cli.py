@@ -168,18 +168,6 @@ def test_help_of_the_program_and_of_a_recipe(capsys):
         assert flag in text
 
 
-@pytest.mark.parametrize("name", PRETRAIN_RECIPES)
-def test_recipes_are_named_after_their_functions_and_say_what_to_expect(name):
-    recipe = PRETRAIN_RECIPES[name]
-    assert recipe.__name__ == name
-    if name.startswith("mixmae_"):
-        assert "not yet run" in (recipe.__doc__ or "")
-        config = recipe()
-        assert (config.loop.batch_size, config.loop.warmup_epochs, config.method.num_images) == (1024, 40, 4)
-        assert config.optim.peak_lr(config.loop.batch_size) == pytest.approx(6e-4)
-        assert config.micro_batch(8) in (128, 64, 32)
-
-
 def test_only_what_changes_the_result_counts_as_a_difference():
     before = to_json(PRETRAIN_RECIPES["demo"]())
     now = json.loads(json.dumps(before))

@@ -1,0 +1,284 @@
+"""Compare ways to pretrain at equal wall-clock time: how good are the features of each, after the same minutes?
+
+    python pipelines/compare.py [--data SOURCE] [--seconds 70] [--seeds 3] [--output DIR]
+
+Every arm gets the same encoder, images, batch and seconds of training on this machine (plain torch, all cores, no Ray),
+as many steps as fit, under a schedule that ends there. Its frozen features are then judged by kNN and by a linear probe
+on the validation split. Prints a table, mean and spread over seeds, and writes results.csv and table.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+
+from mixmae.data.blocks import eval_batches, local_batches
+from mixmae.data.order import Plan
+from mixmae.data.sources import Source, open_train_and_held_out
+from mixmae.encoders.build import build_encoder
+from mixmae.finetune.features import extract_features
+from mixmae.finetune.knn import KnnConfig, knn_classify
+from mixmae.finetune.linear_probe import LinearHead
+from mixmae.methods.build import MethodConfig, build_method
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.methods.simmim import SimMIMConfig
+from mixmae.step import StepOutput
+from mixmae.training.loop import TrainState, step_seed, train
+from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.probe import small_set_probe, train_probe
+from mixmae.training.schedule import run_length
+from pipelines.console import fail
+from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
+from pipelines.recipes.config import PretrainConfig
+
+TIMED_STEPS = 20
+"""Steps that tell how long one takes, after a few that warm up."""
+
+
+def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
+    """What is compared, on one encoder; None is the encoder without any training."""
+    method = config.method
+    if not isinstance(method, MixMAEConfig):
+        raise ValueError(
+            f"compare.py takes a MixMAE recipe and makes the other arms of it, not {type(method).__name__}"
+        )
+    base = replace(method, fill="mix", unmixing="attention", num_images=2)
+    return {
+        "untrained": None,
+        "SimMIM": SimMIMConfig(),
+        "MAE-style, 75 %": replace(base, fill="zero", num_images=4),
+        "MixMAE, K = 2": base,
+        "MixMAE, K = 4": replace(base, num_images=4),
+        "MixMAE, K = 2, attention not masked": replace(base, unmixing="none"),
+        "MixMAE, K = 4, attention not masked": replace(base, num_images=4, unmixing="none"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare ways to pretrain at equal wall-clock time."""
+
+    recipe: str = "demo"
+    """MixMAE recipe that gives encoder, images, batch and optimiser."""
+    data: str | None = None
+    """Labelled images: anything that pretraining takes but a folder of files. Default: the built-in shapes."""
+    seconds: float = 70.0
+    """Training time of each arm and seed."""
+    seeds: int = 3
+    """Runs of each arm."""
+    only: tuple[str, ...] = ()
+    """Names of arms; default all."""
+    output: Path = Path("runs/compare")
+    """Folder of results.csv and table.md; finished runs in it are not made again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    steps: int
+    seconds: float
+    """Of training, measured."""
+    loss: float
+    """Of the last steps; those of different methods cannot be compared."""
+    knn: float
+    """Top-1 accuracy of kNN on the validation split, 0..1."""
+    probe: float
+    """Top-1 accuracy of the linear probe."""
+
+
+class _Silent:
+    """The loop's Events: nothing is logged, drawn or saved."""
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None: ...
+    def panel(self, step: int) -> Mapping[str, float]:
+        return {}
+
+    def save(self, state: TrainState) -> None: ...
+
+
+def pretrain_for(config: PretrainConfig, source: Source, seconds: float) -> tuple[nn.Module, TrainState, float]:
+    """Pretrain in this process for about so many seconds.
+
+    Returns: the model, the final state, and the seconds that it took; timing the steps beforehand does not count.
+    """
+    per_step = _step_seconds(config, source)
+    steps = max(TIMED_STEPS, round(seconds / per_step))
+    started = time.monotonic()
+    model, state = _train(config, source, steps)
+    return model, state, time.monotonic() - started
+
+
+def _step_seconds(config: PretrainConfig, source: Source) -> float:
+    _train(config, source, 3)
+    started = time.monotonic()
+    _train(config, source, TIMED_STEPS)
+    return (time.monotonic() - started) / TIMED_STEPS
+
+
+def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Module, TrainState]:
+    loop = replace(config.loop, steps=steps, log_every_steps=max(1, steps // 10), micro_batch_size=None)
+    torch.manual_seed(step_seed(loop.seed, "init"))
+    model = build_method(build_encoder(config.sized_encoder()), config.method)
+    state = TrainState()
+    plan = Plan(chunk_sizes=source.chunk_sizes, seed=loop.seed, window_rows=config.window_rows_for(source.exact_reads))
+    batches = local_batches(
+        source, plan, config.augment, global_batch=loop.batch_size, micro_batch=loop.batch_size, stop_step=steps
+    )
+
+    def step(model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
+        return model(_normalise(config, batch.images), generator=generator, first_sample=first_sample)
+
+    train(
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        peak_lr=config.optim.peak_lr(loop.batch_size),
+        clip_grad_norm=config.optim.clip_grad_norm,
+        step_function=step,
+        batches=batches,
+        state=state,
+        config=loop,
+        length=run_length(
+            num_images=source.num_rows,
+            batch_size=loop.batch_size,
+            epochs=loop.epochs,
+            warmup_epochs=loop.warmup_epochs,
+            steps=steps,
+        ),
+        events=_Silent(),
+        device=torch.device("cpu"),
+    )
+    return model, state
+
+
+def _normalise(config: PretrainConfig, images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.pixel_mean, config.pixel_std))
+    return (images.float() / 255 - mean) / std
+
+
+def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: Source) -> tuple[float, float]:
+    """kNN and linear probe on frozen features: top-1 accuracies on the validation split, 0..1."""
+
+    def features(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = eval_batches(source, config.augment.size, batch_size=64)
+        return extract_features(encoder, batches, mean=config.pixel_mean, std=config.pixel_std)
+
+    train_features, train_labels = features(train_set)
+    val_features, val_labels = features(validation)
+    num_classes = int(max(train_labels.max(), val_labels.max())) + 1
+    knn = knn_classify(
+        train_features, train_labels, val_features, val_labels, num_classes=num_classes, config=KnnConfig()
+    )
+    torch.manual_seed(0)
+    head = LinearHead(train_features.shape[1], num_classes)
+    curves = train_probe(head, train_features, train_labels, small_set_probe(), validation=(val_features, val_labels))
+    return knn.accuracy.top[1], curves.val_top1[-1]
+
+
+def run(arguments: Arguments) -> list[Result]:
+    """All arms and seeds; those that results.csv already has are kept."""
+    from pipelines.make_shards import default_shapes
+
+    config = find_recipe(arguments.recipe, PRETRAIN_RECIPES)()
+    chosen = arms(config)
+    unknown = [name for name in arguments.only if name not in chosen]
+    if unknown:
+        raise ValueError(f"There is no arm {unknown[0]!r}: the arms are {', '.join(chosen)}.")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    place = arguments.data or str(default_shapes(arguments.output / "shapes"))
+    train_set, validation = open_train_and_held_out(place)
+    if not (train_set.has_labels and validation.has_labels):
+        raise ValueError(f"{place} has no labels: kNN and the probe need the class of every image.")
+
+    table = arguments.output / "results.csv"
+    results = _read(table)
+    for seed in range(arguments.seeds):
+        for name, method in chosen.items():
+            if (arguments.only and name not in arguments.only) or any(
+                r.arm == name and r.seed == seed for r in results
+            ):
+                continue
+            arm = replace(config, loop=replace(config.loop, seed=seed))
+            if method is None:
+                torch.manual_seed(step_seed(seed, "init"))
+                encoder, state, took = build_encoder(config.sized_encoder()), TrainState(), 0.0
+            else:
+                arm = replace(arm, method=method, optim=_optim(config.optim, method))
+                model, state, took = pretrain_for(arm, train_set, arguments.seconds)
+                encoder = model.encoder  # type: ignore[assignment]
+            knn, probe = judge(encoder, arm, train_set, validation)
+            loss = state.metrics.get("loss", float("nan"))
+            results.append(
+                Result(arm=name, seed=seed, steps=state.step, seconds=round(took, 1), loss=loss, knn=knn, probe=probe)
+            )
+            print(f"{results[-1]}", flush=True)
+            _write(table, results)
+    return results
+
+
+def _optim(optim: OptimConfig, method: MethodConfig) -> OptimConfig:
+    """SimMIM's absolute error wants its own clipping (its paper's); all else is the recipe's."""
+    return replace(optim, clip_grad_norm=5.0) if isinstance(method, SimMIMConfig) else optim
+
+
+def summary(results: Sequence[Result]) -> str:
+    """A Markdown table: mean and sample deviation over seeds, in per cent."""
+    lines = ["| pretraining | steps | kNN top-1, % | linear probe top-1, % |", "| --- | ---: | ---: | ---: |"]
+    for name in dict.fromkeys(result.arm for result in results):
+        own = [result for result in results if result.arm == name]
+        lines.append(
+            f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_spread([r.knn for r in own])} | "
+            f"{_spread([r.probe for r in own])} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(shares: Sequence[float]) -> str:
+    mean = f"{100 * statistics.mean(shares):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean
+
+
+def _read(table: Path) -> list[Result]:
+    if not table.is_file():
+        return []
+    with table.open() as file:
+        kinds = {"arm": str, "seed": int, "steps": int}
+        return [Result(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def _write(table: Path, results: Sequence[Result]) -> None:
+    partial = table.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(vars(results[0])))
+        writer.writeheader()
+        writer.writerows(vars(result) for result in results)
+    partial.replace(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    try:
+        arguments = tyro.cli(Arguments, args=argv, prog="compare.py", description=__doc__)
+        results = run(arguments)
+    except ValueError as error:
+        fail(error)
+    text = summary(results)
+    (arguments.output / "table.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
