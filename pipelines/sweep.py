@@ -31,7 +31,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from mixmae.data.sources import Source
-from mixmae.tracking import RunRef, create_run, finish_run, log_file, log_table, metric_history, tag_run
+from mixmae.tracking import RunRef, create_run, finish_run, log_file, log_table, metric_history
 from mixmae.training.checkpoint import read_state
 from mixmae.training.loop import TrainingStopped
 from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
@@ -300,8 +300,8 @@ class ProgressLines(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
         ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
-        ended_count = sum(other.is_finished() for other in trials)
-        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({ended_count} of {self._total} trials ended)")
+        count = sum(other.is_finished() or other is trial for other in trials)
+        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "its workers failed; it goes on from its last checkpoint while --max-failures allow")
@@ -363,7 +363,6 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         run.train(job, ref, lambda state: results(state, run), [TuneReportCallback()])
     except TrainingStopped as stop:  # a result, not a failure: another start would not help
         run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
-        tag_run(ref.uri, ref.run_id, "stopped", str(stop))
 
 
 def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> int:
