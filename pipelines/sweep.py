@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
@@ -148,13 +149,13 @@ def sweep(arguments: Arguments, name: str) -> int:
     )
     start = time.monotonic()
     try:
-        grid = make_tuner(shared, slots).fit()
+        make_tuner(shared, slots).fit()
     except KeyboardInterrupt:
         close_children(shared)
         finish_run(shared.run, status="KILLED")
         print("\nInterrupted. The same command continues.", flush=True)
         return 130
-    return conclude(run, shared, grid, start)
+    return conclude(run, shared, start)
 
 
 def choose_space(arguments: Arguments, name: str) -> Space:
@@ -233,6 +234,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old one keeps still when told to
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ProgressLines says what fails, in a line
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
     if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
@@ -311,11 +313,19 @@ class ProgressLines(tune.Callback):
         count = sum(other.is_finished() or other is trial for other in trials)
         self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, f"is tried again, from its last checkpoint: {_last_line(trial.get_error())}")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "its workers failed; it goes on from its last checkpoint while --max-failures allow")
+        self._say(trial, f"failed: {_last_line(trial.get_error())}")
 
     def _say(self, trial: Any, what: str) -> None:
         print(f"trial {trial.trial_id} ({label(trial.config['values'])}) {what}", flush=True)
+
+
+def _last_line(error: object) -> str:
+    """Of an exception that Ray passed on, the line that says what happened."""
+    return (str(error).strip().splitlines() or ["?"])[-1]
 
 
 def trial_folder(folder: Path, trial_id: str) -> Path:
@@ -374,11 +384,13 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         tune.report({"stopped": True})  # Tune prints a line of its own for a trial that never reports
 
 
-def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> int:
+def conclude(run: Run, shared: Sweep, start: float) -> int:
     """Close the books: rank the trials, keep tables and pictures, say what is best."""
     space, folder, parent = shared.space, shared.folder, shared.run
     metric = space.metric.replace("val/", "final/")
-    ended = rank([result_of(shared, grid[number]) for number in range(len(grid))], metric, space.mode)
+    # Not what fit() returns: that forgets the values of trials that never reported.
+    trials = tune.ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials
+    ended = rank([result_of(shared, trial) for trial in trials], metric, space.mode)
     failed = [result for result in ended if result.status == "failed"]
     rows = rows_of(ended)
     write_csv(rows, folder / "results.csv")
@@ -401,8 +413,9 @@ def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> in
         link.symlink_to(Path("trials", winner.trial, "best"), target_is_directory=True)
     for file in files:
         log_file(parent, file)
-    log_table(parent, rows, "results")
     complete = winner is not None and not failed
+    if complete:  # once: MLflow adds rows to a table that is there
+        log_table(parent, rows, "results")
     finish_run(parent, status="FINISHED" if complete else "FAILED", tags=tags, metrics=numbers)
     print_table(ended)
     print(f"{len(ended)} trials in {elapsed_since(start)}")
@@ -413,6 +426,8 @@ def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> in
     print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
     if failed:
         print(f"{len(failed)} trials failed. The same command tries them again.")
+    elif winner is None:
+        print("No trial finished: give more --hours or other values, and another --output.")
     if not complete:
         return 1
     assert winner is not None
@@ -422,21 +437,19 @@ def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> in
 
 def result_of(shared: Sweep, trial: Any) -> TrialResult:
     """How a trial ended, from Tune and from what it left in its folder; a halted one's MLflow run is ended."""
-    trial_id, values = Path(trial.path).name, trial.config["values"]
-    place = RunFolder(trial_folder(shared.folder, trial_id))
+    last = trial.last_result or {}
+    place = RunFolder(trial_folder(shared.folder, trial.trial_id))
     content = place.read() or {}
     ref = RunRef(**content["mlflow"]) if "mlflow" in content else None
     status, reason, metrics = content.get("status"), "", content.get("metrics", {})
     if status == "stopped":
         reason = content["reason"]
-    elif status != "finished" and trial.error is not None:
-        status, reason = "failed", (str(trial.error).strip().splitlines() or ["?"])[-1]
+    elif status != "finished" and trial.status == "ERROR":
+        status, reason = "failed", _last_line(trial.get_error())
     elif status != "finished":
-        status, reason = (
-            ("halted", f"after epoch {(trial.metrics or {}).get('epoch', 0):.2f}") if ref else ("not run", "")
-        )
+        status, reason = ("halted", f"after epoch {last.get('epoch', 0):.2f}") if ref else ("not run", "")
     if status == "halted":
-        metrics = {name.replace("val/", "final/"): value for name, value in (trial.metrics or {}).items()}
+        metrics = {name.replace("val/", "final/"): value for name, value in last.items()}
     if status in ("halted", "stopped") and (place.best / "state.json").is_file():
         best = read_state(place.best)["metrics"]
         metrics = dict(metrics) | {name.replace("val/", "best/"): value for name, value in best.items()}
@@ -446,8 +459,8 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
             ended = "FINISHED" if status == "halted" else "FAILED"
             finish_run(ref, status=ended, tags={status: reason}, metrics=metrics)
     return TrialResult(
-        trial=trial_id,
-        values=values,
+        trial=trial.trial_id,
+        values=trial.config["values"],
         status=cast(Any, status),
         reason=reason,
         metrics=metrics,
