@@ -284,7 +284,10 @@ def encoder_state(model: nn.Module) -> tuple[Encoder, StateDict]:
 def first_conv(encoder: Encoder) -> str:
     """Give the name, in a model that has the encoder, of the layer that reads pixels."""
     assert isinstance(encoder, nn.Module)
-    return next(name for name, part in encoder.named_modules(prefix="encoder") if isinstance(part, nn.Conv2d))
+    for name, module in encoder.named_modules(prefix="encoder"):
+        if isinstance(module, nn.Conv2d):
+            return name
+    raise AssertionError("an encoder reads pixels by a convolution")
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
