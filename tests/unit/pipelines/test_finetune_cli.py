@@ -167,7 +167,7 @@ def test_the_file_says_the_encoder_and_the_recipe_the_rest(tmp_path, monkeypatch
     for name, encoder in (("swin", tiny_swin()), ("vit", tiny_vit())):
         save_encoder(tmp_path / f"{name}.safetensors", encoder, preprocessing)
         pretrained, arguments = _taken("demo_finetune", pretrained=tmp_path / f"{name}.safetensors")
-        expected = replace(encoder.config, drop_path=0.0)
+        expected = replace(encoder.config, drop_path=0.0, image_size=arguments.config.augment.image_size)
         assert arguments.config.sized_encoder() == expected
         assert arguments.config.pixel_mean == (0.1, 0.2, 0.3)
         assert pretrained.weights.metadata.encoder == encoder.config
@@ -244,7 +244,7 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, shards, monk
     torch.manual_seed(0)
     model = job.build_model()
     torch.nn.init.normal_(model.head.weight)
-    batches = eval_batches(source, 96, batch_size=5)
+    batches = eval_batches(source, config.augment.image_size, batch_size=5)
     logits, labels = predict_logits(model, batches, mean=config.pixel_mean, std=config.pixel_std)
     expected = top_k_accuracy(logits, labels, ks=(1, 5))
     whole = job.evaluate(model, rank=0, num_workers=1)
