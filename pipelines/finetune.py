@@ -204,6 +204,7 @@ class FinetuneJob:
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """(4,) float64: images, sum of the cross entropy, images with the class first, and among the first five."""
     ranks = label_ranks(logits, labels)
+    ranks[logits.isnan().any(dim=1)] = logits.shape[1]  # a model that has diverged is never right
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
     return torch.stack([torch.tensor(float(len(labels))).double(), loss, (ranks < 1).sum(), (ranks < 5).sum()])
 

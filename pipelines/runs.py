@@ -140,6 +140,12 @@ def run_folder(arguments: RunArguments, recipe: str) -> RunFolder:
     return RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
 
 
+def run_around(path: Path) -> Path | None:
+    """The folder of the run that a path is, or is in; None if there is none."""
+    path = path.resolve()
+    return next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
+
+
 def weights_of(path: Path) -> Path:
     """What to load when a user names a run's folder: its best weights, else its last checkpoint; other paths stay.
 

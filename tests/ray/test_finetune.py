@@ -166,6 +166,7 @@ def test_a_guess_costs_the_logarithm_of_the_classes(finished):
     assert float(first.split("loss ")[1].split(" ")[0]) == pytest.approx(math.log(20), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_equals_uninterrupted(finished):
     """Ctrl-C in the middle, then the same command: the same weights and average, bit for bit, and the same best."""
     output = finished.output.parent / "interrupted"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmae.convert import Preprocessing, save_encoder
+from mixmae.convert import Preprocessing, save_encoder, to_official
 from mixmae.encoders.build import build_encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
@@ -23,7 +23,7 @@ from pipelines import evaluate, finetune, predict, runs
 from pipelines.finetune import Arguments, FinetuneJob, take_pretrained
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from pipelines.recipes.config import to_json
-from tests.factories import tiny_swin, tiny_vit
+from tests.factories import tiny_mixmae, tiny_swin, tiny_vit
 
 
 @pytest.fixture
@@ -172,6 +172,13 @@ def test_the_file_says_the_encoder_and_the_recipe_the_rest(tmp_path, monkeypatch
         assert arguments.config.pixel_mean == (0.1, 0.2, 0.3)
         assert pretrained.weights.metadata.encoder == encoder.config
         assert "note: the encoder is the one of" in capsys.readouterr().out
+    torch.save({"model": to_official(tiny_mixmae(image_size=64).state_dict())}, tmp_path / "official.pth")
+    pretrained, arguments = _taken("demo_finetune", pretrained=tmp_path / "official.pth")
+    assert arguments.config.encoder.embed_dim == 16
+    finetune.keep_initial(pretrained, arguments.config, tmp_path / "run")
+    model = _job(arguments.config, tmp_path / "run", pretrained=True).build_model()
+    theirs = pretrained.weights.state["encoder.stages.1.blocks.0.mlp.fc1.weight"]
+    assert torch.equal(model.encoder.stages[1].blocks[0].mlp.fc1.weight, theirs)
     # What the command line says of the encoder, and of pixels, stays.
     own = SwinConfig(image_size=96, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_sizes=(3,) * 4)
     fields = {"encoder": own, "pixel_mean": (0.5, 0.5, 0.5)}
@@ -260,6 +267,23 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, shards, monk
     count, loss, top1, top5 = torch.stack(parts).sum(dim=0).tolist()
     assert count == 12
     assert {"val/loss": loss / 12, "val/top1": top1 / 12, "val/top5": top5 / 12} == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_model_that_has_diverged_is_never_right(tmp_path, shards):
+    """No logit is above a NaN: without care all images would count as right, and these weights be kept as the best."""
+    from mixmae.data.sources import open_source
+
+    job = _job(
+        FINETUNE_RECIPES["demo_finetune"](),
+        tmp_path,
+        pretrained=False,
+        validation=open_source(shards("set", LABELS[:8])),
+        num_classes=4,
+    )
+    model = job.build_model()
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    metrics = job.evaluate(model, rank=0, num_workers=1)
+    assert (metrics["val/top1"], metrics["val/top5"]) == (0, 0)
 
 
 class TestEvaluateAndPredict:
