@@ -18,7 +18,7 @@ from pipelines.recipes.demo import demo
 def demo_finetune() -> FinetuneConfig:
     """Classify images with the demo's very small Swin: minutes on two CPU cores.
 
-    Neither mixed nor strongly distorted images: they pay in hundreds of epochs, not in ten.
+    Neither mixed nor strongly distorted images: they pay in hundreds of epochs, not in eight.
 
     Command:  make finetune, or python pipelines/finetune.py demo_finetune --pretrained runs/demo
     """
@@ -28,8 +28,8 @@ def demo_finetune() -> FinetuneConfig:
         encoder=pretraining.encoder,
         augment=FinetuneAugmentConfig(image_size=size, crop_scale=(0.5, 1.0), num_operations=0, erasing=0.0),
         mixup=MixupConfig(mixup=0.0, cutmix=0.0),
-        optim=OptimConfig(base_lr=0.016, layer_decay=0.8, betas=(0.9, 0.999)),
-        loop=LoopConfig(epochs=10, warmup_epochs=1, batch_size=32, log_every_steps=50),
+        optim=OptimConfig(base_lr=0.024, layer_decay=0.8, betas=(0.9, 0.999)),
+        loop=LoopConfig(epochs=8, warmup_epochs=1, batch_size=16, log_every_steps=100),
     )
 
 
