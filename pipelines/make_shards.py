@@ -60,7 +60,7 @@ from mixmae.data.sources import (
     open_source,
     read_rows,
 )
-from mixmae.data.storage import plain_place
+from mixmae.data.storage import plain_place, writable_folder
 from mixmae.data.summary import Summary
 
 SHAPES = "shapes"
@@ -155,7 +155,9 @@ def make_shards(
         raise DataError(f"shard_mb is {shard_mb}: give the aim for a shard's size in megabytes, such as 128")
     if resize_longer_side is not None and resize_longer_side < 1:
         raise DataError(f"resize_longer_side is {resize_longer_side}: give a length in pixels, such as 512")
-    folder = Path(output).expanduser().resolve()
+    if workers < 0:
+        raise DataError(f"workers is {workers}: give how many shards are written at once, or 0 for one a core")
+    folder = writable_folder(output)
     if str(source) == SHAPES:
         work = _plan_shapes(seed)
     else:
@@ -332,7 +334,12 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
         count = min(max(round(len(rows) / 100), 8), 1000, len(rows) // 4)
         chosen = np.zeros(source.num_rows, dtype=bool)
         chosen[rows[permutation(len(rows), Draw.HOLDOUT, seed)[:count]]] = True
-        orders["validation"] = source, rows[chosen[rows]]
+        held = rows[chosen[rows]]
+        if isinstance(source, JoinedSource):  # no copy of a held-out image is for training, and it is held out once
+            stored = source.stored_rows
+            chosen = np.isin(stored, stored[held])
+            held = held[np.sort(np.unique(stored[held], return_index=True)[1])]
+        orders["validation"] = source, held
         orders["train"] = source, rows[~chosen[rows]]
 
     jobs = []
@@ -441,14 +448,7 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _prepare_output(folder: Path, work: _Work, overwrite: bool) -> None:
-    """Make the folder, keep the shards of an interrupted run over the same source, refuse anything else."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another output folder") from error
+    """Keep the shards of an interrupted run over the same source, clear away other shards if told, refuse all else."""
     ours = [path for path in folder.iterdir() if path.suffix == ".parquet" or path.name == MANIFEST_NAME]
     ours += [path for path in folder.glob(f"*{INDEX_SUFFIX}") if path not in ours]
     if any(str(path) in work.files for path in ours):
@@ -482,7 +482,7 @@ def _result(folder: Path, manifest: dict[str, Any], *, made: bool) -> MadeShards
 
 def main(
     source: Annotated[str, tyro.conf.Positional],
-    output: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[str, tyro.conf.Positional],
     shard_mb: float = 128.0,
     resize_longer_side: int | None = None,
     tiles: bool | None = None,
