@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,12 @@ def tag_run(uri: str, run_id: str, key: str, value: str) -> bool:
 def log_file(run: RunRef, path: Path) -> None:
     """Keep a file among the run's artifacts."""
     _client(run.uri).log_artifact(run.run_id, str(path))
+
+
+def log_table(run: RunRef, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Keep rows of the same columns as a table that MLflow's page shows."""
+    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    _client(run.uri).log_table(run.run_id, columns, f"{name}.json")
 
 
 def metric_history(run: RunRef, key: str) -> list[tuple[int, float]]:

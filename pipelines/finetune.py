@@ -94,8 +94,9 @@ class FinetuneJob:
     validation: Source
     num_classes: int
     folder: Path
-    """Of the run: the workers find the initial weights here and keep the best ones."""
-    pretrained: bool
+    """Of the run: the workers keep the best weights here."""
+    initial: Path | None
+    """The encoder to start from, as keep_initial wrote it; None: from scratch."""
     run: RunRef
     facts: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint says beside the position: data, versions, names of the classes."""
@@ -124,8 +125,8 @@ class FinetuneJob:
 
     def build_model(self) -> nn.Module:
         model = ImageClassifier(build_encoder(self.config.sized_encoder()), self.num_classes)
-        if self.pretrained:
-            initial = safetensors.torch.load_file(self.folder / INITIAL_FILE)
+        if self.initial is not None:
+            initial = safetensors.torch.load_file(self.initial)
             model.load_state_dict(model.state_dict() | initial)
         return model
 
@@ -249,7 +250,7 @@ def finetune(arguments: Arguments, recipe: str) -> int:
         validation=validation,
         num_classes=len(classes),
         folder=run.folder.path,
-        pretrained=pretrained is not None,
+        initial=run.folder.path / INITIAL_FILE if pretrained else None,
         run=ref,
         facts=run.facts,
     )

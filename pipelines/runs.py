@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -203,10 +203,15 @@ class Run:
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
     def track(
-        self, length: RunLength, *, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
+        self,
+        length: RunLength,
+        *,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent_run_id: str | None = None,
     ) -> RunRef:
         """The MLflow run to log to: the interrupted run's own, or a new one with all that is known before training."""
-        ref = self._reopen()
+        ref = self.reopen()
         if ref is None:
             ref = create_run(
                 uri=self.uri,
@@ -219,17 +224,24 @@ class Run:
                     **{f"version.{name}": number for name, number in versions().items()},
                 },
                 dataset=self.content["data"],
+                parent_run_id=parent_run_id,
             )
         self.content |= {"status": "running", "mlflow": vars(ref)}
         self.folder.write(self.content)
         return ref
 
     def train(
-        self, job: TrainingJob, ref: RunRef, final_metrics: Callable[[TrainState], Mapping[str, float]] = lambda _: {}
+        self,
+        job: TrainingJob,
+        ref: RunRef,
+        final_metrics: Callable[[TrainState], Mapping[str, float]] = lambda _: {},
+        callbacks: Sequence[Any] = (),
     ) -> tuple[TrainState, str] | None:
         """Train to the end and close the books.
 
-        Args: final_metrics: what MLflow shows of a finished run in one number each.
+        Args:
+            final_metrics: what MLflow shows of a finished run in one number each.
+            callbacks: of Ray Train.
         Returns: the final state and its checkpoint, or None after Ctrl-C.
         Raises: TrainingStopped, WorkersFailed.
         """
@@ -246,6 +258,7 @@ class Run:
                     max_failures=arguments.max_failures,
                     checkpoints_to_keep=arguments.checkpoints_to_keep,
                     on_message=lambda message: receive(message, folder, view),
+                    callbacks=callbacks,
                 )
             status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, dict(final_metrics(state))
         except KeyboardInterrupt:
@@ -282,7 +295,8 @@ class Run:
         if broken := self.folder.broken():
             print(f"{len(broken)} images could not be decoded and were replaced by others: {self.folder.ledger}")
 
-    def _reopen(self) -> RunRef | None:
+    def reopen(self) -> RunRef | None:
+        """The MLflow run of the interrupted run, set running again; None if there is none."""
         if self.before is None or "mlflow" not in self.before:
             return None
         ref = RunRef(**self.before["mlflow"])
@@ -353,6 +367,8 @@ def refuse_changes(before: dict[str, Any] | None, now: dict[str, Any], path: Pat
         changed.append(f"pretrained was {was} and is {is_now if was != is_now else 'another file there'}")
     if "classes" in before and "classes" in now and before["classes"] != now["classes"]:
         changed.append(f"the head has {len(before['classes'])} classes and the data {len(now['classes'])} or others")
+    if before.get("space") != now.get("space"):
+        changed.append("the search space is another one" if before.get("space") and now.get("space") else "only one of the two is a sweep")
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
@@ -436,15 +452,19 @@ def run_command(
     recipes: Mapping[str, Callable[[], Any]],
     arguments_type: type[ArgumentsT],
     action: Callable[[ArgumentsT, str], int],
+    kind: str = "recipe",
 ) -> int:
-    """The command line of a pipeline that takes a recipe: parse, run, and turn what users get wrong into a sentence."""
+    """The command line of a pipeline that takes a recipe: parse, run, and turn what users get wrong into a sentence.
+
+    Args: kind: the word for what it takes, if not a recipe.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    usage = f"usage: python pipelines/{program} RECIPE [options]\n\nrecipes:\n{list_recipes(recipes)}\n"
+    usage = f"usage: python pipelines/{program} {kind.upper()} [options]\n\n{kind}s:\n{list_recipes(recipes)}\n"
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{about}\n{usage}\nRECIPE --help lists the options and fields.")
+        print(f"{about}\n{usage}\n{kind.upper()} --help lists the options and fields.")
         return 0 if argv else 2
     try:
-        recipe = find_recipe(argv[0], recipes)
+        recipe = find_recipe(argv[0], recipes, kind)
         arguments = tyro.cli(
             arguments_type,
             args=argv[1:],

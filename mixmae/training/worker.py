@@ -93,12 +93,15 @@ class TrainingJob(Protocol):
         """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
 
 
-def connect(address: str | None, *, num_workers: int) -> None:
+def connect(
+    address: str | None, *, num_workers: int, slots: Mapping[str, float] | None = None, dashboard: bool = False
+) -> None:
     """Join a Ray cluster, or start one on this machine that ends with this process.
 
     Args:
         address: of a cluster; None takes RAY_ADDRESS, which `ray job submit` sets, else starts a local one.
         num_workers: a local cluster gets logical CPUs for these beside one a core for decoding.
+        slots, dashboard: a local cluster's own kinds of resources, and whether it has a dashboard.
     """
     if ray.is_initialized():
         return
@@ -109,7 +112,8 @@ def connect(address: str | None, *, num_workers: int) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
-        ray.init(num_cpus=(os.cpu_count() or 1) + num_workers, include_dashboard=False, **quiet)
+        num_cpus = (os.cpu_count() or 1) + num_workers
+        ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
         return
     try:
         ray.init(address=address, **quiet)
@@ -157,6 +161,7 @@ def fit(
     max_failures: int,
     checkpoints_to_keep: int | None,
     on_message: Callable[[Message], None],
+    callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> tuple[TrainState, str]:
     """Train to the end on a worker group, restarting it from the last checkpoint when a worker dies.
 
@@ -164,6 +169,7 @@ def fit(
         folder, name: checkpoints go to folder/name/; the same pair again continues from the last one there.
         max_failures: restarts of the worker group before giving up.
         on_message: called in this process, from another thread, with what rank 0 says.
+        callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
     Returns: the final state and the path of the last checkpoint.
     Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; WorkersFailed.
     """
@@ -189,6 +195,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints_to_keep),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     with _reading(mailbox, on_message):
@@ -354,7 +361,7 @@ class _WorkerEvents:
             save_checkpoint(local, model=self._model, optimizer=self._optimizer, average=self._average, state=described)
             # Ray copies the folder to the run's storage and only then lists it as the latest checkpoint.
             ray.train.report(
-                {"step": state.step},
+                {**state.metrics, "step": state.step},
                 checkpoint=ray.train.Checkpoint.from_directory(local),
                 checkpoint_dir_name=name,
             )

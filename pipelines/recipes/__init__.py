@@ -81,13 +81,13 @@ PRETRAIN_RECIPES: dict[str, Recipe] = {
 RecipeT = TypeVar("RecipeT", bound=Callable[[], Any])
 
 
-def find_recipe(name: str, recipes: Mapping[str, RecipeT]) -> RecipeT:
+def find_recipe(name: str, recipes: Mapping[str, RecipeT], kind: str = "recipe") -> RecipeT:
     """The recipe of this name in a table.   Raises: ValueError that offers the nearest names."""
     if name in recipes:
         return recipes[name]
     near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
     remedy = f"did you mean {', '.join(near)}?" if near else "the command without arguments lists them."
-    raise ValueError(f"There is no recipe {name!r}: {remedy}")
+    raise ValueError(f"There is no {kind} {name!r}: {remedy}")
 
 
 def list_recipes(recipes: Mapping[str, Callable[[], Any]]) -> str:

@@ -1,0 +1,488 @@
+"""Try many settings of a finetuning and say which is best.
+
+Ray Tune chooses the trials, each of which is a finetuning run of its own on Ray Train; MLflow keeps one parent run a
+sweep and a child run a trial.
+
+    python pipelines/sweep.py SPACE [--pretrained PATH] [--data PATH] [--output FOLDER] [--workers-per-trial N]
+        [--max-concurrent N] [--trials N] [--hours H] [any field of the space's recipe]
+
+The same command again continues a sweep that was interrupted: no finished trial runs again, one that was under way
+continues from its checkpoint, and one whose workers failed is tried once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import ray
+import tyro
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from mixmae.data.sources import Source
+from mixmae.tracking import RunRef, create_run, finish_run, log_file, log_table, metric_history
+from mixmae.training.checkpoint import read_state
+from mixmae.training.loop import TrainingStopped
+from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
+from pipelines import finetune
+from pipelines.finetune import (
+    HELDOUT_IMAGES,
+    INITIAL_FILE,
+    FinetuneJob,
+    keep_initial,
+    results,
+    take_classes,
+    take_pretrained,
+)
+from pipelines.recipes import FINETUNE_RECIPES
+from pipelines.recipes.config import FinetuneConfig, to_json
+from pipelines.runs import Run, RunFolder, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.sweep_results import TrialResult, draw_curves, draw_heat_map, label, print_table, rank, rows_of, write_csv
+from tune_spaces import SPACES
+from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
+
+SLOT = "trial_slot"
+"""The cluster's resource that says how many trials may run at once. (Tune's own limit is forgotten by a restore.)"""
+TRIAL_CPUS = 0.5
+"""What a trial's own process asks for; its workers ask for themselves."""
+TUNE_FOLDER = "tune"
+"""Tune's own files, in the sweep's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(finetune.Arguments):
+    """The command line: where to read, where to write, how much at once, for how long."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    """The fields of the space's recipe; any of them that does not vary can be changed."""
+    workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
+    """Training processes of each trial: one a GPU, or some on CPU."""
+    max_concurrent: int = 1
+    """Trials at once."""
+    trials: int | None = None
+    """How many trials a space that draws them has. Default: what the space says."""
+    hours: float | None = None
+    """After these, counted from this start, trials end where they are. Default: what the space says."""
+    experiment: str = "mixmae-sweep"
+    """MLflow experiment."""
+    max_failures: int = 3
+    """Restarts of a trial from its last checkpoint, after a worker died, before it counts as failed."""
+    checkpoints_to_keep: int = 1
+    """Newest checkpoints that each trial keeps, beside its best weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All that the trials share; travels to each of them by pickle."""
+
+    arguments: Arguments
+    space: Space
+    source: Source
+    validation: Source
+    classes: list[str]
+    folder: Path
+    pretrained: dict[str, Any] | None
+    run: RunRef
+    """The parent."""
+    use_gpu: bool
+
+
+def sweep(arguments: Arguments, name: str) -> int:
+    """Run or continue a sweep.   Returns: the process's exit status."""
+    space = choose_space(arguments, name)
+    # The folder has the sweep's name, not the recipe's.
+    arguments = replace(arguments, output=run_folder(arguments, f"sweep_{name}").path)
+    pretrained, with_encoder = take_pretrained(arguments, space.recipe)
+    arguments = cast(Arguments, with_encoder)
+    space.check(arguments.config)
+    run = begin(arguments, name, {"pretrained": pretrained and pretrained.to_json(), "space": space.to_json()})
+    if run is None:
+        return 0
+    folder = run.folder.path
+    source, validation = open_data(arguments.data, folder.parent / "data", HELDOUT_IMAGES)
+    classes = take_classes(source, validation)
+    run.content["classes"] = classes
+    run.settle_data(source)
+    if pretrained is None:
+        print("note: no --pretrained weights: every trial trains from scratch")
+    elif pretrained.weights is not None:
+        keep_initial(pretrained, arguments.config, folder)
+    use_gpu, slots = claim_cluster(arguments, stops_trials=space.scheduler is not None or space.hours is not None)
+    shared = Sweep(
+        arguments=arguments,
+        space=space,
+        source=source,
+        validation=validation,
+        classes=classes,
+        folder=folder,
+        pretrained=pretrained and pretrained.to_json(),
+        run=open_parent(run, space),
+        use_gpu=use_gpu,
+    )
+    length = length_of(arguments.config, source)
+    print(
+        f"{'Continuing' if run.is_continued else 'Sweeping'} {name}: {space.num_trials} trials of {space.recipe} on "
+        f"{source.name} ({source.num_rows} images), {length.total_steps} steps each unless it varies, "
+        f"{arguments.max_concurrent} at once\noutput {folder}\nMLflow {run.uri}",
+        flush=True,
+    )
+    start = time.monotonic()
+    try:
+        grid = make_tuner(shared, slots).fit()
+    except KeyboardInterrupt:
+        close_children(shared)
+        finish_run(shared.run, status="KILLED")
+        print("\nInterrupted. The same command continues.", flush=True)
+        return 130
+    return conclude(run, shared, grid, start)
+
+
+def choose_space(arguments: Arguments, name: str) -> Space:
+    """The space with the budget of the command line.   Raises: ValueError for what cannot be swept like this."""
+    space = SPACES[name]
+    if arguments.trials is not None:
+        space = replace(space, trials=arguments.trials)
+    if arguments.hours is not None:
+        space = replace(space, hours=arguments.hours)
+    if arguments.max_concurrent < 1:
+        raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
+    usual = base_config(space)
+    space.check(usual)
+    for field in space.vary:
+        if get_field(arguments.config, field) != get_field(usual, field):
+            raise ValueError(f"{field} varies in the space {name}: leave its flag out, or take another space.")
+    if space.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ValueError(f"the space {name} is searched by Optuna, which is not installed: pip install 'mixmae[sweep]'")
+    arguments.config.micro_batch(arguments.workers)
+    return space
+
+
+def base_config(space: Space) -> FinetuneConfig:
+    """The config that all trials start from."""
+    if space.recipe not in FINETUNE_RECIPES:
+        raise ValueError(f"there is no finetuning recipe {space.recipe!r}: known are {', '.join(FINETUNE_RECIPES)}")
+    return set_fields(FINETUNE_RECIPES[space.recipe](), space.change)
+
+
+def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, float]:
+    """Join or start Ray and see that it can hold the trials.
+
+    Args: stops_trials: a trial may be ended from outside; Ray frees its workers only where it has a dashboard.
+    Returns: whether workers use a GPU each, and how many slots a trial takes.
+    Raises: ClusterError.
+    """
+    at_once, workers = arguments.max_concurrent, arguments.workers
+    connect(
+        arguments.ray_address, num_workers=at_once * (workers + 1), slots={SLOT: at_once}, dashboard=stops_trials
+    )
+    slots = int(ray.cluster_resources().get(SLOT, 0))
+    if slots < at_once:
+        raise ClusterError(
+            f"The cluster has {slots} of the resource {SLOT}, which limits how many trials run at once, and "
+            f"--max-concurrent is {at_once}: start its head with `ray start --head --resources "
+            f"'{{\"{SLOT}\": {at_once}}}'`."
+        )
+    use_gpu = choose_device(arguments.device)
+    require_resources(num_workers=at_once * workers, use_gpu=use_gpu)
+    return use_gpu, slots // at_once
+
+
+def open_parent(run: Run, space: Space) -> RunRef:
+    """The sweep's MLflow run. It has none of the trials' numbers among its parameters: it is no point of their plots."""
+    arguments = run.arguments
+    ref = run.reopen() or create_run(
+        uri=run.uri,
+        experiment=arguments.experiment,
+        name=arguments.run_name or run.folder.path.name,
+        params={"space": run.recipe, **space.to_json()},
+        tags={
+            "stage": "sweep",
+            "output": str(run.folder.path),
+            **{f"version.{name}": number for name, number in versions().items()},
+        },
+        dataset=run.content["data"],
+    )
+    run.content |= {"status": "running", "mlflow": vars(ref)}
+    run.folder.write(run.content)
+    return ref
+
+
+def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
+    """Tune's run over the trials: the one that was interrupted, or a new one."""
+    # Tune's own handler of Ctrl-C would wait for trials and call the rest finished.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges at once has no metric
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
+    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots}
+    )
+    place = shared.folder / TUNE_FOLDER
+    if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
+        return tune.Tuner.restore(str(place), trainable, resume_unfinished=True, resume_errored=True)
+    space, arguments = shared.space, shared.arguments
+    if space.search == "optuna":
+        values: Any = {name: _tune_domain(dimension) for name, dimension in space.vary.items()}
+    else:
+        values = tune.grid_search(space.points(arguments.config.loop.seed))
+    scheduler = None
+    if space.scheduler is not None:
+        scheduler = AsyncHyperBandScheduler(
+            time_attr="epoch",
+            # Just below the end: no trial is stopped while it closes its books.
+            max_t=0.999 * arguments.config.loop.epochs,
+            stop_last_trials=False,
+            grace_period=space.scheduler.grace_epochs,
+            reduction_factor=space.scheduler.reduction,
+        )
+    return tune.Tuner(
+        trainable,
+        param_space={"values": values},
+        tune_config=tune.TuneConfig(
+            metric=space.metric,
+            mode=space.mode,
+            num_samples=space.num_trials if space.search == "optuna" else 1,
+            search_alg=_optuna(shared) if space.search == "optuna" else None,
+            scheduler=scheduler,
+            time_budget_s=None if space.hours is None else space.hours * 3600,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(shared.folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=arguments.max_failures),
+            callbacks=[ProgressLines(space.num_trials, shared.folder, space.metric)],
+        ),
+    )
+
+
+def _tune_domain(dimension: Choice | Uniform) -> Any:
+    if isinstance(dimension, Choice):
+        return tune.choice(list(dimension.values))
+    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
+
+
+def _optuna(shared: Sweep) -> Searcher:
+    from ray.tune.search.optuna import OptunaSearch
+
+    space = shared.space
+    search = OptunaSearch(metric=space.metric, mode=space.mode, seed=shared.arguments.config.loop.seed)
+    return ConcurrencyLimiter(search, max_concurrent=shared.arguments.max_concurrent)
+
+
+class ProgressLines(tune.Callback):
+    """A line on the terminal for what happens to a trial."""
+
+    def __init__(self, total: int, folder: Path, metric: str) -> None:
+        self._total, self._folder, self._metric = total, folder, metric
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, "starts")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if self._metric in result and "epoch" in result:
+            self._say(trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
+        ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
+        count = sum(other.is_finished() or other is trial for other in trials)
+        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, "its workers failed; it goes on from its last checkpoint while --max-failures allow")
+
+    def _say(self, trial: Any, what: str) -> None:
+        print(f"trial {trial.trial_id} ({label(trial.config['values'])}) {what}", flush=True)
+
+
+def trial_folder(folder: Path, trial_id: str) -> Path:
+    """A trial's run folder; the id stays the same when a sweep is continued."""
+    return folder / "trials" / trial_id
+
+
+def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
+    """One finetuning run, in a process of Tune's: what `finetune` does, with what the driver has prepared.
+
+    Raises: WorkersFailed, after which Tune tries again, from the last checkpoint.
+    """
+    trial_id, values = tune.get_context().get_trial_id(), config["values"]
+    arguments = replace(
+        shared.arguments,
+        config=set_fields(shared.arguments.config, values),
+        output=trial_folder(shared.folder, trial_id),
+        mlflow_uri=shared.run.uri,
+        run_name=label(values),
+        max_failures=0,  # Tune starts the trial again, should this process die or its workers
+    )
+    before = RunFolder(trial_folder(shared.folder, trial_id)).read() or {}
+    if before.get("status") in ("finished", "stopped"):  # Tune had not heard of it
+        tune.report(before.get("metrics", {}))
+        return
+    run = begin(arguments, shared.space.recipe, {"pretrained": shared.pretrained, "trial": values})
+    assert run is not None
+    run.content["classes"] = run.facts["classes"] = shared.classes
+    run.use_gpu = shared.use_gpu
+    run.settle_data(shared.source)
+    length = length_of(arguments.config, shared.source)
+    ref = run.track(
+        length,
+        params={"classes": len(shared.classes)},
+        tags={
+            "stage": "finetune",
+            "trial": trial_id,
+            "pretrained": str(shared.pretrained["path"]) if shared.pretrained else "none",
+        },
+        parent_run_id=shared.run.run_id,
+    )
+    job = FinetuneJob(
+        config=arguments.config,
+        source=shared.source,
+        validation=shared.validation,
+        num_classes=len(shared.classes),
+        folder=run.folder.path,
+        initial=shared.folder / INITIAL_FILE if shared.pretrained else None,
+        run=ref,
+        facts=run.facts,
+    )
+    try:
+        run.train(job, ref, lambda state: results(state, run), [TuneReportCallback()])
+    except TrainingStopped as stop:  # a result, not a failure: another start would not help
+        run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
+
+
+def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> int:
+    """Close the books: rank the trials, keep tables and pictures, say what is best."""
+    space, folder, parent = shared.space, shared.folder, shared.run
+    metric = space.metric.replace("val/", "final/")
+    ended = rank([result_of(shared, trial) for trial in grid], metric, space.mode)
+    failed = [result for result in ended if result.status == "failed"]
+    rows = rows_of(ended)
+    write_csv(rows, folder / "results.csv")
+    draw_curves(ended, {result.trial: curve(shared, result) for result in ended}, space.metric, folder / "curves.png")
+    files = [folder / "results.csv", folder / "curves.png"]
+    if space.search == "grid" and len(space.vary) == 2:
+        draw_heat_map(ended, metric, folder / "heat_map.png")
+        files.append(folder / "heat_map.png")
+    winner = ended[0] if ended[0].status == "finished" else None
+    tags, numbers = {}, {}
+    if winner is not None:
+        config = set_fields(shared.arguments.config, dict(winner.values))
+        (folder / "best_config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+        files.append(folder / "best_config.json")
+        numbers = dict(winner.metrics)
+        tags = {"best.trial": winner.trial, "best.run_id": winner.run_id}
+        tags |= {f"best.{name.rpartition('.')[2]}": str(value) for name, value in winner.values.items()}
+        link = folder / "best"  # makes the sweep's folder one that evaluate.py, predict.py and export.py take
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("trials", winner.trial, "best"), target_is_directory=True)
+    for file in files:
+        log_file(parent, file)
+    log_table(parent, rows, "results")
+    complete = winner is not None and not failed
+    finish_run(parent, status="FINISHED" if complete else "FAILED", tags=tags, metrics=numbers)
+    print_table(ended)
+    print(f"{len(ended)} trials in {elapsed_since(start)}")
+    if winner is not None:
+        print(f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}")
+    print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
+    if failed:
+        print(f"{len(failed)} trials failed. The same command tries them again.")
+    if not complete:
+        return 1
+    assert winner is not None
+    run.folder.write(run.content | {"status": "finished", "checkpoint": str(folder / "best"), "metrics": numbers})
+    return 0
+
+
+def result_of(shared: Sweep, trial: Any) -> TrialResult:
+    """How a trial ended, from Tune and from what it left in its folder; a halted one's MLflow run is ended."""
+    trial_id, values = Path(trial.path).name, trial.config["values"]
+    place = RunFolder(trial_folder(shared.folder, trial_id))
+    content = place.read() or {}
+    ref = RunRef(**content["mlflow"]) if "mlflow" in content else None
+    status, reason, metrics = content.get("status"), "", content.get("metrics", {})
+    if status == "stopped":
+        reason = content["reason"]
+    elif status != "finished" and trial.error is not None:
+        status, reason = "failed", (str(trial.error).strip().splitlines() or ["?"])[-1]
+    elif status != "finished":
+        status, reason = ("halted", f"after epoch {(trial.metrics or {}).get('epoch', 0):.2f}") if ref else ("not run", "")
+    if status == "halted":
+        metrics = {name.replace("val/", "final/"): value for name, value in (trial.metrics or {}).items()}
+    if status in ("halted", "stopped") and (place.best / "state.json").is_file():
+        best = read_state(place.best)["metrics"]
+        metrics = dict(metrics) | {name.replace("val/", "best/"): value for name, value in best.items()}
+    metrics = {name: float(value) for name, value in metrics.items() if name.startswith(("final/", "best/"))}
+    if ref is not None and status in ("halted", "stopped"):
+        with contextlib.suppress(Exception):  # the store's trouble must not hide the results
+            ended = "FINISHED" if status == "halted" else "FAILED"
+            finish_run(ref, status=ended, tags={status: reason}, metrics=metrics)
+    return TrialResult(
+        trial=trial_id,
+        values=values,
+        status=cast(Any, status),
+        reason=reason,
+        metrics=metrics,
+        run_id=ref.run_id if ref else "",
+    )
+
+
+def curve(shared: Sweep, result: TrialResult) -> list[tuple[int, float]]:
+    """The points of a trial's metric."""
+    if not result.run_id:
+        return []
+    return metric_history(replace(shared.run, run_id=result.run_id), shared.space.metric)
+
+
+def close_children(shared: Sweep) -> None:
+    """Say in MLflow that the trials under way are interrupted."""
+    for place in (shared.folder / "trials").glob("*/run.json"):
+        content = json.loads(place.read_text())
+        if content["status"] == "running":
+            with contextlib.suppress(Exception):
+                finish_run(RunRef(**content["mlflow"]), status="KILLED")
+
+
+def _base(name: str, space: Space) -> Callable[[], FinetuneConfig]:
+    """The space as the command line knows recipes: a function with a name and a docstring."""
+
+    def base() -> FinetuneConfig:
+        return base_config(space)
+
+    base.__name__, base.__doc__ = name, space.about
+    return base
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return run_command(
+        argv,
+        program="sweep.py",
+        about=__doc__,
+        recipes={name: _base(name, space) for name, space in SPACES.items()},
+        arguments_type=Arguments,
+        action=sweep,
+        kind="space",
+    )
+
+
+if __name__ == "__main__":
+    # Import ourselves by name, so that what travels to the workers is this module's and not __main__'s.
+    from pipelines.sweep import main as _main
+
+    sys.exit(_main())

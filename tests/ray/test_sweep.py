@@ -1,0 +1,174 @@
+"""A sweep end to end, killed without a word in its middle and started again: a real Ray, a real MLflow server."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixmae.convert import Preprocessing, save_encoder
+from mixmae.encoders.swin import SwinConfig, SwinEncoder
+from tests.ray.conftest import ROOT, environment
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+#: What pipelines/sweep.py runs, with a space of 2 x 2 beside the others.
+PROGRAM = """
+import sys
+from dataclasses import replace
+from tune_spaces import SPACES
+from tune_spaces.space import Choice
+from pipelines.sweep import main
+
+vary = {"optim.layer_decay": Choice((0.7, 0.8)), "encoder.drop_path": Choice((0.0, 0.1))}
+SPACES["tiny"] = replace(SPACES["demo"], vary=vary, change={})
+sys.exit(main(["tiny", *sys.argv[1:]]))
+"""
+ENCODER = SwinConfig(
+    image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
+)
+SHORT = [
+    *("--augment.image-size", "64", "--loop.batch-size", "8", "--loop.steps", "32", "--loop.log-every-steps", "4"),
+    *("--loop.max-broken-fraction", "0.2", "--optim.base-lr", "0.02"),
+]
+NUMBERS = (
+    *("layer_decay", "drop_path", "lr", "weight_decay", "epochs", "batch_size", "image_size", "seed"),
+    *("params_m", "gmacs"),
+)
+METRICS = [f"{group}/{name}" for group in ("final", "best") for name in ("top1", "top5", "loss")]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+
+
+@dataclass
+class Swept:
+    output: Path
+    server: str
+    arguments: list[str]
+    killed: str
+    """What the first start said before it was killed."""
+    text: str
+    """What the second one said."""
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.output / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
+    base = tmp_path_factory.mktemp("sweeps")
+    torch.manual_seed(3)
+    preprocessing = Preprocessing(image_size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    save_encoder(base / "encoder.safetensors", SwinEncoder(ENCODER), preprocessing)
+    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *SHORT]
+    arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
+    options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.STDOUT, "text": True}
+    killed = ""
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, **options) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            killed += line
+            if "finished (1 of 4" in killed and ") epoch" in line.split("finished (1 of 4")[-1] and "00001" in line:
+                break
+        first.send_signal(signal.SIGKILL)
+    assert "finished (1 of 4" in killed, killed
+    again = subprocess.run(command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
+    assert again.returncode == 0, killed + again.stdout
+    return Swept(base / "sweep", mlflow_server, arguments, killed, again.stdout)
+
+
+def children(swept: Swept) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=swept.server)
+    parent = swept.state["mlflow"]
+    return client.search_runs([parent["experiment_id"]], f"tags.mlflow.parentRunId = '{parent['run_id']}'")
+
+
+def test_every_trial_is_there_exactly_once(swept):
+    assert "Continuing tiny: 4 trials" in swept.text
+    assert "finished (4 of 4" in swept.text
+    first = next(line.split()[1] for line in swept.killed.splitlines() if "finished (1 of 4" in line)
+    assert f"trial {first}" not in swept.text
+    found = children(swept)
+    settings = sorted((float(run.data.params["layer_decay"]), float(run.data.params["drop_path"])) for run in found)
+    assert settings == [(0.7, 0.0), (0.7, 0.1), (0.8, 0.0), (0.8, 0.1)]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert len(list((swept.output / "trials").iterdir())) == 4
+
+
+def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=swept.server)
+    counts = []
+    for run in children(swept):
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+        assert sorted(set(steps)) == [1, *range(4, 33, 4)]
+        counts.append(steps.count(1))
+    assert counts == [1, 1, 1, 1]  # step 1 was logged once: none began anew
+
+
+def test_all_trials_have_the_same_numbers(swept):
+    """The parallel coordinates of MLflow's page show a run only if it has every chosen key, as a number."""
+    for run in children(swept):
+        for key in NUMBERS:
+            float(run.data.params[key])
+        assert set(METRICS) <= set(run.data.metrics)
+        assert run.data.tags["stage"] == "finetune"
+
+
+def test_the_parent_holds_what_came_of_it(swept):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=swept.server)
+    parent = client.get_run(swept.state["mlflow"]["run_id"])
+    assert parent.info.status == "FINISHED"
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"results.csv", "results.json", "heat_map.png", "curves.png", "best_config.json"} <= artifacts
+    best = client.get_run(parent.data.tags["best.run_id"])
+    assert parent.data.tags["best.layer_decay"] == best.data.params["layer_decay"]
+    assert parent.data.metrics["best/top1"] == best.data.metrics["best/top1"]
+    assert parent.data.metrics["final/top1"] == max(run.data.metrics["final/top1"] for run in children(swept))
+    assert "layer_decay" not in parent.data.params  # its metrics are not those of the recipe's value
+
+
+def test_the_table_ranks_the_trials(swept):
+    with (swept.output / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    values = [float(row["final/top1"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    config = json.loads((swept.output / "best_config.json").read_text())
+    assert config["optim"]["layer_decay"] == float(rows[0]["optim.layer_decay"])
+    assert config["encoder"]["drop_path"] == float(rows[0]["encoder.drop_path"])
+    assert (swept.output / "best").resolve() == (swept.output / "trials" / rows[0]["trial"] / "best").resolve()
+    assert (swept.output / "best" / "model.safetensors").is_file()
+
+
+def test_started_again_it_does_nothing(swept):
+    again = subprocess.run(command(*swept.arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "finished" in again.stdout
+    assert "trial" not in again.stdout.replace("trials", "")
+
+
+def test_another_space_or_start_in_the_same_output_is_refused(swept):
+    def refused(*arguments: str) -> str:
+        program = [sys.executable, str(ROOT / "pipelines" / "sweep.py"), "demo", "--loop.epochs", "15"]
+        program += ["--loop.warmup-epochs", "1", *swept.arguments, *arguments]
+        done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 1, done.stdout
+        return done.stderr
+
+    assert "the search space is another one" in refused()
