@@ -123,7 +123,7 @@ class ParquetSource:
         parts = []
         for path in self.files:
             try:
-                handle = _parquet_file(self.storage, path, threading.get_ident())
+                handle = _parquet_file(self.storage, path, self.storage.identity(path), threading.get_ident())
                 column = handle.read(columns=[self.label_column]).column(0)
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(self.storage, path, error) from error

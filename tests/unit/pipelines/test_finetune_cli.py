@@ -20,7 +20,7 @@ from mixmae.finetune.classification import ImageClassifier
 from mixmae.metrics import top_k_accuracy
 from mixmae.training.optim import parameter_groups
 from pipelines import evaluate, finetune, predict, runs
-from pipelines.finetune import Arguments, FinetuneJob, take_pretrained
+from pipelines.finetune import INITIAL_FILE, Arguments, FinetuneJob, take_pretrained
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from pipelines.recipes.config import to_json
 from tests.factories import tiny_mixmae, tiny_swin, tiny_vit
@@ -203,7 +203,8 @@ def test_weights_at_224_px_are_for_the_windows_of_384_px(tmp_path, monkeypatch, 
 
 def _job(config, folder: Path, *, pretrained: bool, **fields) -> FinetuneJob:
     usual = {"source": None, "validation": None, "num_classes": 20, "run": None}
-    return FinetuneJob(config=config, folder=folder, pretrained=pretrained, **{**usual, **fields})
+    initial = folder / INITIAL_FILE if pretrained else None
+    return FinetuneJob(config=config, folder=folder, initial=initial, **{**usual, **fields})
 
 
 @pytest.mark.parametrize("name", FINETUNE_RECIPES)
