@@ -17,7 +17,7 @@ import torch
 from mixmae.convert import load_encoder, read_weights
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.base import head_depth
-from mixmae.encoders.build import build_encoder
+from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.encoders.swin import SwinConfig
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.tracking import create_run, finish_run
@@ -71,8 +71,7 @@ def pretrained(tmp_path_factory, mlflow_server) -> Path:
     reference = create_run(uri=mlflow_server, experiment="pretraining", name="photos", params={}, tags={})
     finish_run(reference, status="FINISHED")
     config = to_json(PRETRAIN_RECIPES["demo"]())
-    config["encoder"] = {**to_json(PRETRAIN_RECIPES["demo"]())["encoder"], "type": "SwinConfig"}
-    config["encoder"] |= {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "window_sizes": [8, 8, 4, 2]}
+    config["encoder"] = config_to_json(ENCODER)
     config["augment"]["image_size"] = 64
     config["pixel_mean"] = [0.5, 0.5, 0.5]
     state = {"config": config, "position": {"step": 40}, "mlflow": vars(reference), "data": {}, "versions": {}}
