@@ -28,5 +28,5 @@ def demo() -> PretrainConfig:
         method=MixMAEConfig(num_images=2, decoder=DecoderConfig(dim=96, depth=2, num_heads=4)),
         augment=AugmentConfig(image_size=192, crop_scale=(0.5, 1.0)),
         optim=OptimConfig(base_lr=0.032),
-        loop=LoopConfig(epochs=10, warmup_epochs=1, steps=900, batch_size=16, log_every_steps=100),
+        loop=LoopConfig(epochs=10, warmup_epochs=1, steps=800, batch_size=16, log_every_steps=100),
     )
