@@ -382,7 +382,11 @@ def refuse_changes(before: dict[str, Any] | None, now: dict[str, Any], path: Pat
     if "classes" in before and "classes" in now and before["classes"] != now["classes"]:
         changed.append(f"the head has {len(before['classes'])} classes and the data {len(now['classes'])} or others")
     if before.get("space") != now.get("space"):
-        changed.append("the search space is another one" if before.get("space") and now.get("space") else "only one of the two is a sweep")
+        changed.append(
+            "the search space is another one"
+            if before.get("space") and now.get("space")
+            else "only one of the two is a sweep"
+        )
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(

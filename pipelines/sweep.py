@@ -48,7 +48,16 @@ from pipelines.finetune import (
 from pipelines.recipes import FINETUNE_RECIPES
 from pipelines.recipes.config import FinetuneConfig, to_json
 from pipelines.runs import Run, RunFolder, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
-from pipelines.sweep_results import TrialResult, draw_curves, draw_heat_map, label, print_table, rank, rows_of, write_csv
+from pipelines.sweep_results import (
+    TrialResult,
+    draw_curves,
+    draw_heat_map,
+    label,
+    print_table,
+    rank,
+    rows_of,
+    write_csv,
+)
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
 
@@ -126,7 +135,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         validation=validation,
         classes=classes,
         folder=folder,
-        pretrained=pretrained and pretrained.to_json(),
+        pretrained=run.content["pretrained"],
         run=open_parent(run, space),
         use_gpu=use_gpu,
     )
@@ -183,9 +192,7 @@ def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, fl
     Raises: ClusterError.
     """
     at_once, workers = arguments.max_concurrent, arguments.workers
-    connect(
-        arguments.ray_address, num_workers=at_once * (workers + 1), slots={SLOT: at_once}, dashboard=stops_trials
-    )
+    connect(arguments.ray_address, num_workers=at_once * (workers + 1), slots={SLOT: at_once}, dashboard=stops_trials)
     slots = int(ray.cluster_resources().get(SLOT, 0))
     if slots < at_once:
         raise ClusterError(
@@ -199,7 +206,7 @@ def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, fl
 
 
 def open_parent(run: Run, space: Space) -> RunRef:
-    """The sweep's MLflow run. It has none of the trials' numbers among its parameters: it is no point of their plots."""
+    """The sweep's MLflow run; without the trials' numbers among its parameters, as it is no point of their plots."""
     arguments = run.arguments
     ref = run.reopen() or create_run(
         uri=run.uri,
@@ -224,11 +231,9 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges at once has no metric
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old one keeps still when told to
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots}
-    )
+    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
     if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(place), trainable, resume_unfinished=True, resume_errored=True)
@@ -239,12 +244,13 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
         values = tune.grid_search(space.points(arguments.config.loop.seed))
     scheduler = None
     if space.scheduler is not None:
+        length = length_of(arguments.config, shared.source)
         scheduler = AsyncHyperBandScheduler(
             time_attr="epoch",
             # Just below the end: no trial is stopped while it closes its books.
-            max_t=0.999 * arguments.config.loop.epochs,
+            max_t=0.999 * length.total_steps / length.steps_per_epoch,  # type: ignore[arg-type]
             stop_last_trials=False,
-            grace_period=space.scheduler.grace_epochs,
+            grace_period=space.scheduler.grace_epochs,  # type: ignore[arg-type]
             reduction_factor=space.scheduler.reduction,
         )
     return tune.Tuner(
@@ -293,7 +299,9 @@ class ProgressLines(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "starts")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if self._metric in result and "epoch" in result:
             self._say(trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
 
@@ -363,13 +371,14 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         run.train(job, ref, lambda state: results(state, run), [TuneReportCallback()])
     except TrainingStopped as stop:  # a result, not a failure: another start would not help
         run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
+        tune.report({"stopped": True})  # Tune prints a line of its own for a trial that never reports
 
 
 def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> int:
     """Close the books: rank the trials, keep tables and pictures, say what is best."""
     space, folder, parent = shared.space, shared.folder, shared.run
     metric = space.metric.replace("val/", "final/")
-    ended = rank([result_of(shared, trial) for trial in grid], metric, space.mode)
+    ended = rank([result_of(shared, grid[number]) for number in range(len(grid))], metric, space.mode)
     failed = [result for result in ended if result.status == "failed"]
     rows = rows_of(ended)
     write_csv(rows, folder / "results.csv")
@@ -398,7 +407,9 @@ def conclude(run: Run, shared: Sweep, grid: tune.ResultGrid, start: float) -> in
     print_table(ended)
     print(f"{len(ended)} trials in {elapsed_since(start)}")
     if winner is not None:
-        print(f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}")
+        print(
+            f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}"
+        )
     print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
     if failed:
         print(f"{len(failed)} trials failed. The same command tries them again.")
@@ -421,7 +432,9 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
     elif status != "finished" and trial.error is not None:
         status, reason = "failed", (str(trial.error).strip().splitlines() or ["?"])[-1]
     elif status != "finished":
-        status, reason = ("halted", f"after epoch {(trial.metrics or {}).get('epoch', 0):.2f}") if ref else ("not run", "")
+        status, reason = (
+            ("halted", f"after epoch {(trial.metrics or {}).get('epoch', 0):.2f}") if ref else ("not run", "")
+        )
     if status == "halted":
         metrics = {name.replace("val/", "final/"): value for name, value in (trial.metrics or {}).items()}
     if status in ("halted", "stopped") and (place.best / "state.json").is_file():

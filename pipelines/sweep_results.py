@@ -85,7 +85,7 @@ def print_table(results: Sequence[TrialResult]) -> None:
         keys = ("final/top1", "final/top5", "final/loss", "best/top1")
         metrics = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         place = str(number) if result.status == "finished" else "-"
-        remark = "" if result.status == "finished" else f"{result.status}: {result.reason}"
+        remark = "" if result.status == "finished" else f"{result.status}: {result.reason.partition('. ')[0]}"
         table.add_row(place, *values, *metrics, result.trial, remark)
     console = Console()
     # A log file has no width of its own: do not fold there.

@@ -104,7 +104,9 @@ class Space:
     """Who may stop early; None: nobody."""
 
     def __post_init__(self) -> None:
-        if not self.vary or any(isinstance(dimension, Choice) and not dimension.values for dimension in self.vary.values()):
+        if not self.vary or any(
+            isinstance(dimension, Choice) and not dimension.values for dimension in self.vary.values()
+        ):
             raise ValueError("the space has no trial: give at least one field to vary, and each at least one value.")
         if self.search == "grid":
             if drawn := [name for name, dimension in self.vary.items() if isinstance(dimension, Uniform)]:
@@ -119,7 +121,7 @@ class Space:
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"the budget is {self.hours} hours: it must be above 0.")
         for name in (*self.vary, *self.change):
-            if name.startswith("encoder.") and name != "encoder.drop_path" or name.startswith("augment.image_size"):
+            if (name.startswith("encoder.") and name != "encoder.drop_path") or name.startswith("augment.image_size"):
                 raise ValueError(
                     f"{name} changes the shapes of the weights, which the trials share: make a sweep of its own for "
                     "each value, with the flag of that name."
@@ -174,7 +176,9 @@ def get_field(config: Any, name: str) -> Any:
     for part in name.split("."):
         if not is_dataclass(value) or part not in {item.name for item in fields(value)}:
             near = difflib.get_close_matches(name, field_names(config), n=3, cutoff=0.4)
-            remedy = f"did you mean {', '.join(near)}?" if near else "RECIPE --help of pipelines/finetune.py lists them."
+            remedy = (
+                f"did you mean {', '.join(near)}?" if near else "RECIPE --help of pipelines/finetune.py lists them."
+            )
             raise ValueError(f"{type(config).__name__} has no field {name}: {remedy}")
         value = getattr(value, part)
     return value

@@ -180,7 +180,7 @@ def fit(
     max_failures: int,
     checkpoints_to_keep: int | None,
     on_message: Callable[[Message], None],
-    callbacks: Sequence[ray.train.UserCallback] = (),
+    callbacks: Sequence[Any] = (),
 ) -> tuple[TrainState, str]:
     """Train to the end on a worker group, restarting it from the last checkpoint when a worker dies.
 
