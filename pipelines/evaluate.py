@@ -36,7 +36,7 @@ from mixmae.finetune.features import predict_logits
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
 from pipelines.console import fail
 from pipelines.finetune import HELDOUT_IMAGES
-from pipelines.runs import open_data, weights_of
+from pipelines.runs import open_data, run_around, weights_of
 
 SHOWN_CLASSES = 60
 """Classes whose names fit beside a picture of confusions."""
@@ -54,7 +54,7 @@ class Arguments:
     """Split to judge on. Default: the images that the run held out of this data, or for other data validation, else
     test, else all there is."""
     output: Path | None = None
-    """Folder for the tables and pictures. Default: evaluations/NAME, after the model."""
+    """Folder for the tables and pictures. Default: evaluations/NAME, after the run or the file."""
     batch_size: int = 64
     """Images that are looked at at once."""
     resize_share: float | None = None
@@ -120,7 +120,8 @@ def evaluate(arguments: Arguments) -> int:
         raise ValueError(f"--batch-size is {arguments.batch_size}: it must be at least 1.")
     classifier = load_classifier(arguments.model, device=arguments.device, resize_share=arguments.resize_share)
     source = open_labelled(arguments, classifier)
-    folder = arguments.output or Path("evaluations") / arguments.model.resolve().name
+    run = run_around(arguments.model)
+    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     logits, labels = classifier.logits(source, arguments.batch_size)
@@ -168,8 +169,7 @@ def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
 
 
 def _open(arguments: Arguments) -> Source:
-    model = arguments.model.resolve()
-    run = next((folder for folder in (model, *model.parents) if (folder / "run.json").is_file()), None)
+    run = run_around(arguments.model)
     if run is not None and arguments.split is None:
         trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
         if arguments.data is None or plain_place(arguments.data) == trained_on:

@@ -3,7 +3,7 @@
     python pipelines/export.py SOURCE [--output FOLDER] [--formats encoder hub onnx pt2 official mmpretrain]
 
 SOURCE is a checkpoint folder (runs/NAME/checkpoints/step_N), an encoder file, a hub folder, or official, mmpretrain,
-timm, SimMIM or MAE weights (docs/weights.md).
+timm, SimMIM, MAE or PVT weights (docs/weights.md).
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def check_paper_swin(item: Export) -> None:
     config = config_to_json(item.metadata.encoder)
     if config["type"] != "SwinConfig" or config.get("shift") or "encoder.pos_embed" not in item.state:
         raise ValueError(
-            f"the official classes and mmpretrain's have no {describe(item.state)} of this kind: export it as encoder, "
-            "hub, onnx or pt2"
+            f"the official classes and mmpretrain's are the paper's Swin, and this is {describe(item.state)}: export "
+            "it as encoder, hub, onnx or pt2"
         )
 
 

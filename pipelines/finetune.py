@@ -205,6 +205,7 @@ class FinetuneJob:
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """(4,) float64: images, sum of the cross entropy, images with the class first, and among the first five."""
     ranks = label_ranks(logits, labels)
+    ranks[logits.isnan().any(dim=1)] = max(5, logits.shape[1])  # a model that has diverged is never right
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
     return torch.stack([torch.tensor(float(len(labels))).double(), loss, (ranks < 1).sum(), (ranks < 5).sum()])
 
@@ -330,7 +331,7 @@ def keep_initial(pretrained: Pretrained, config: FinetuneConfig, folder: Path) -
     encoder = build_encoder(config.sized_encoder())
     assert isinstance(encoder, nn.Module)
     own = {name: value for name, value in pretrained.weights.state.items() if name.startswith("encoder.")}
-    load_checked(encoder, replace(pretrained.weights, state=own), pretrained.path)
+    load_checked(encoder, replace(pretrained.weights, state=own), weights_of(pretrained.path))
     preprocessing = Preprocessing(image_size=config.augment.size, mean=config.pixel_mean, std=config.pixel_std)
     save_encoder(folder / INITIAL_FILE, encoder, preprocessing, source=pretrained.to_json(), overwrite=True)
 

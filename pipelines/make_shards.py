@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +51,8 @@ from mixmae.data.shards import (
 from mixmae.data.sources import (
     MANIFEST_NAME,
     DataError,
+    JoinedSource,
+    ParquetSource,
     Sample,
     Source,
     layout_of,
@@ -58,7 +60,7 @@ from mixmae.data.sources import (
     open_source,
     read_rows,
 )
-from mixmae.data.storage import plain_place
+from mixmae.data.storage import plain_place, writable_folder
 from mixmae.data.summary import Summary
 
 SHAPES = "shapes"
@@ -81,8 +83,8 @@ class MadeShards:
     num_bytes: int
     class_names: tuple[str, ...] | None
     digest: str
-    unreadable: tuple[str, ...]
-    """Files that were left out because they are empty or cannot be read, each with the reason."""
+    num_broken: int
+    """Rows known to be no image, or a damaged one; the manifest names them, and a run that meets them its ledger."""
     made: bool
     """False if the shards were there already and up to date."""
 
@@ -94,8 +96,7 @@ class _Job:
     split: str
     number: int
     count: int
-    images: Callable[[], tuple[list[StoredImage], list[str]]]
-    """Its images, and what had to be left out."""
+    images: Callable[[], list[StoredImage]]
 
     @property
     def file_name(self) -> str:
@@ -108,7 +109,6 @@ class _Written:
 
     shard: ShardFile
     summary: Summary
-    unreadable: list[str]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class _Work:
     class_names: tuple[str, ...] | None
     fingerprint: str
     origin: dict[str, Any]
-    unreadable: list[str] = field(default_factory=list)
+    files: frozenset[str] = frozenset()
+    """Local Parquet files that are read."""
 
 
 def make_shards(
@@ -154,7 +155,9 @@ def make_shards(
         raise DataError(f"shard_mb is {shard_mb}: give the aim for a shard's size in megabytes, such as 128")
     if resize_longer_side is not None and resize_longer_side < 1:
         raise DataError(f"resize_longer_side is {resize_longer_side}: give a length in pixels, such as 512")
-    folder = Path(output).expanduser().resolve()
+    if workers < 0:
+        raise DataError(f"workers is {workers}: give how many shards are written at once, or 0 for one a core")
+    folder = writable_folder(output)
     if str(source) == SHAPES:
         work = _plan_shapes(seed)
     else:
@@ -162,13 +165,9 @@ def make_shards(
     finished = read_json(folder / MANIFEST_NAME)
     if finished is not None and finished.get("fingerprint") == work.fingerprint and _is_whole(folder, finished):
         say(f"{folder} already holds these shards, up to date: nothing to do")
-        return _result(folder, finished, tuple(finished["origin"]["unreadable"]), made=False)
-    _prepare_output(folder, work.fingerprint, overwrite)
+        return _result(folder, finished, made=False)
+    _prepare_output(folder, work, overwrite)
 
-    for line in work.unreadable[:5]:
-        say(f"left out: {line}")
-    if work.unreadable:
-        say(f"{len(work.unreadable)} files are empty or unreadable and were left out; all are named in {MANIFEST_NAME}")
     if str(source) != SHAPES and tiles is not False and _tiler() is None:
         say(
             "note: jpegtran is not installed, so JPEGs are stored as they are: training reads them, but decodes each "
@@ -190,23 +189,28 @@ def make_shards(
 
     splits: dict[str, list[ShardFile]] = {}
     summaries: dict[str, Summary] = {}
-    unreadable = set(work.unreadable)
     for job in work.jobs:
         written = done[job.file_name]
         splits.setdefault(job.split, []).append(written.shard)
         summaries.setdefault(job.split, Summary()).merge(written.summary)
-        unreadable |= set(written.unreadable)
-    origin = {**work.origin, "unreadable": sorted(unreadable)}
     write_manifest(
         folder,
         splits=splits,
         class_names=work.class_names,
         summaries={split: summary.as_dict(work.class_names) for split, summary in summaries.items()},
         fingerprint=work.fingerprint,
-        origin=origin,
+        origin=work.origin,
     )
     (folder / _PROGRESS_NAME).unlink(missing_ok=True)
-    result = _result(folder, read_json(folder / MANIFEST_NAME) or {}, tuple(origin["unreadable"]), made=True)
+    result = _result(folder, read_json(folder / MANIFEST_NAME) or {}, made=True)
+    broken = sorted(record for summary in summaries.values() for record in summary.broken)
+    for where, reason in broken[:5]:
+        say(f"no usable image: {where}: {reason}")
+    if broken:
+        say(
+            f"{len(broken)} files are empty, unreadable or damaged: training shows others in their place, counts them "
+            f"and names them; {MANIFEST_NAME} lists these"
+        )
     counts = " + ".join(f"{rows} {split}" for split, rows in result.rows.items())
     say(f"{folder}: {counts} images, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
     return result
@@ -270,7 +274,6 @@ def _write_on_ray(work: _Work, folder: Path, workers: int, ray_address: str | No
 def _write(job: _Job, folder: Path, schema: pa.Schema) -> _Written:
     """Write a shard, or take the one that an interrupted run has left."""
     path = folder / job.file_name
-    unreadable: list[str] = []
     if path.exists():
         shard = describe_shard(path)
         table = pq.read_table(path, columns=[name for name in ("image", "label") if name in schema.names])
@@ -278,12 +281,12 @@ def _write(job: _Job, folder: Path, schema: pa.Schema) -> _Written:
         labels = table.column("label").to_pylist() if "label" in schema.names else [-1] * len(cells)
         images = [StoredImage(cell["bytes"], cell["path"], label) for cell, label in zip(cells, labels, strict=True)]
     else:
-        images, unreadable = job.images()
+        images = job.images()
         shard = write_shard(path, images, schema)
     summary = Summary()
     for row, image in enumerate(images):
         summary.add(image.data, image.label, f"{path.name}#{row} / {image.path}", decode=row < SUMMARY_IMAGES)
-    return _Written(shard, summary, unreadable)
+    return _Written(shard, summary)
 
 
 def _plan_shapes(seed: int) -> _Work:
@@ -300,12 +303,12 @@ def _plan_shapes(seed: int) -> _Work:
     return _Work(jobs, schema, shapes.CLASS_NAMES, _fingerprint(origin, []), origin)
 
 
-def _shapes(seed: int, start: int, stop: int) -> tuple[list[StoredImage], list[str]]:
+def _shapes(seed: int, start: int, stop: int) -> list[StoredImage]:
     images = []
     for index, image in enumerate(shapes.shape_images(seed, start, stop), start):
         name = f"{shapes.CLASS_NAMES[image.label]}/{index:06d}.jpg"
         images.append(StoredImage(image.jpeg, name, image.label, image.box, image.mask_png))
-    return images, []
+    return images
 
 
 def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bool | None, seed: int) -> _Work:
@@ -315,21 +318,15 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
             "Ubuntu), brew install jpeg-turbo (macOS), or leave --tiles out to store JPEGs as they are"
         )
     sources = {split: open_source(place, split) for split in list_splits(place)}
-    total = sum(source.num_rows for source in sources.values())
+    problems = [source.problems for source in sources.values() if isinstance(source, FilesSource)]
+    total = sum(source.num_rows for source in sources.values()) - sum(map(len, problems))
     if "train" not in sources:
         raise DataError(f"{place} has no train split, only {', '.join(sources)}: name a folder or file for training")
     train = sources["train"]
-    unreadable: list[str] = []
-    orders: dict[str, tuple[Source, Int64Array]] = {}
-    for number, (split, source) in enumerate(sorted(sources.items())):
-        problems: dict[int, str] = {}
-        if isinstance(source, FilesSource):
-            problems = source.problems
-            unreadable += [f"{source.relatives[row].as_py()} ({reason})" for row, reason in problems.items()]
-        usable = np.setdiff1d(np.arange(source.num_rows), list(problems))
-        if len(usable):
-            orders[split] = source, _shuffled(source, usable, shard_mb, seed, number)
-        total -= len(problems)
+    orders = {
+        split: (source, _shuffled(source, shard_mb, seed, number))
+        for number, (split, source) in enumerate(sorted(sources.items()))
+    }
     if total < MIN_IMAGES:
         raise DataError(f"only {total} images in {place}: training needs at least {MIN_IMAGES}")
     if "validation" not in orders:
@@ -337,7 +334,12 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
         count = min(max(round(len(rows) / 100), 8), 1000, len(rows) // 4)
         chosen = np.zeros(source.num_rows, dtype=bool)
         chosen[rows[permutation(len(rows), Draw.HOLDOUT, seed)[:count]]] = True
-        orders["validation"] = source, rows[chosen[rows]]
+        held = rows[chosen[rows]]
+        if isinstance(source, JoinedSource):  # no copy of a held-out image is for training, and it is held out once
+            stored = source.stored_rows
+            chosen = np.isin(stored, stored[held])
+            held = held[np.sort(np.unique(stored[held], return_index=True)[1])]
+        orders["validation"] = source, held
         orders["train"] = source, rows[~chosen[rows]]
 
     jobs = []
@@ -362,33 +364,35 @@ def _plan_source(place: str, shard_mb: float, longer_side: int | None, tiles: bo
         f"{split} {source.digest} {source.stamp if isinstance(source, FilesSource) else ''}"
         for split, source in sorted(sources.items())
     ]
-    return _Work(jobs, schema, class_names, _fingerprint(origin, facts), origin, unreadable)
+    files = frozenset(file for source in sources.values() for file in _parquet_files(source))
+    return _Work(jobs, schema, class_names, _fingerprint(origin, facts), origin, files)
 
 
-def _shuffled(source: Source, rows: Int64Array, shard_mb: float, seed: int, number: int) -> Int64Array:
-    """The rows in a shuffled order that the source can be read in without reading its chunks over and over.
+def _parquet_files(source: Source) -> Iterator[str]:
+    if isinstance(source, ParquetSource):
+        yield from source.files
+    elif isinstance(source, JoinedSource):
+        for part in source.parts:
+            yield from _parquet_files(part)
+
+
+def _shuffled(source: Source, shard_mb: float, seed: int, number: int) -> Int64Array:
+    """All rows in a shuffled order that the source can be read in without reading its chunks over and over.
 
     Where single rows can be read, any order will do. Elsewhere rows are shuffled inside windows of permuted chunks,
     about a shard each, so that a chunk is read once or twice.
     """
     if source.exact_reads:
-        return rows[permutation(len(rows), Draw.HOLDOUT, seed, number)]
+        return permutation(source.num_rows, Draw.HOLDOUT, seed, number)
     window = max(1, int(shard_mb * 1e6 * source.num_rows / max(1, source.num_bytes)))
-    order, _ = Plan(chunk_sizes=source.chunk_sizes, seed=seed, window_rows=window).rows_at(0, source.num_rows)
-    return order[np.isin(order, rows)]
+    return Plan(chunk_sizes=source.chunk_sizes, seed=seed, window_rows=window).rows_at(0, source.num_rows)[0]
 
 
-def _stored(
-    source: Source, rows: Int64Array, longer_side: int | None, tiles: bool
-) -> tuple[list[StoredImage], list[str]]:
-    """These rows as they go into a shard, and which of them had no bytes."""
+def _stored(source: Source, rows: Int64Array, longer_side: int | None, tiles: bool) -> list[StoredImage]:
+    """These rows as they go into a shard; one without bytes stays a row, so that it is counted."""
     retile = _tiler() if tiles else None
-    images, unreadable = [], []
+    images = []
     for sample in read_rows(source, rows):
-        if not sample.data:
-            reason = "" if sample.where.endswith(")") else " (empty)"
-            unreadable.append(sample.where + reason)
-            continue
         data, restarts = sample.data, sample.restart_offsets
         smaller = _shrink(data, longer_side) if longer_side else None
         if smaller is not None:
@@ -396,7 +400,7 @@ def _stored(
         if restarts is None and retile is not None:
             data, restarts = retile(data) or (data, None)
         images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts))
-    return images, unreadable
+    return images
 
 
 def _stored_name(sample: Sample) -> str:
@@ -443,21 +447,16 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _prepare_output(folder: Path, fingerprint: str, overwrite: bool) -> None:
-    """Make the folder, keep the shards of an interrupted run over the same source, refuse anything else."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another output folder") from error
+def _prepare_output(folder: Path, work: _Work, overwrite: bool) -> None:
+    """Keep the shards of an interrupted run over the same source, clear away other shards if told, refuse all else."""
     ours = [path for path in folder.iterdir() if path.suffix == ".parquet" or path.name == MANIFEST_NAME]
     ours += [path for path in folder.glob(f"*{INDEX_SUFFIX}") if path not in ours]
+    if any(str(path) in work.files for path in ours):
+        raise DataError(f"the output folder {folder} holds the source itself: choose another one")
     leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(".tmp")]
     others = [path for path in folder.iterdir() if path not in [*ours, *leftovers] and path.name != _PROGRESS_NAME]
     progress = read_json(folder / _PROGRESS_NAME)
-    continues = progress is not None and progress.get("fingerprint") == fingerprint
+    continues = progress is not None and progress.get("fingerprint") == work.fingerprint
     if not continues and (ours or others) and not overwrite:
         first = sorted(path.name for path in [*ours, *others])[0]
         raise DataError(
@@ -468,7 +467,7 @@ def _prepare_output(folder: Path, fingerprint: str, overwrite: bool) -> None:
         path.unlink()
 
 
-def _result(folder: Path, manifest: dict[str, Any], unreadable: tuple[str, ...], *, made: bool) -> MadeShards:
+def _result(folder: Path, manifest: dict[str, Any], *, made: bool) -> MadeShards:
     classes = manifest["classes"]
     return MadeShards(
         folder=folder,
@@ -476,14 +475,14 @@ def _result(folder: Path, manifest: dict[str, Any], unreadable: tuple[str, ...],
         num_bytes=sum(content["bytes"] for content in manifest["splits"].values()),
         class_names=tuple(classes) if classes is not None else None,
         digest=manifest["digest"],
-        unreadable=unreadable,
+        num_broken=sum(len(content["summary"]["broken"]) for content in manifest["splits"].values()),
         made=made,
     )
 
 
 def main(
     source: Annotated[str, tyro.conf.Positional],
-    output: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[str, tyro.conf.Positional],
     shard_mb: float = 128.0,
     resize_longer_side: int | None = None,
     tiles: bool | None = None,

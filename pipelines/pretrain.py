@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from PIL import Image
 from torch import nn
 
-from mixmae.data.blocks import eval_batch
+from mixmae.data.blocks import eval_batches
 from mixmae.data.order import Plan
 from mixmae.data.sources import Source
 from mixmae.data.streams import TrainStream
@@ -119,6 +120,8 @@ class PretrainJob:
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         device = next(model.parameters()).device
         images = self.config.normalise(self._heldout_images.to(device))
+        if not len(images):
+            return None, {}
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
         num_images = images_mixed(self.config.method)
@@ -143,8 +146,11 @@ class PretrainJob:
     def _heldout_images(self) -> torch.Tensor:
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images a mix."""
         num_images = images_mixed(self.config.method)
-        count = min(HELDOUT_IMAGES, self.heldout.num_rows) // num_images * num_images
-        return eval_batch(self.heldout, range(count), self.config.augment.image_size)
+        rows = np.arange(min(HELDOUT_IMAGES, self.heldout.num_rows))
+        batch = next(eval_batches(self.heldout, self.config.augment.image_size, batch_size=len(rows), rows=rows))
+        broken = [record.row for record in batch.broken]
+        images = batch.images[torch.from_numpy(~np.isin(rows, broken))]
+        return images[: len(images) // num_images * num_images]
 
 
 def pretrain(arguments: Arguments, recipe: str) -> int:
@@ -157,6 +163,8 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if run is None:
         return 0
     source, heldout = open_data(arguments.data, run.folder.path.parent / "data", HELDOUT_IMAGES)
+    if heldout.num_rows < images_mixed(config.method):
+        print(f"note: {heldout.num_rows} held-out images are fewer than a mix takes: no panels and no held-out loss")
     length = length_of(config, source)
     run.settle_data(source)
     run.claim_cluster()

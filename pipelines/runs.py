@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +74,12 @@ class RunArguments:
     checkpoints_to_keep: int = 3
     """Newest checkpoints that are kept."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}: it must be at least 1.")
+        if self.output is not None and re.match(r"[a-z0-9]+:/", str(self.output)):
+            raise ValueError(f"--output is {self.output}: runs are written to a folder, on a cluster to a shared one.")
+
 
 class RunFolder:
     """The output folder of one run: run.json says what it is and whether it is finished."""
@@ -83,7 +91,12 @@ class RunFolder:
     def read(self) -> dict[str, Any] | None:
         """run.json, or None in a new folder.   Raises: ValueError if the folder is something else's."""
         if self._file.is_file():
-            return json.loads(self._file.read_text())
+            try:
+                return json.loads(self._file.read_text())
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._file} is damaged ({error}): put it back from a copy, or choose another --output."
+                ) from error
         if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and not a run of this program: choose another --output.")
         return None
@@ -140,6 +153,12 @@ def run_folder(arguments: RunArguments, recipe: str) -> RunFolder:
     return RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
 
 
+def run_around(path: Path) -> Path | None:
+    """The folder of the run that a path is, or is in; None if there is none."""
+    path = path.resolve()
+    return next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
+
+
 def weights_of(path: Path) -> Path:
     """What to load when a user names a run's folder: its best weights, else its last checkpoint; other paths stay.
 
@@ -192,7 +211,8 @@ class Run:
         arguments = self.arguments
         connect(arguments.ray_address, num_workers=arguments.workers)
         self.use_gpu = choose_device(arguments.device)
-        require_resources(num_workers=arguments.workers, use_gpu=self.use_gpu)
+        is_own = not (arguments.ray_address or os.environ.get("RAY_ADDRESS"))
+        require_resources(num_workers=arguments.workers, use_gpu=self.use_gpu, is_own=is_own)
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
@@ -387,7 +407,8 @@ def open_data(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source
         place = str(default_shapes(folder / "shapes"))
     elif is_image_folder(data):
         path = Path(data).expanduser().resolve()
-        place = str(make_shards(path, folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}").folder)
+        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
+        place = str(make_shards(path, shards, overwrite=True).folder)  # what has changed since is packed anew
     else:
         place = data
     return open_train_and_held_out(place, holdout_rows)

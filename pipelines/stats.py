@@ -25,7 +25,7 @@ from mixmae.data.decode import Uint8Array
 from mixmae.data.order import Draw, Int64Array, permutation
 from mixmae.data.shards import write_json
 from mixmae.data.sources import DataError, Source, layout_of, list_splits, open_source
-from mixmae.data.storage import plain_place
+from mixmae.data.storage import plain_place, writable_folder
 from mixmae.data.summary import Summary
 
 SHEET_SIDE = 8
@@ -62,12 +62,10 @@ def stats(
     """
     if sample is not None and sample < 1:
         raise DataError(f"sample is {sample}: give the number of images to look at, or leave it out to look at all")
+    if workers < 0:
+        raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one a core")
     sources = {split: open_source(source, split) for split in list_splits(source)}
-    folder = Path(output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    folder = writable_folder(output)
     content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
     for split, opened in sources.items():
@@ -189,7 +187,7 @@ def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
 
 def main(
     source: Annotated[str, tyro.conf.Positional],
-    output: Path = Path("stats"),
+    output: str = "stats",
     sample: int | None = None,
     seed: int = 0,
     workers: int = 0,

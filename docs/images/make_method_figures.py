@@ -2,7 +2,7 @@
 
     python -m docs.images.make_method_figures [STEPS]
 
-Writes simmim.png, mae.png and mixmae.png beside this file (default 1,600 steps of 16 images each).
+Writes simmim.png, mae.png and mixmae.png beside this file (default 900 steps of 16 images each).
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ from mixmae.training.optim import build_optimizer
 from mixmae.training.schedule import learning_rate, run_length
 from pipelines.recipes.demo import demo
 
-SIZE, BATCH, ROWS = 96, 16, 2
+SIZE, BATCH, ROWS = 192, 16, 2
 NUM_TRAIN = 4000
 MEAN, STD = 0.45, 0.25
 """Of the shapes' pixels, about."""
 
 
 def images(start: int, stop: int) -> Tensor:
-    """Normalised shapes, (n, 3, SIZE, SIZE) float."""
+    """Shapes, (n, 3, SIZE, SIZE) uint8."""
     crops = [
         torch.from_numpy(centre_crop(decode_rgb(shape_image(0, i).jpeg), (SIZE, SIZE), 1.0)) for i in range(start, stop)
     ]
-    return (torch.stack(crops).float() / 255 - MEAN) / STD
+    return torch.stack(crops)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    return (pixels.float() / 255 - MEAN) / STD
 
 
 def train(method: nn.Module, data: Tensor, steps: int) -> float:
@@ -51,7 +55,7 @@ def train(method: nn.Module, data: Tensor, steps: int) -> float:
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, peak=config.peak_lr(BATCH), length=length)
-        batch = data[torch.randint(len(data), (BATCH,), generator=generator)]
+        batch = normalise(data[torch.randint(len(data), (BATCH,), generator=generator)])
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(-1)
         loss = method(batch, generator=generator).loss
@@ -71,7 +75,7 @@ def main(steps: int) -> None:
         "mae": MAE(ViTEncoder(vit), MAEConfig(decoder=config.method.decoder)),
         "mixmae": MixMAE(SwinEncoder(config.sized_encoder()), config.method),
     }
-    data, held_out = images(0, NUM_TRAIN), images(NUM_TRAIN, NUM_TRAIN + 2 * ROWS)
+    data, held_out = images(0, NUM_TRAIN), normalise(images(NUM_TRAIN, NUM_TRAIN + 2 * ROWS))
     for name, method in methods.items():
         loss = train(method, data, steps)
         generator = torch.Generator().manual_seed(1)
@@ -81,11 +85,11 @@ def main(steps: int) -> None:
                 step = method(held_out, generator=generator, partners=partners, with_pictures=True)
             else:
                 step = method(held_out[:ROWS], generator=generator, with_pictures=True)
-        panel = reconstruction_panel(step.pictures, mean=(MEAN,) * 3, std=(STD,) * 3, scale=2)
+        panel = reconstruction_panel(step.pictures, mean=(MEAN,) * 3, std=(STD,) * 3)
         path = Path(__file__).with_name(f"{name}.png")
         panel.save(path, optimize=True)
         print(f"{path.name}: loss {loss:.3f} after {steps} steps, {path.stat().st_size / 1000:.0f} KB", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1600)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 900)

@@ -22,6 +22,8 @@ from mixmae.data.order import Int64Array, Plan, worker_positions
 from mixmae.data.sources import Sample, Source, chunk_of
 
 _GREY = 128
+_MAX_TRIES = 64
+"""Images that are tried in the place of a broken one; where none of so many decodes, trying on would only cost time."""
 _MIN_PARTS = 8
 """Parts of a block, at least, that threads share; a few per thread even out their ends."""
 
@@ -81,7 +83,7 @@ def load_block(
     Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  pool: threads that share the work;
             decoder and resize let go of Python's lock.
     A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the
-    broken row's own random numbers, so that the substitute too depends on the row alone; grey if there is none.
+    broken row's own random numbers, so that the substitute too depends on the row alone; grey if the next 63 do not.
     """
     rows, epochs = np.asarray(rows, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
     images: Uint8Array = np.empty((len(rows), 3, *augment.size), dtype=np.uint8)
@@ -135,7 +137,7 @@ def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, se
     """Show the next image of the chunk that decodes in the place of a broken one; returns its label."""
     chunk, inside = chunk_of(source, row)
     size = int(source.chunk_sizes[chunk])
-    for step in range(1, size):
+    for step in range(1, min(size, _MAX_TRIES)):
         (sample,) = source.read(chunk, [(inside + step) % size])
         with contextlib.suppress(BrokenImage):
             pixels = decode_rgb(sample.data)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mixmae.data.tiles import Layout, Offsets, head, read_layout, splice
 
@@ -188,6 +188,8 @@ def _open(data: bytes) -> Image.Image:
             _refuse_bomb(image.height, image.width)
     except BrokenImage:
         raise
+    except UnidentifiedImageError as error:  # its words name an object in memory
+        raise BrokenImage("not an image that can be read: no known format") from error
     except Exception as error:  # Codecs raise whatever they like on damaged bytes.
         raise BrokenImage(f"not an image that can be read: {_one_line(error)}") from error
     return image

@@ -56,7 +56,7 @@ class FilesSource:
     labels: Int64Array
     num_bytes: int
     stamp: str
-    """Digest of the files' times: changes when one is written again, even in the same size."""
+    """Digest of the files' times and problems: changes when one is written again in the same size, or made readable."""
     problems: dict[int, str]
     """Rows whose file was empty or not readable when the source was opened, with the reason."""
     class_names: tuple[str, ...] | None
@@ -143,7 +143,7 @@ def open_files(
         relatives=pa.array([image.file.relative for image in files], type=pa.large_string()),
         labels=np.array([image.label for image in files], dtype=np.int64),
         num_bytes=sum(image.file.num_bytes for image in files) or _USUAL_BYTES * len(files),
-        stamp=short_digest(" ".join(str(image.file.modified_ns) for image in files)),
+        stamp=short_digest(" ".join(f"{image.file.modified_ns}{image.file.problem}" for image in files)),
         problems=problems,
         class_names=class_names,
     )

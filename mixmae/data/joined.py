@@ -85,6 +85,16 @@ class JoinedSource:
         ]
         return np.array(sizes, dtype=np.int64)
 
+    @cached_property
+    def stored_rows(self) -> Int64Array:
+        """(num_rows,) int64, a number for every stored image: the same for all copies of one."""
+        firsts = np.cumsum([0, *(part.num_rows for part in self.parts)])
+        numbers = [
+            np.concatenate([np.tile(np.arange(part.num_rows), math.floor(weight)), extra]) + first
+            for part, weight, extra, first in zip(self.parts, self.weights, self._extra_rows, firsts, strict=False)
+        ]
+        return np.concatenate(numbers).astype(np.int64)
+
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
         part, base = self._chunks[chunk]
         if base >= 0:
@@ -126,25 +136,27 @@ class JoinedSource:
         return self.parts[part].where(int(self._extra_rows[part][-1 - base + inside]))
 
 
-def join(parts: Sequence[Source], weights: Sequence[float]) -> Source:
+def join(parts: Sequence[Source], weights: Sequence[float], like: Source | None = None) -> Source:
     """Several sources as one; a single one of weight 1 stays itself.
 
     Classes: parts that know the names of their classes are joined by name, in the order in which names first appear;
     if no part knows names, labels are taken as they are. If only some do, numbers would mean different things, and the
     whole counts as unlabelled. A part without labels changes nothing.
 
+    Args:   like: the training split of the same sources, whose numbers of the classes count here too.
     Raises: DataError if a weight is not above 0 or nothing remains.
     """
     for part, weight in zip(parts, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise DataError(f"the weight of {part.name} is {weight}: give a number above 0, or leave the source out")
-    if len(parts) == 1 and weights[0] == 1:
+    if len(parts) == 1 and weights[0] == 1 and (like is None or like.class_names == parts[0].class_names):
         return parts[0]
     labelled = [part for part in parts if part.has_labels]
-    known = [part.class_names for part in labelled if part.class_names is not None]
+    numbering = labelled if like is None else [like, *labelled]
+    known = [source.class_names for source in numbering if source.class_names is not None]
     class_names: tuple[str, ...] | None = None
     maps: list[Int64Array | None] = [None] * len(parts)
-    mixed = len({part.class_names is None for part in labelled}) > 1
+    mixed = len({source.class_names is None for source in numbering}) > 1 or (like is not None and not like.has_labels)
     if mixed:
         maps = [np.empty(0, dtype=np.int64) for _ in parts]
     elif known:

@@ -117,10 +117,6 @@ class Plan:
         """Rows in the source, which is the length of an epoch."""
         return int(self.row_starts[-1])
 
-    def num_steps(self, epochs: int, global_batch: int) -> int:
-        """Whole global batches in so many epochs; what remains of the last one is the tail that is not trained on."""
-        return epochs * self.num_rows // global_batch
-
     def rows_at(self, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
         """The images at positions [start, stop) of the run: (rows, epochs), each (stop - start,) int64."""
         return self.rows_of(np.arange(start, stop, dtype=np.int64))
@@ -176,25 +172,11 @@ def _shuffle_window(plan: Plan, epoch: int, window: int) -> Int64Array:
     return rows[np.argsort(hash64(Draw.ROWS, plan.seed, epoch, rows), kind="stable")]
 
 
-def batch_positions(step: int, rank: int, world_size: int, global_batch: int) -> tuple[int, int]:
-    """Positions [start, stop) of the run that one worker trains on at one step.
+def worker_positions(start: int, stop: int, rank: int, world_size: int, global_batch: int) -> Int64Array:
+    """Positions of the images [start, stop) of one worker's own stream, counted from step 0: (stop - start,) int64.
 
     The global batch of a step is the same for any number of workers; each takes a contiguous slice of it.
-    Raises: ValueError if the batch cannot be shared equally.
     """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers does not exist: ranks go from 0 to world_size - 1")
-    if global_batch < 1 or global_batch % world_size:
-        raise ValueError(
-            f"global_batch {global_batch} cannot be shared by {world_size} workers: make it a multiple of {world_size}"
-        )
-    share = global_batch // world_size
-    start = step * global_batch + rank * share
-    return start, start + share
-
-
-def worker_positions(start: int, stop: int, rank: int, world_size: int, global_batch: int) -> Int64Array:
-    """Positions of the images [start, stop) of one worker's own stream, counted from step 0: (stop - start,) int64."""
     share = global_batch // world_size
     step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share)
     return step * global_batch + rank * share + inside

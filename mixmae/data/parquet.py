@@ -97,7 +97,7 @@ class ParquetSource:
         path = self.files[self.chunk_files[chunk]]
         columns = [name for name in (self.image_column, self.label_column) if name]
         columns += [RESTART_COLUMN] if self.has_restarts else []
-        table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns, self.digest)
+        table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns)
         images = _joined(table.column(self.image_column))
         labels = _joined(table.column(self.label_column)) if self.label_column else None
         restarts = _joined(table.column(RESTART_COLUMN)) if self.has_restarts else None
@@ -123,7 +123,7 @@ class ParquetSource:
         parts = []
         for path in self.files:
             try:
-                handle = _parquet_file(self.storage, path, threading.get_ident())
+                handle = _parquet_file(self.storage, path, self.storage.identity(path), threading.get_ident())
                 column = handle.read(columns=[self.label_column]).column(0)
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(self.storage, path, error) from error
@@ -310,7 +310,7 @@ def _unreadable(storage: Storage, path: str, error: Exception) -> DataError:
 
 
 @lru_cache(maxsize=32)
-def _parquet_file(storage: Storage, path: str, thread: int) -> pq.ParquetFile:
+def _parquet_file(storage: Storage, path: str, identity: tuple[int, ...], thread: int) -> pq.ParquetFile:
     """An open file per thread, so that its footer is parsed once and no two threads share a reader."""
     try:
         if storage.is_local:
@@ -330,18 +330,19 @@ class _RowGroups:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._held: OrderedDict[tuple[Storage, str, int, str], pa.Table] = OrderedDict()
+        self._held: OrderedDict[tuple[Storage, str, tuple[int, ...], int], pa.Table] = OrderedDict()
         self._total = 0
         self._lock = threading.Lock()
 
-    def read(self, storage: Storage, path: str, group: int, columns: list[str], digest: str) -> pa.Table:
-        """Read a row group of a set with this digest.   Raises: DataError."""
-        key = (storage, path, group, digest)
+    def read(self, storage: Storage, path: str, group: int, columns: list[str]) -> pa.Table:
+        """Read a row group.   Raises: DataError."""
+        identity = storage.identity(path)
+        key = (storage, path, identity, group)
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        handle = _parquet_file(storage, path, threading.get_ident())
+        handle = _parquet_file(storage, path, identity, threading.get_ident())
         try:
             table = handle.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mixmae.data.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.joined import JoinedSource, join
 from mixmae.data.parquet import ParquetSource, open_parquet
@@ -71,7 +73,7 @@ def open_source(place: Place, split: str = "train") -> Source:
     Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders; a Parquet file,
                 tar or file list; a glob of any of these; a URI of one in a store that pyarrow knows (s3://, gs://);
                 a list of these, each alone or as (place, weight), or a JSON file with such a list. See joined.py for
-                what a weight means; it counts for the split "train" only.
+                what a weight means; it counts for the split "train" only. Classes are numbered alike in all splits.
             split: train, validation or test, told by the names of files and folders; what has no such name is "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
@@ -86,7 +88,11 @@ def open_source(place: Place, split: str = "train") -> Source:
             f"{found.title} has no {split} split, only {names}: name one of these, or hold out rows of another"
         )
     weights = [weight if split == "train" else 1.0 for _, weight in there]
-    return join([_open(found, split) for found, _ in there], weights)
+    like = None
+    if split != "train" and len(finds) > 1:  # perhaps only some of them have this split: number classes as in training
+        trained = [_open(found, "train") for found, _ in finds if "train" in found.splits]
+        like = join(trained, [1.0] * len(trained)) if trained else None
+    return join([_open(found, split) for found, _ in there], weights, like)
 
 
 def list_splits(place: Place) -> tuple[str, ...]:
@@ -104,12 +110,22 @@ def layout_of(place: Place) -> Layout | Literal["several"]:
 def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
     """Cut the last rows off a source: (what remains for training, what is held out).
 
-    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so ours do not.
+    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so ours do not. Of several
+    sources each gives its share, once: copies of a held-out row that a weight makes are not trained on.
     """
-    if not 0 < num_rows < source.num_rows:
-        raise DataError(
-            f"cannot hold out {num_rows} of the {source.num_rows} images of {source.name}: choose 1 to all but one"
-        )
+    stored = _stored_images(source)
+    if not 0 < num_rows < stored:
+        raise DataError(f"cannot hold out {num_rows} of the {stored} images of {source.name}: choose 1 to all but one")
+    if isinstance(source, JoinedSource):
+        ends = np.cumsum([0, *(part.num_rows for part in source.parts)])
+        counts = np.minimum(np.diff(ends * num_rows // stored), np.diff(ends) - 1).tolist()
+        pairs = [
+            split_holdout(part, count) if count else (part, None)
+            for part, count in zip(source.parts, counts, strict=True)
+        ]
+        held = [held for _, held in pairs if held is not None]
+        if held:
+            return join([kept for kept, _ in pairs], source.weights), join(held, [1.0] * len(held), source)
     cut = source.num_rows - num_rows
     return RowRange(base=source, start=0, stop=cut), RowRange(base=source, start=cut, stop=source.num_rows)
 
@@ -122,7 +138,12 @@ def open_train_and_held_out(place: Place, holdout_rows: int = 1000) -> tuple[Sou
     train = open_source(place, "train")
     if "validation" in list_splits(place):
         return train, open_source(place, "validation")
-    return split_holdout(train, max(1, min(holdout_rows, train.num_rows // 10)))
+    return split_holdout(train, max(1, min(holdout_rows, _stored_images(train) // 10)))
+
+
+def _stored_images(source: Source) -> int:
+    """Rows, copies not counted."""
+    return sum(part.num_rows for part in source.parts) if isinstance(source, JoinedSource) else source.num_rows
 
 
 @dataclass(frozen=True)

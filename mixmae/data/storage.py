@@ -28,6 +28,8 @@ _GAP_BYTES = 256 * 1024
 """Remote ranges closer than this are fetched in one request: about what a store sends while a request waits."""
 _REQUEST_BYTES = 16 * 1024 * 1024
 _REMOTE_READERS = 16
+_GOOGLE_RETRY_S = 20
+"""Google's client would try for 15 minutes to reach a store that is not there; S3's gives up after some seconds."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,13 @@ class Storage:
     def open(self, path: str) -> pa.NativeFile:
         """A file for random access.   Raises: DataError."""
         return self._ask(path, lambda: self.filesystem.open_input_file(path))
+
+    def identity(self, path: str) -> tuple[int, ...]:
+        """What tells a local file from another one that took its name; a remote one is not asked for at every read.
+
+        Raises: DataError if it is gone.
+        """
+        return _identity(path) if self.is_local else ()
 
     def read_file(self, path: str) -> bytes:
         """A whole file.   Raises: OSError."""
@@ -183,6 +192,21 @@ def locate(place: str | Path) -> tuple[Storage, str]:
     return Storage(text), _connect(text)[1].rstrip("/")
 
 
+def writable_folder(place: str | Path) -> Path:
+    """A local folder to write to, made if it is missing.   Raises: DataError before time is lost if it cannot be."""
+    if is_uri(str(place)):
+        raise DataError(f"cannot write to {plain_place(str(place))}: the output must be a local folder")
+    folder = Path(place).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another output folder") from error
+    return folder
+
+
 def is_uri(text: str) -> bool:
     """Whether this is a URI, and not a local path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
@@ -203,8 +227,11 @@ def suffix_of(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _connect(uri: str) -> tuple[Any, str]:
+    bounded = uri
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+        bounded += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     try:
-        filesystem, path = pa_fs.FileSystem.from_uri(uri)
+        filesystem, path = pa_fs.FileSystem.from_uri(bounded)
     except (pa.ArrowException, OSError, ValueError) as error:
         shown = plain_place(uri)
         reason = " ".join(str(error).split())[:300]

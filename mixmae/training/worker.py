@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import queue
+import socket
 import tempfile
 import threading
 import time
@@ -116,12 +117,20 @@ def connect(
         ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
         return
     try:
+        _knock(address)
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError is one
         raise ClusterError(
             f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
             "correct --ray-address, or leave it out to run on this machine alone."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at HOST:PORT, which ray.init alone would try for minutes.   Raises: OSError."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def choose_device(device: Literal["auto", "cpu", "gpu"]) -> bool:
@@ -129,26 +138,36 @@ def choose_device(device: Literal["auto", "cpu", "gpu"]) -> bool:
     return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def require_resources(*, num_workers: int, use_gpu: bool, wait_s: float = 30.0) -> None:
+def require_resources(*, num_workers: int, use_gpu: bool, is_own: bool = False, wait_s: float = 30.0) -> None:
     """Refuse a run that the cluster cannot hold, after giving an autoscaler `wait_s` seconds to bring nodes.
 
+    Args: is_own: the cluster was started by `connect` for this run: it does not grow, and its CPUs are logical ones.
     Raises: ClusterError with what is there and what is needed.
     """
-    if num_workers < 1:
-        raise ClusterError(f"--workers is {num_workers}: it must be at least 1.")
-    kind = "GPU" if use_gpu else "CPU"
-    # Decoding runs on CPUs too: CPU workers must leave it one.
-    needed = num_workers if use_gpu else num_workers + 1
-    deadline = time.monotonic() + wait_s
-    while (there := ray.cluster_resources().get(kind, 0)) < needed:
+    # Decoding runs on CPUs too: the workers, one CPU each, must leave it one.
+    needs = {"GPU": num_workers, "CPU": num_workers + 1} if use_gpu else {"CPU": num_workers + 1}
+    deadline = time.monotonic() + (0.0 if is_own else wait_s)
+    while True:
+        there = {kind: int(ray.cluster_resources().get(kind, 0)) for kind in needs}
+        short = [kind for kind in needs if there[kind] < needs[kind]]
+        if not short:
+            break
         if time.monotonic() > deadline:
-            spare = "" if use_gpu else " (one a worker and one for decoding)"
-            fix = f"lower --workers to {max(1, int(there) - (needed - num_workers))} or add nodes"
+            kind = short[0]
+            most = there[kind] - (needs[kind] - num_workers)
+            fix = f"lower --workers to {most} or add nodes" if most >= 1 else "add nodes"
+            spare = " (one a worker and one for decoding)" if kind == "CPU" else ""
             raise ClusterError(
-                f"{num_workers} workers need {needed} {kind}s{spare} but the cluster has {int(there)}: "
-                f"{fix}{', or give --device cpu' if use_gpu else ''}."
+                f"{num_workers} workers need {needs[kind]} {kind}s{spare} but the cluster has {there[kind]}: "
+                f"{fix}{', or give --device cpu' if kind == 'GPU' else ''}."
             )
         time.sleep(1.0)
+    cores = os.cpu_count() or 1
+    if is_own and not use_gpu and num_workers > cores:
+        raise ClusterError(
+            f"{num_workers} workers on a machine of {cores} cores would only wait for each other: lower --workers to "
+            f"{cores} or less."
+        )
 
 
 def fit(

@@ -19,14 +19,15 @@ def demo() -> PretrainConfig:
     Small batches and a high rate, because minutes on a CPU are few steps.
 
     Command:  make pretrain, or python pipelines/pretrain.py demo --data FOLDER_OF_IMAGES
-    Expected: TO BE MEASURED
+    Expected: on the built-in shapes the loss falls from 1.06 to 0.46 (held-out 0.475) in 147 s on two cores of an AMD
+    EPYC (2026-11-25), and shapes re-appear cell by cell.
     """
     return PretrainConfig(
         encoder=SwinConfig(
-            image_size=192, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_sizes=(12, 12, 12, 6)
+            image_size=192, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 4), window_sizes=(8, 8, 12, 6)
         ),
         method=MixMAEConfig(num_images=2, decoder=DecoderConfig(dim=96, depth=2, num_heads=4)),
         augment=AugmentConfig(image_size=192, crop_scale=(0.5, 1.0)),
         optim=OptimConfig(base_lr=0.032),
-        loop=LoopConfig(epochs=10, warmup_epochs=1, steps=1200, batch_size=16, log_every_steps=100),
+        loop=LoopConfig(epochs=10, warmup_epochs=1, steps=900, batch_size=16, log_every_steps=100),
     )

@@ -32,8 +32,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *map(str, arguments)]
+def command(*arguments: object, pipeline: str = "pretrain") -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / f"{pipeline}.py"), *map(str, arguments)]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -42,9 +42,17 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | extra
 
 
-def run(*arguments: object, cwd: Path, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, cwd: Path, timeout_s: float = 400, pipeline: str = "pretrain"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+        command(*arguments, pipeline=pipeline),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
 
 

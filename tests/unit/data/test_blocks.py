@@ -5,13 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.order import Plan
-from mixmae.data.sources import open_source
+from mixmae.data.sources import ParquetSource, open_source
 
 AUGMENT = AugmentConfig(image_size=(32, 48))
 
@@ -58,6 +60,20 @@ def test_a_chunk_without_any_good_image_is_grey(write_shards):
     assert (block.images == 128).all()
     assert block.labels.tolist() == [-1, -1]
     assert len(block.broken) == 2
+
+
+def test_a_large_chunk_of_nonsense_does_not_cost_minutes(tmp_path, make_jpeg, monkeypatch):
+    """Row groups of others may have thousands of rows: after a share of them nobody tries on."""
+    table = pa.table({"image": [b"x"] * 500 + [make_jpeg(0)]})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=1000)
+    source = open_source(tmp_path)
+    tried = []
+    honest = ParquetSource.read
+    monkeypatch.setattr(ParquetSource, "read", lambda *key: tried.append(key[2]) or honest(*key))
+    block = load_block(source, AUGMENT, *rows_and_epochs(0, 480), seed=0)
+    assert (block.images[0] == 128).all()
+    assert block.images[1].std() > 0
+    assert len(tried) < 100
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

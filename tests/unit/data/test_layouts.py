@@ -17,7 +17,15 @@ from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import load_block
 from mixmae.data.decode import MAX_PIXELS
 from mixmae.data.order import Plan
-from mixmae.data.sources import DataError, layout_of, list_splits, open_source, read_rows
+from mixmae.data.sources import (
+    DataError,
+    layout_of,
+    list_splits,
+    open_source,
+    open_train_and_held_out,
+    read_rows,
+)
+from pipelines.make_shards import make_shards
 
 
 def all_samples(source):
@@ -238,6 +246,28 @@ class TestSeveral:
         plan = Plan(chunk_sizes=joined.chunk_sizes, seed=1, window_rows=64)
         assert sorted(plan.rows_at(0, joined.num_rows)[0]) == list(range(joined.num_rows))
 
+    @pytest.mark.parametrize("weights", [(2, 1), (0.5, 12.25), (1, 1)])
+    def test_no_copy_of_a_held_out_image_is_trained_on(self, files, tmp_path, weights):
+        places = [files(*(f"{i}.jpg" for i in range(count)), below=name) for name, count in (("a", 100), ("b", 40))]
+        for path in places[1].iterdir():  # other bytes than the same number in the first folder
+            path.write_bytes(path.read_bytes() + b"b")
+        mixture = list(zip(places, weights, strict=True))
+        train, held_out = open_train_and_held_out(mixture, 10)
+        places_of = [Counter(source.where(row) for row in range(source.num_rows)) for source in (train, held_out)]
+        assert len(places_of[1]) == held_out.num_rows == 10
+        assert not places_of[0].keys() & places_of[1].keys()
+        joined = open_source(mixture)
+        copies = Counter(zip((joined.where(row) for row in range(joined.num_rows)), joined.stored_rows, strict=True))
+        assert len(copies) == len({place for place, _ in copies}) == len({number for _, number in copies})
+
+        (tmp_path / "mix.json").write_text(
+            json.dumps([{"source": str(place), "weight": weight} for place, weight in mixture])
+        )
+        made = make_shards(tmp_path / "mix.json", tmp_path / "out", tiles=False, say=lambda line: None).folder
+        stored = [{sample.data for sample in all_samples(open_source(made, s))} for s in ("train", "validation")]
+        assert not stored[0] & stored[1]
+        assert len(stored[1]) == open_source(made, "validation").num_rows >= 7
+
     def test_classes_are_joined_by_name(self, files, write_shards):
         photos = files("dog/1.jpg", "newt/2.jpg")
         joined = open_source([write_shards(5), photos])  # cat, dog, emu
@@ -248,6 +278,15 @@ class TestSeveral:
         assert with_unlabelled.class_names == ("dog", "newt")
         assert [sample.label for sample in all_samples(with_unlabelled)] == [-1, 0, 1]
 
+    def test_classes_have_the_same_numbers_in_all_splits(self, files):
+        first = files("train/dog/1.jpg", "train/newt/2.jpg", below="first")
+        second = files("train/ant/1.jpg", "train/cat/2.jpg", "val/ant/3.jpg", "val/cat/4.jpg", below="second")
+        assert open_source([first, second]).class_names == ("dog", "newt", "ant", "cat")
+        held_out = open_source([first, second], "validation")
+        assert held_out.class_names == ("dog", "newt", "ant", "cat")
+        assert [sample.label for sample in all_samples(held_out)] == [2, 3]
+        assert held_out.where(1).endswith("val/cat/4.jpg")
+
     def test_numbers_beside_names_are_no_classes(self, files, tmp_path):
         photos = files("dog/1.jpg", "newt/2.jpg")
         (tmp_path / "list.txt").write_text("photos/dog/1.jpg\t1\n")
@@ -255,6 +294,10 @@ class TestSeveral:
         assert joined.class_names is None
         assert not joined.has_labels
         assert {sample.label for sample in all_samples(joined)} == {-1}
+        (tmp_path / "photos").rename(tmp_path / "train_photos")
+        held_out = files("train/dog/1.jpg", "train/newt/2.jpg", "val/dog/1.jpg", "val/newt/3.jpg")
+        (tmp_path / "list.txt").write_text("photos/train/dog/1.jpg\t1\n")
+        assert not open_source([held_out, tmp_path / "list.txt"], "validation").has_labels
 
     def test_a_list_in_a_file(self, files, write_shards, tmp_path):
         files("1.jpg", "2.jpg")

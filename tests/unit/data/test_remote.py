@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import pickle
+import socket
 import tarfile
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from pyarrow.fs import GcsFileSystem
 
 from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import load_block
 from mixmae.data.sources import DataError, layout_of, list_splits, open_source, read_rows
+from mixmae.data.storage import locate
 from pipelines.make_shards import make_shards
 
 pytestmark = pytest.mark.timeout(120)
@@ -148,6 +153,20 @@ def test_make_shards_from_a_store(store, write_shards, tmp_path):
     assert sum(made.rows.values()) == 40
     assert made.class_names == ("cat", "dog", "emu")
     assert "endpoint" not in (made.folder / "manifest.json").read_text()
+
+
+def test_google_storage_that_does_not_answer_is_given_up():
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        where = f"endpoint_override=127.0.0.1:{closed.getsockname()[1]}&scheme=http"
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"^gs://images/set cannot be read .*: check the address, the credentials"):
+            open_source(f"gs://anonymous@images/set?{where}&retry_limit_seconds=1")
+        assert time.monotonic() - start < 15
+    storage, path = locate("gs://anonymous@images/a%20set")
+    assert path == "images/a set"
+    assert isinstance(storage.filesystem, GcsFileSystem)
+    assert storage.filesystem.__reduce__()[1][0]["retry_time_limit"] == timedelta(seconds=20)  # 15 minutes by default
 
 
 def test_what_is_not_there(store):

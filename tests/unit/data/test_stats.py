@@ -71,6 +71,10 @@ def test_a_sample_of_shards(write_shards, tmp_path):
     assert stats(str(folder), tmp_path / "out", sample=50, workers=1, say=lambda line: None) == content
     with pytest.raises(DataError, match="sample is 0"):
         stats(str(folder), tmp_path / "out", sample=0)
+    with pytest.raises(DataError, match="workers is -1"):
+        stats(str(folder), tmp_path / "out", workers=-1)
+    with pytest.raises(DataError, match=r"cannot write to /proc/\d+ .*: choose another output folder"):
+        stats(str(folder), "/proc/self")  # there, and nobody may write to it
 
 
 def test_command_line(photos, tmp_path):

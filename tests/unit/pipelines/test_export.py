@@ -263,10 +263,12 @@ def test_mistakes(tmp_path, capsys):
     assert "--formats" in error(capsys, tmp_path / "official.pth", "--formats", "keras")
 
 
-def test_the_card_of_a_known_size(tmp_path):
+def test_the_card_of_a_known_size(tmp_path, capsys):
     torch.save(PvtEncoder(pvt_v2_b0()).state_dict(), tmp_path / "b0.pth")
     export(tmp_path / "b0.pth", tmp_path / "out", "--formats", "hub")
     card = (tmp_path / "out" / "hub" / "README.md").read_text()
     assert card.splitlines()[7] == "# pvt_v2_b0, an encoder of MixMAE"
     assert "| licence of the data | not stated |" in card
     assert "![" not in card
+    refusal = error(capsys, tmp_path / "b0.pth", "--output", tmp_path / "out", "--formats", "official")
+    assert "are the paper's Swin, and this is a PVT v2 of width 32 with 2-2-2-2 blocks (pvt_v2_b0)" in refusal

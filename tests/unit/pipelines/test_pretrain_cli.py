@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,56 @@ def test_more_workers_than_the_cluster_has(monkeypatch):
     with pytest.raises(worker.ClusterError, match=r"2 workers need 2 GPUs but the cluster has 0.*--device cpu"):
         worker.require_resources(num_workers=2, use_gpu=True, wait_s=0)
     worker.require_resources(num_workers=3, use_gpu=False, wait_s=0)
+    # CPUs for decoding are needed beside GPUs: without one the run would wait for ever.
+    monkeypatch.setattr(worker.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
+    with pytest.raises(worker.ClusterError, match=r"2 workers need 3 CPUs.*lower --workers to 1 or add nodes"):
+        worker.require_resources(num_workers=2, use_gpu=True, wait_s=0)
+    # A local cluster has as many logical CPUs as were asked for: its cores are the limit.
+    monkeypatch.setattr(worker.ray, "cluster_resources", lambda: {"CPU": 10_000.0})
+    with pytest.raises(worker.ClusterError, match="would only wait for each other"):
+        worker.require_resources(num_workers=5_000, use_gpu=False, is_own=True)
+
+
+def test_a_cluster_that_does_not_answer_is_said_within_seconds():
+    from mixmae.training import worker
+
+    with socket.socket() as taken:  # bound but not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(worker.ClusterError, match="No Ray cluster answers at"):
+            worker.connect(address, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--workers", "0"), "--workers is 0: it must be at least 1"),
+        (("--output", "s3://bucket/run"), "runs are written to a folder"),
+    ],
+)
+def test_flags_that_cannot_be(capsys, flags, sentence):
+    text = _error(capsys, "demo", *flags, code=2)
+    assert sentence in " ".join(text.replace("│", " ").split())  # it comes in a box
+
+
+def test_a_damaged_run_file_is_named(capsys, tmp_path):
+    (tmp_path / "run.json").write_text('{"status": ')
+    text = _error(capsys, "demo", "--output", tmp_path)
+    assert f"{tmp_path / 'run.json'} is damaged" in text
+
+
+def test_a_folder_that_has_grown_is_packed_anew(tmp_path):
+    from pipelines.runs import open_data
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(40):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(photos / f"{index}.png")
+    before, _ = open_data(str(photos), tmp_path / "data", 60)
+    Image.new("RGB", (40, 40), (99, 0, 0)).save(photos / "new.png")
+    after, _ = open_data(str(photos), tmp_path / "data", 60)
+    assert after.num_rows == before.num_rows + 1
+    assert after.digest != before.digest
 
 
 def test_help_of_the_program_and_of_a_recipe(capsys):

@@ -8,6 +8,7 @@ from torch import nn
 
 from mixmae.training import checkpoint as checkpoints
 from mixmae.training.checkpoint import CheckpointError, load_checkpoint, read_state, save_checkpoint
+from mixmae.training.ema import WeightAverage
 from mixmae.training.optim import OptimConfig, build_optimizer
 
 
@@ -28,6 +29,22 @@ def test_round_trip_is_bitwise(tmp_path):
     assert torch.equal(model.weight, other.weight)
     for key, value in optimizer.state_dict()["state"][0].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other_optimizer.state_dict()["state"][0][key]))
+
+
+def test_the_average_of_the_weights_comes_along(tmp_path):
+    model, optimizer = _trained()
+    average = WeightAverage(model, 0.9)
+    average.update(_trained(seed=1)[0])
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, average=average, state={})
+    other = WeightAverage(_trained(seed=2)[0], 0.9)
+    load_checkpoint(tmp_path / "c", model=model, average=other)
+    with other.applied_to(model):
+        weight = model.weight.clone()
+    with average.applied_to(model):
+        assert torch.equal(model.weight, weight)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, state={})
+    with pytest.raises(CheckpointError, match=r"no average\.pt"):
+        load_checkpoint(tmp_path / "c", model=model, average=other)
 
 
 def test_another_model_is_refused_by_name_and_shape(tmp_path):

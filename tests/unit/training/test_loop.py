@@ -206,3 +206,40 @@ def test_batches_that_cannot_be_cut_are_refused():
 def test_impossible_settings_are_refused(field_name, value):
     with pytest.raises(ValueError, match=field_name):
         LoopConfig(**{field_name: value})
+
+
+def test_a_loss_above_the_limit_stops_the_run():
+    *_, events = _run()
+    losses = [record["loss"] for _, record in events.logs]
+    _run(replace(CONFIG, max_loss=max(losses) + 0.01))
+    with pytest.raises(TrainingStopped, match=rf"The loss is {losses[0]} at step 1: the run has diverged"):
+        _run(replace(CONFIG, max_loss=losses[0] - 0.01))
+
+
+def test_what_drops_out_depends_on_the_place_in_the_batch_alone():
+    """Micro-batches draw one by one, so that two workers of one draw what one worker of two does."""
+    drawn: list[tuple[int, float]] = []
+
+    def step(model: nn.Module, batch, generator: torch.Generator, first_sample: int) -> StepOutput:
+        drawn.append((first_sample, torch.rand(()).item()))
+        return _step(model, batch, generator, first_sample)
+
+    for micro in (2, 4):
+        model = Net()
+        train(
+            model=model,
+            optimizer=build_optimizer(model, OptimConfig(base_lr=0.3)),
+            peak_lr=0.01,
+            clip_grad_norm=None,
+            step_function=step,
+            batches=_batches(0, micro),
+            state=TrainState(),
+            config=replace(CONFIG, micro_batch_size=micro),
+            length=replace(run_length(num_images=40, batch_size=8, epochs=2, warmup_epochs=0.5), total_steps=2),
+            events=Seen(),
+            device=torch.device("cpu"),
+        )
+    first, second = drawn[:8], drawn[8:]
+    assert [place for place, _ in first] == [0, 2, 4, 6] * 2
+    assert len({value for _, value in first}) == 8
+    assert [first[0], first[2], first[4], first[6]] == second
