@@ -109,11 +109,13 @@ class TrainStream:
         self._settings = settings or StreamConfig()
         self._micro_batch = micro_batch
         # The worker's images are numbered from step 0; a block is a range of these numbers.
-        self._edges = _block_edges(start_step * share, stop_step * share, micro_batch, augment.size, self._settings)
+        store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / world_size)
+        image_bytes = 3 * augment.size[0] * augment.size[1]
+        target = _block_images(self._settings, image_bytes, store_bytes)
+        self._edges = _block_edges(start_step * share, stop_step * share, micro_batch, target)
         self._concurrency, self._task_cpus, threads = _task_shape(self._settings, world_size)
         self._load = _loader(source, augment, plan.seed, threads)
-        block_bytes = int(np.diff(self._edges).max(initial=1)) * (3 * augment.size[0] * augment.size[1] + 24) + 4096
-        store_bytes = ray.cluster_resources().get("object_store_memory", math.inf) / world_size
+        block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
         self._prefetch, budget = _store_shares(self._settings, block_bytes, self._concurrency, store_bytes)
         self._context = _data_context(block_bytes, budget)
         self._segments: list[_Segment] = []
@@ -229,12 +231,17 @@ class _Segment:
                 continue
 
 
-def _block_edges(
-    start: int, stop: int, micro_batch: int, size: tuple[int, int], settings: StreamConfig
-) -> NDArray[np.int64]:
-    """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one."""
-    image_bytes = 3 * size[0] * size[1]
-    target = max(1, min(settings.target_block_images, int(settings.target_block_mb * 1e6 / image_bytes)))
+def _block_images(settings: StreamConfig, image_bytes: int, store_bytes: float) -> int:
+    """Images to aim for in a block: what the settings say, and less where a dozen blocks would not fit in the store."""
+    most_bytes = min(settings.target_block_mb * 1e6, store_bytes / 12)
+    return max(1, min(settings.target_block_images, int(most_bytes / image_bytes)))
+
+
+def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArray[np.int64]:
+    """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one.
+
+    Args: target: images to aim for in a block.
+    """
     if micro_batch <= target:
         edges = np.arange(start, stop, target // micro_batch * micro_batch)
     else:
@@ -358,7 +365,7 @@ def _store_shares(settings: StreamConfig, block_bytes: int, concurrency: int, st
     What one worker holds, these two and the blocks in the hands of its thread and of its loop, fits into its part of
     the store: Ray would spill the rest to disk. Where the part is small, less is decoded ahead.
     """
-    room = int(0.8 * min(store_bytes, 1e15) // block_bytes)
+    room = int(0.8 * store_bytes // block_bytes)
     prefetch = max(1, min(settings.prefetch_blocks, room // 3))
     wanted = int((settings.object_store_mb or 0) * 1e6) or (2 * concurrency + prefetch + 2) * block_bytes
     return prefetch, min(wanted, max(2, room - prefetch - 2) * block_bytes)

@@ -31,6 +31,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         [
             *(RAY, "start", "--head", "--block", "--num-cpus", "4", "--port", str(port)),
             *("--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1"),
+            # The default is one for a machine: another cluster here may have it, and then no job is taken.
+            *("--dashboard-agent-listen-port", str(free_port())),
             *("--include-dashboard", "true", "--disable-usage-stats", "--temp-dir", f"/tmp/mixmae_ray_{port}"),
         ],
         env=env,
