@@ -120,7 +120,7 @@ class Space:
             raise ValueError(f"the space has no trial: say how many to draw, not {self.trials}.")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"the budget is {self.hours} hours: it must be above 0.")
-        for name in (*self.vary, *self.change):
+        for name in self.vary:
             if (name.startswith("encoder.") and name != "encoder.drop_path") or name.startswith("augment.image_size"):
                 raise ValueError(
                     f"{name} changes the shapes of the weights, which the trials share: make a sweep of its own for "

@@ -46,6 +46,27 @@ class ImageClassifier(nn.Module):
         return self.head(self.encoder(images).mean(dim=1))
 
 
+class Predictor(nn.Module):
+    """Say the probability of each class, of images as they come from a file.
+
+    Args:
+        model: a classifier.
+        mean, std: what it normalises pixels (0..1) with, a value a channel.
+    """
+
+    def __init__(self, model: ImageClassifier, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Take uint8 (B, C, H, W) of the size that the model is for; returns (B, num_classes), rows that sum to 1."""
+        return self.model((images.float() / 255 - self.mean) / self.std).softmax(dim=1)
+
+
 def classification_step(
     model: nn.Module,
     images: Tensor,

@@ -72,6 +72,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     save_encoder(base / "encoder.safetensors", SwinEncoder(ENCODER), preprocessing)
     arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *SHORT]
     arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
+    arguments += ["--register-model", "tiny"]
     options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.STDOUT, "text": True}
     killed = ""
     with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, **options) as first:
@@ -154,6 +155,31 @@ def test_the_table_ranks_the_trials(swept):
     assert config["encoder"]["drop_path"] == float(rows[0]["encoder.drop_path"])
     assert (swept.output / "best").resolve() == (swept.output / "trials" / rows[0]["trial"] / "best").resolve()
     assert (swept.output / "best" / "model.safetensors").is_file()
+
+
+def test_the_winner_is_a_registered_model_that_needs_none_of_our_code(swept, tmp_path):
+    """Loaded in a process that cannot import mixmae, it says what the checkpoint says, for any number of images."""
+    import numpy as np
+
+    from mixmae.finetune.classification import Predictor
+    from pipelines.evaluate import load_classifier
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    program = f"""
+import sys, numpy, mlflow
+sys.modules["mixmae"] = sys.modules["pipelines"] = None
+mlflow.set_tracking_uri({swept.server!r})
+model = mlflow.pyfunc.load_model("models:/tiny@best")
+numpy.save("probabilities.npy", model.predict(numpy.load("images.npy")))
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True)
+    classifier = load_classifier(swept.output / "best", device="cpu", resize_share=None)
+    preprocessing = classifier.metadata.preprocessing
+    predictor = Predictor(classifier.model, mean=preprocessing.mean, std=preprocessing.std)
+    with torch.no_grad():
+        expected = predictor(torch.from_numpy(images))
+    np.testing.assert_allclose(np.load(tmp_path / "probabilities.npy"), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_started_again_it_does_nothing(swept):

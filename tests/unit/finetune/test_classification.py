@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mixmae.data.mixup import MixupConfig, mix_batch
-from mixmae.finetune.classification import ImageClassifier, classification_step
+from mixmae.finetune.classification import ImageClassifier, Predictor, classification_step
 from tests.factories import noise_images, seeded, tiny_swin
 
 
@@ -19,6 +19,14 @@ def test_a_new_head_says_nothing_yet():
     classifier = ImageClassifier(tiny_swin(), 1000)
     assert classifier.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert classifier.head.bias.abs().max() == 0
+
+
+def test_a_predictor_normalises_and_says_probabilities():
+    """(0.6 - 0.2) / 0.5 and so on by hand, times ten."""
+    predictor = Predictor(Means(), mean=(0.2, 0.5, 0.0), std=(0.5, 0.25, 1.0))  # type: ignore[arg-type]
+    pixels = torch.tensor([153, 102, 51], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4)
+    expected = torch.tensor([8.0, -4.0, 2.0]).softmax(dim=0).expand(2, 3)
+    torch.testing.assert_close(predictor(pixels), expected)
 
 
 def test_no_classes():
