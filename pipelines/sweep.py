@@ -267,7 +267,7 @@ class ProgressLines(tune.Callback):
         self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, f"is tried again, from its last checkpoint: {last_line(trial.get_error())}")
+        self._say(trial, "is tried again, from its last checkpoint (its worker or its own process died)")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, f"failed: {last_line(trial.get_error())}")
