@@ -212,7 +212,8 @@ def make_shards(
             f"and names them; {MANIFEST_NAME} lists these"
         )
     counts = " + ".join(f"{rows} {split}" for split, rows in result.rows.items())
-    say(f"{folder}: {counts} images, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
+    classes = f" of {len(result.class_names)} classes" if result.class_names else ""
+    say(f"{folder}: {counts} images{classes}, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
     return result
 
 
