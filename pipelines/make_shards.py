@@ -499,8 +499,9 @@ def main(
 
     Args:
         source: Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of
-            WebDataset tars or of Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI such as
-            s3://bucket/prefix; or the word "shapes" for the built-in set.
+            WebDataset tars or of Parquet files; iNaturalist, Places205 or Places365 as unpacked; a list of files
+            (.txt); a glob; a JSON list of sources; a URI such as s3://bucket/prefix; or the word "shapes" for the
+            built-in set.
         output: Local folder for the shards and their manifest.json; made if it is missing.
         shard_mb: Aim for the size of a shard in megabytes.
         resize_longer_side: Shrink images whose longer side has more pixels (JPEG quality 95, 4:2:0); others stay.

@@ -232,15 +232,15 @@ def _read_lines(storage: Storage, lists: dict[str, StoredFile]) -> tuple[dict[st
             raise DataError(f"{shown} names no image: download it again")
         if split == "train":
             folders: dict[int, str] = {}
-            for name, label in part:
-                folders.setdefault(label, name.rpartition("/")[0])
+            for name, index in part:
+                folders.setdefault(index, name.rpartition("/")[0])
             if sorted(folders) != list(range(len(folders))) or len(set(folders.values())) < len(folders):
                 raise DataError(
                     f"the classes of {shown} are not numbered from 0 without gaps, each with a folder of its own: "
                     f"download the list again, whole"
                 )
-            names = tuple(re.sub(r"^[a-z]/", "", folders[label]) for label in range(len(folders)))
-        strange = [(name, label) for name, label in part if label >= len(names)]
+            names = tuple(re.sub(r"^[a-z]/", "", folders[index]) for index in range(len(folders)))
+        strange = [(name, index) for name, index in part if index >= len(names)]
         if strange:
             raise DataError(
                 f"{shown} gives {strange[0][0]} the class {strange[0][1]}, but the train list has the classes 0 to "

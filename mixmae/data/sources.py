@@ -71,11 +71,13 @@ _LAYOUTS: dict[str, Layout] = {
 def open_source(place: Place, split: str = "train") -> Source:
     """Open a collection of images and check that it is whole.
 
-    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders; a Parquet file,
-                tar or file list; a glob of any of these; a URI of one in a store that pyarrow knows (s3://, gs://);
-                a list of these, each alone or as (place, weight), or a JSON file with such a list. See joined.py for
-                what a weight means; it counts for the split "train" only. Classes are numbered alike in all splits.
-            split: train, validation or test, told by the names of files and folders; what has no such name is "train".
+    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders, or of images with
+                annotation files (annotations.py); a Parquet file, tar or file list; a glob of any of these; a URI of
+                one in a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (place, weight), or
+                a JSON file with such a list. See joined.py for what a weight means; it counts for the split "train"
+                only. Classes are numbered alike in all splits.
+            split: train, validation or test, told by annotations or by the names of files and folders; what has no such
+                name is "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
     if split not in SPLITS:
