@@ -123,6 +123,10 @@ class FinetuneJob:
     def best(self) -> tuple[str, Path]:
         return BEST_METRIC, self.folder / "best"
 
+    @property
+    def evaluates_untrained(self) -> bool:
+        return False
+
     def build_model(self) -> nn.Module:
         model = ImageClassifier(build_encoder(self.config.sized_encoder()), self.num_classes)
         if self.initial is not None:
