@@ -34,7 +34,7 @@ class OnlineProbeConfig:
     def __post_init__(self) -> None:
         if self.images < 0 or 0 < self.images < 2 * IMAGES_PER_CLASS:
             raise ValueError(
-                f"probe images are {self.images}: give at least {2 * IMAGES_PER_CLASS}, which is two classes, or 0 for none."
+                f"probe images are {self.images}: give at least {2 * IMAGES_PER_CLASS} (two classes), or 0 for none."
             )
         if self.k < 1:
             raise ValueError(f"probe k is {self.k}: at least one image must vote (20 is usual).")
