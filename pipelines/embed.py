@@ -87,9 +87,10 @@ class _Pictures:
 class Embedder:
     """An encoder that turns rows of a source into a table of features."""
 
-    def __init__(self, frozen: FrozenEncoder, source: Source) -> None:
+    def __init__(self, frozen: FrozenEncoder, source: Source, neighbours: int = 1) -> None:
+        """neighbours: processes, this one included, that may decode on the same cores."""
         self._frozen, self._source = frozen, source
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // neighbours), "decode")
 
     def __call__(self, rows: Int64Array) -> pa.Table:
         """The features of these rows, in order; of those that decode."""
@@ -212,7 +213,7 @@ class _Worker:
     """An Embedder as Ray Data wants it: built in each process of the pool, given a block of one part."""
 
     def __init__(self, arguments: Arguments, source: Source) -> None:
-        self._embed = Embedder(arguments.load(), source)
+        self._embed = Embedder(arguments.load(), source, arguments.workers)
 
     def __call__(self, block: dict[str, Any]) -> pa.Table:
         return self._embed(np.arange(block["start"][0], block["stop"][0]))
@@ -220,7 +221,7 @@ class _Worker:
 
 def _on_ray(arguments: Arguments, source: Source) -> Iterator[pa.Table]:
     """The tables of all parts in their order, made by a pool of processes."""
-    import ray
+    import ray.data
 
     from mixmae.training.worker import choose_device, connect, require_resources
 

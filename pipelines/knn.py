@@ -9,6 +9,7 @@ knn.json; MLflow keeps a run, which points at the one that the weights are of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -119,7 +120,8 @@ def knn(arguments: Arguments) -> int:
         }
         status = "FINISHED"
     finally:
-        finish_run(ref, status=status, metrics=metrics)
+        with contextlib.suppress(Exception):  # the store's trouble must not hide the result
+            finish_run(ref, status=status, metrics=metrics)
     if frozen.run_id:
         tag_run(ref.uri, frozen.run_id, f"knn.{ref.run_id}", f"top-1 {metrics['val/top1']:.4f}")
     content = {

@@ -97,7 +97,8 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
         f"Probing cached features of {source.name} ({source.num_rows} images): {len(prepared.classes)} classes, "
         f"validation on {validation.num_rows} images of {validation.name}\noutput {run.folder.path}"
     )
-    status, metrics = "FAILED", {}
+    status: str = "FAILED"
+    metrics: dict[str, float] = {}
     try:
         metrics = _train_on_features(prepared, ref, device)
         status = "FINISHED"
@@ -106,7 +107,10 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
         print("\nInterrupted. The same command begins again.", flush=True)
         return 130
     finally:
-        finish_run(ref, status=status, tags={"checkpoint": str(run.folder.best)}, metrics=metrics)
+        with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
+            finish_run(
+                ref, status=status, tags={"checkpoint": str(run.folder.best)} if metrics else {}, metrics=metrics
+            )
     run.folder.write(run.content | {"status": "finished", "checkpoint": str(run.folder.best), "metrics": metrics})
     print(
         f"Finished: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%} (validation), "
@@ -146,7 +150,7 @@ def _train_on_features(prepared: Prepared, ref: RunRef, device: torch.device) ->
         seed=config.loop.seed,
     )
     curves = train_probe(model.head, features, labels, probe, validation=(judged, classes))
-    print(f"the layer trained {config.loop.epochs:g} epochs in {elapsed_since(start)}", flush=True)
+    print(f"the layer trained {config.loop.epochs:g} epochs in {time.monotonic() - start:.1f} s", flush=True)
     with contextlib.closing(MlflowTracker(ref, system_metrics=False)) as tracker:
         for epoch, values in enumerate(zip(curves.loss, curves.train_top1, curves.val_top1, strict=True), start=1):
             names = ("train/loss", "train/top1", BEST_METRIC)

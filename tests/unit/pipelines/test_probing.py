@@ -302,7 +302,7 @@ def test_the_papers_probe_is_maes():
 
 
 class TestOnlineProbe:
-    def _job(self, probe, num_images: int = 2) -> PretrainJob:
+    def _job(self, probe) -> PretrainJob:
         config = PRETRAIN_RECIPES["demo"]()
         encoder = replace(config.encoder, image_size=64, window_sizes=(8, 8, 4, 2), embed_dim=8)
         config = replace(config, augment=replace(config.augment, image_size=64), encoder=encoder)
@@ -373,7 +373,7 @@ class TestOnlineProbe:
         assert choose_probe(config, none, none) is None
         assert "no probe" in capsys.readouterr().out
         assert choose_probe(OnlineProbeConfig(images=40, k=20), few, few) is None
-        assert "only 8 images" in capsys.readouterr().out
+        assert "only 4 images" in capsys.readouterr().out
         assert choose_probe(OnlineProbeConfig(images=0), train, train) is None
         assert capsys.readouterr().out == ""
 
