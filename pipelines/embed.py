@@ -149,7 +149,11 @@ def embed(arguments: Arguments) -> int:
     for split, target in targets.items():
         source = open_source(arguments.data, split)
         start = time.monotonic()
-        tables = _on_ray(arguments, source) if arguments.workers > 1 else map(Embedder(frozen, source), _parts(source))
+        tables = (
+            _on_ray(arguments, source)
+            if arguments.workers > 1
+            else map(Embedder(frozen, source), parts(source.num_rows, 1))
+        )
         with writing(target, overwrite=arguments.overwrite) as partial:
             count = write(partial, tables, frozen, source)
         seconds = time.monotonic() - start
@@ -205,8 +209,10 @@ def write(path: Path, tables: Iterable[pa.Table], frozen: FrozenEncoder, source:
     return count
 
 
-def _parts(source: Source) -> list[Int64Array]:
-    return [np.arange(start, min(start + PART_ROWS, source.num_rows)) for start in range(0, source.num_rows, PART_ROWS)]
+def parts(num_rows: int, workers: int) -> list[Int64Array]:
+    """The rows of each row group; of a small set, such that all workers have some."""
+    size = min(PART_ROWS, -(-num_rows // workers))
+    return [np.arange(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 class _Worker:
@@ -232,12 +238,12 @@ def _on_ray(arguments: Arguments, source: Source) -> Iterator[pa.Table]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    parts = [{"start": int(rows[0]), "stop": int(rows[-1]) + 1} for rows in _parts(source)]
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+    cuts = [{"start": int(rows[0]), "stop": int(rows[-1]) + 1} for rows in parts(source.num_rows, arguments.workers)]
+    dataset = ray.data.from_items(cuts, override_num_blocks=len(cuts)).map_batches(
         _Worker,
         fn_constructor_args=(arguments, source),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(arguments.workers, len(parts))),
+        compute=ray.data.ActorPoolStrategy(size=min(arguments.workers, len(cuts))),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )

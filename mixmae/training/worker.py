@@ -328,7 +328,7 @@ class _WorkerEvents:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
-        self._said: set[str] = set()
+        self._said_skipped = False
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -360,8 +360,8 @@ class _WorkerEvents:
         try:
             measured = self._measure(step)
         except EvaluationSkipped as skipped:
-            if self._rank == 0 and str(skipped) not in self._said:
-                self._said.add(str(skipped))
+            if self._rank == 0 and not self._said_skipped:
+                self._said_skipped = True
                 self._mailbox.put.remote(("note", str(skipped)))
             return {}
         if self._tracker is not None and measured:

@@ -135,7 +135,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
-#: Fields that may differ when a run is continued: they change speed and bookkeeping, not what is computed.
+#: Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
+#: not what is computed.
 RESUMABLE = frozenset(
     {
         "loop.compile",
