@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,8 @@ def embed(arguments: Arguments) -> int:
     if arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}: it must be at least 1.")
     targets = choose_targets(arguments)
-    frozen = arguments.load()
+    # The workers' processes load their own, perhaps on GPUs that this one does not have.
+    frozen = (replace(arguments, device="cpu") if arguments.workers > 1 else arguments).load()
     for split, target in targets.items():
         source = open_source(arguments.data, split)
         start = time.monotonic()

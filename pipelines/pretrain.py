@@ -147,8 +147,8 @@ class PretrainJob:
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
         """The probe. (The loss of the held-out images comes with the panel.)
 
-        The workers pause and share the images: a process beside them would compute on the same cores of a laptop, and
-        beside GPUs it would slow one worker, for which all others wait, by more than their eighths take together.
+        The workers pause and share the images: a process beside them would take the same cores of a laptop, and one
+        on a busy GPU would hold up its worker, for which all others wait, where eight of them need an eighth each.
         Images are decoded once a run, and nothing is drawn from a global generator: the weights stay as without it.
         """
         if self.probe is None:
@@ -236,7 +236,7 @@ def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> 
     """
     if config.images == 0:
         return None
-    best, classes = None, np.empty(0, dtype=np.int64)
+    best: Probe | None = None
     for part in (heldout, source):
         try:
             labels = read_labels(part) if part.has_labels else np.full(part.num_rows, -1)
@@ -245,8 +245,7 @@ def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> 
             return None
         rows = choose_images(labels, config.images)
         if best is None or len(rows) > len(best.rows):
-            classes = np.unique(labels[rows])
-            best = Probe(source=part, rows=rows, k=config.k, num_classes=len(classes))
+            best = Probe(source=part, rows=rows, k=config.k, num_classes=len(np.unique(labels[rows])))
         if len(best.rows) >= config.images / 4:
             break
     assert best is not None
