@@ -133,6 +133,7 @@ def test_its_checkpoints_are_classifiers(finished):
         assert numbers["loss"] == pytest.approx(state["metrics"][f"{prefix}/loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_equals_uninterrupted(finished):
     base = finished["base"]
     arguments = [*finished["arguments"], "--output", base / "interrupted"]
