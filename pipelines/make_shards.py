@@ -212,7 +212,8 @@ def make_shards(
             f"and names them; {MANIFEST_NAME} lists these"
         )
     counts = " + ".join(f"{rows} {split}" for split, rows in result.rows.items())
-    say(f"{folder}: {counts} images, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
+    classes = f" of {len(result.class_names)} classes" if result.class_names else ""
+    say(f"{folder}: {counts} images{classes}, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
     return result
 
 
@@ -498,8 +499,9 @@ def main(
 
     Args:
         source: Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of
-            WebDataset tars or of Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI such as
-            s3://bucket/prefix; or the word "shapes" for the built-in set.
+            WebDataset tars or of Parquet files; iNaturalist, Places205 or Places365 as unpacked; a list of files
+            (.txt); a glob; a JSON list of sources; a URI such as s3://bucket/prefix; or the word "shapes" for the
+            built-in set.
         output: Local folder for the shards and their manifest.json; made if it is missing.
         shard_mb: Aim for the size of a shard in megabytes.
         resize_longer_side: Shrink images whose longer side has more pixels (JPEG quality 95, 4:2:0); others stay.

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from tune_spaces import demo, finetune_swin_base, finetune_swin_huge, finetune_swin_large, wide, wide_optuna
+from tune_spaces import (
+    demo,
+    finetune_inat2018,
+    finetune_inat2019,
+    finetune_places205,
+    finetune_places365,
+    finetune_swin_base,
+    finetune_swin_huge,
+    finetune_swin_large,
+    wide,
+    wide_optuna,
+)
 from tune_spaces.space import Space
 
 SPACES: dict[str, Space] = {
     module.__name__.removeprefix("tune_spaces."): module.SPACE
-    for module in (demo, finetune_swin_base, finetune_swin_large, finetune_swin_huge, wide, wide_optuna)
+    for module in (
+        demo,
+        finetune_swin_base,
+        finetune_swin_large,
+        finetune_swin_huge,
+        finetune_inat2018,
+        finetune_inat2019,
+        finetune_places205,
+        finetune_places365,
+        wide,
+        wide_optuna,
+    )
 }
 """All spaces by name."""

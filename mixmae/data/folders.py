@@ -56,7 +56,8 @@ class FilesSource:
     labels: Int64Array
     num_bytes: int
     stamp: str
-    """Digest of the files' times and problems: changes when one is written again in the same size, or made readable."""
+    """Digest of the files' times and problems and the classes' names: changes when a file is written again in the same
+    size or made readable, or a class gets another name."""
     problems: dict[int, str]
     """Rows whose file was empty or not readable when the source was opened, with the reason."""
     class_names: tuple[str, ...] | None
@@ -143,7 +144,9 @@ def open_files(
         relatives=pa.array([image.file.relative for image in files], type=pa.large_string()),
         labels=np.array([image.label for image in files], dtype=np.int64),
         num_bytes=sum(image.file.num_bytes for image in files) or _USUAL_BYTES * len(files),
-        stamp=short_digest(" ".join(f"{image.file.modified_ns}{image.file.problem}" for image in files)),
+        stamp=short_digest(
+            " ".join(f"{image.file.modified_ns}{image.file.problem}" for image in files) + repr(class_names)
+        ),
         problems=problems,
         class_names=class_names,
     )

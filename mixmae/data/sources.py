@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixmae.data.annotations import ANNOTATION_SUFFIXES, is_annotation, read_annotated
 from mixmae.data.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.joined import JoinedSource, join
 from mixmae.data.parquet import ParquetSource, open_parquet
@@ -70,11 +71,13 @@ _LAYOUTS: dict[str, Layout] = {
 def open_source(place: Place, split: str = "train") -> Source:
     """Open a collection of images and check that it is whole.
 
-    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders; a Parquet file,
-                tar or file list; a glob of any of these; a URI of one in a store that pyarrow knows (s3://, gs://);
-                a list of these, each alone or as (place, weight), or a JSON file with such a list. See joined.py for
-                what a weight means; it counts for the split "train" only. Classes are numbered alike in all splits.
-            split: train, validation or test, told by the names of files and folders; what has no such name is "train".
+    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders, or of images with
+                annotation files (annotations.py); a Parquet file, tar or file list; a glob of any of these; a URI of
+                one in a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (place, weight), or
+                a JSON file with such a list. See joined.py for what a weight means; it counts for the split "train"
+                only. Classes are numbered alike in all splits.
+            split: train, validation or test, told by annotations or by the names of files and folders; what has no such
+                name is "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
     if split not in SPLITS:
@@ -199,7 +202,9 @@ def _read_mixture(path: Path) -> list[tuple[str, float]]:
     except OSError as error:
         raise DataError(f"the list of sources {path} cannot be read ({error.strerror}): check the spelling") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is not a list of sources: it must be JSON, {wanted}") from error
+        raise DataError(
+            f"{path} is not a list of sources: it must be JSON, {wanted} (annotations are read from their folder)"
+        ) from error
     return _terms(terms)
 
 
@@ -219,6 +224,8 @@ def _find(text: str) -> _Found:
     if kind == "file":
         file = storage.file(path)
         layout = _LAYOUTS.get(suffix_of(path))
+        if is_annotation(path):
+            raise DataError(f"{shown} tells the classes of images beside it: give the folder that holds both")
         if layout is None or layout == "files":
             raise DataError(
                 f"{shown} is a single file that is not Parquet, a tar or a list of files (.txt): give one of these, or "
@@ -226,7 +233,7 @@ def _find(text: str) -> _Found:
             )
         beside = [index_path(path)] if layout == "parquet" else []
         return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
-    beside_names = {INDEX_SUFFIX, ".txt"}
+    beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES}
     listed = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
     sidecars = (INDEX_SUFFIX, *_CLASS_NAME_FILES)
     beside = [file.path for file in listed if file.path.endswith(sidecars)]
@@ -234,6 +241,10 @@ def _find(text: str) -> _Found:
     for file in listed:
         if suffix_of(file.path) not in beside_names:
             by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
+    notes = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
+    annotated = read_annotated(storage, path, notes, by_layout.get("files", ()))
+    if annotated is not None:  # tars beside them are the archives that the images came in
+        return _listed(storage, path, os.path.basename(path), annotated)
     for layout in ("parquet", "tar", "files"):  # pictures beside shards are previews
         if layout in by_layout:
             return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path))
@@ -290,11 +301,9 @@ def _find_glob(text: str) -> _Found:
 def _found(
     layout: str, storage: Storage, root: str, files: list[StoredFile], beside: Sequence[str], label: str
 ) -> _Found:
-    splits: dict[str, list[StoredFile]] = {}
     if layout == "files":
-        listing = arrange(files)
-        splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
-        return _Found("files", storage, root, label, splits, listing)
+        return _listed(storage, root, label, arrange(files))
+    splits: dict[str, list[StoredFile]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative) or "", []).append(file)
     unnamed = splits.pop("", [])
@@ -302,6 +311,11 @@ def _found(
         splits.setdefault("train", []).extend(unnamed)
     kind: Layout = "parquet" if layout == "parquet" else "tar" if layout == "tar" else "list"
     return _Found(kind, storage, root, label, splits, beside=frozenset(beside))
+
+
+def _listed(storage: Storage, root: str, label: str, listing: Listing) -> _Found:
+    splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
+    return _Found("files", storage, root, label, splits, listing)
 
 
 def _open(found: _Found, split: str) -> Source:

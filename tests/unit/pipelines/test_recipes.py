@@ -16,11 +16,13 @@ from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
 from pipelines.pretrain import Arguments
-from pipelines.recipes import PRETRAIN_RECIPES, RECIPE_GROUPS, find_recipe, list_recipes
+from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES, RECIPE_GROUPS, find_recipe, list_recipes
 from pipelines.recipes.config import differences, to_json
 from pipelines.recipes.mixmae_ablations import MIXMAE_ABLATIONS
 
 PAPER = [name for name in PRETRAIN_RECIPES if name != "demo"]
+#: Finetuning on other sets than ImageNet (table 5).
+TRANSFER = [name for name in FINETUNE_RECIPES if "_inat" in name or "_places" in name]
 METHODS = {"mixmae": MixMAEConfig, "simmim": SimMIMConfig, "mae": MAEConfig}
 BASE = "mixmae_swin_base_300ep_images_2"
 #: What each ablation changes in BASE.
@@ -180,8 +182,21 @@ def test_an_unknown_name_like_no_other_is_told_where_the_list_is():
 def test_the_results_name_every_recipe_of_the_paper_with_its_figures():
     """docs/results.md: each recipe is there, none is unknown, and its rows have what its docstring expects."""
     text = (Path(__file__).parents[3] / "docs" / "results.md").read_text()
-    assert set(re.findall(r"`((?:mixmae|simmim|mae)_\w+)`", text)) == set(PAPER)
-    for name in PAPER:
+    assert set(re.findall(r"`((?:mixmae|simmim|mae)_\w+)`", text)) == {*PAPER, *TRANSFER}
+    for name in (*PAPER, *TRANSFER):
         rows = " ".join(line for line in text.splitlines() if f"`{name}`" in line)
-        expected = PRETRAIN_RECIPES[name].__doc__.split("Expected:")[1]
+        expected = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES}[name].__doc__.split("Expected:")[1]
         assert all(figure in rows for figure in re.findall(r"\d\d\.\d", expected)), name
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_finetuning_on_other_sets_has_the_settings_of_imagenet(size):
+    """Appendix A.1: "we reuse the setting in Table 12"."""
+    epochs = {"base": 100, "large": 50}[size]
+    imagenet = FINETUNE_RECIPES[f"mixmae_swin_{size}_finetune_{epochs}ep"]()
+    names = [
+        f"mixmae_swin_{size}_{place}_finetune_{epochs}ep"
+        for place in ("inat2018", "inat2019", "places205", "places365")
+    ]
+    assert [name for name in TRANSFER if f"_{size}_" in name] == names
+    assert all(FINETUNE_RECIPES[name]() == imagenet for name in names)

@@ -28,9 +28,18 @@ def test_every_space_fits_its_recipe(name):
         assert {field: get_field(config, field) for field in point} == point
 
 
-@pytest.mark.parametrize(("size", "paper"), [("base", 0.15), ("large", 0.2), ("huge", 0.3)])
-def test_the_papers_settings_are_a_point_of_its_grid(size, paper):
-    swin = SPACES[f"finetune_swin_{size}"]
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("swin_base", 0.15),
+        ("swin_large", 0.2),
+        ("swin_huge", 0.3),
+        *((name, 0.15) for name in ("inat2018", "inat2019", "places205", "places365")),
+    ],
+)
+def test_the_papers_settings_are_a_point_of_its_grid(name, paper):
+    swin = SPACES[f"finetune_{name}"]
+    assert f"_{name}_" in swin.recipe
     assert {"optim.layer_decay": 0.7, "encoder.drop_path": paper} in swin.points(0)
     base = base_config(swin)
     assert (base.optim.layer_decay, base.encoder.drop_path) == (0.7, paper)
