@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+from mixmae.tracking import RunRef
 
 Status = Literal["finished", "stopped", "halted", "failed", "not run"]
 
@@ -74,6 +76,33 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def link_line(links: Mapping[str, str]) -> str:
+    """Links by their words, as Markdown."""
+    return " · ".join(f"[{words}]({link})" for words, link in links.items())
+
+
+def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, links: Mapping[str, str]) -> str:
+    """The sweep's description on MLflow's page, as Markdown: the best trial, where to look, the ten best.
+
+    Args: results: ranked.  links: by their words.
+    """
+    pages = {result.trial: replace(parent, run_id=result.run_id).link for result in results if result.run_id}
+    first = "**No trial finished.**"
+    if results[0].status == "finished":
+        number = _number(results[0].metrics[metric], "loss" not in metric)
+        first = f"**Best: [{label(results[0].values)}]({pages[results[0].trial]}), {metric} {number}**"
+    names = [name.rpartition(".")[2] for name in results[0].values]
+    head = ["", *names, metric, metric.replace("final/", "best/"), "run"]
+    table = [head, ["---"] * len(head)]
+    for place, result in enumerate(results[:10], start=1):
+        finished = result.status == "finished"
+        numbers = [_number(result.metrics.get(key), "loss" not in key) for key in head[-3:-1]]
+        link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
+        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values.values()]
+        table.append([str(place) if finished else result.status, *values, *numbers, link])
+    return "\n\n".join([first, link_line(links), "\n".join(f"| {' | '.join(row)} |" for row in table)])
 
 
 def print_table(results: Sequence[TrialResult]) -> None:
