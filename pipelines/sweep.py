@@ -49,7 +49,8 @@ from pipelines.evaluate import load_classifier
 from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_pretrained
 from pipelines.recipes import FINETUNE_RECIPES
 from pipelines.recipes.config import FinetuneConfig, to_json
-from pipelines.runs import Run, RunFolder, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.runs import Run, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.sweep_progress import Progress
 from pipelines.sweep_results import (
     draw_curves,
     draw_heat_map,
@@ -65,11 +66,9 @@ from pipelines.sweep_trial import (
     Arguments,
     Sweep,
     curve,
-    last_line,
     pretrained_tags,
     result_of,
     run_trial,
-    trial_folder,
 )
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
@@ -227,7 +226,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old one keeps still when told to
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ProgressLines says what fails, in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress says what fails, in a line
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
     if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
@@ -266,7 +265,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
             storage_path=str(shared.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=arguments.max_failures),
-            callbacks=[ProgressLines(space.num_trials, shared.folder, space.metric)],
+            callbacks=[Progress(space.num_trials, shared.folder, space.metric)],
         ),
     )
 
@@ -283,37 +282,6 @@ def _optuna(shared: Sweep) -> Searcher:
     space = shared.space
     search = OptunaSearch(metric=space.metric, mode=space.mode, seed=shared.arguments.config.loop.seed)
     return ConcurrencyLimiter(search, max_concurrent=shared.arguments.max_concurrent)
-
-
-class ProgressLines(tune.Callback):
-    """A line on the terminal for what happens to a trial."""
-
-    def __init__(self, total: int, folder: Path, metric: str) -> None:
-        self._total, self._folder, self._metric = total, folder, metric
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "starts")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self._metric in result and "epoch" in result:
-            self._say(trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
-        ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
-        count = sum(other.is_finished() or other is trial for other in trials)
-        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "is tried again, from its last checkpoint (its worker or its own process died)")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, f"failed: {last_line(trial.get_error())}")
-
-    def _say(self, trial: Any, what: str) -> None:
-        print(f"trial {trial.trial_id} ({label(trial.config['values'])}) {what}", flush=True)
 
 
 def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> int:

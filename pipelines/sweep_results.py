@@ -36,8 +36,7 @@ class TrialResult:
 
 def label(values: Mapping[str, Any]) -> str:
     """The values of a trial in a few words: "layer_decay 0.7, drop_path 0.1"."""
-    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
-    return ", ".join(f"{name.rpartition('.')[2]} {text}" for name, text in zip(values, shown, strict=True))
+    return ", ".join(f"{name.rpartition('.')[2]} {text}" for name, text in zip(values, texts_of(values), strict=True))
 
 
 def rank(results: Sequence[TrialResult], metric: str, mode: Literal["max", "min"]) -> list[TrialResult]:
@@ -100,9 +99,13 @@ def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, link
         finished = result.status == "finished"
         numbers = [_number(result.metrics.get(key), "loss" not in key) for key in head[-3:-1]]
         link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
-        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values.values()]
-        table.append([str(place) if finished else result.status, *values, *numbers, link])
+        table.append([str(place) if finished else result.status, *texts_of(result.values), *numbers, link])
     return "\n\n".join([first, link_line(links), "\n".join(f"| {' | '.join(row)} |" for row in table)])
+
+
+def texts_of(values: Mapping[str, Any]) -> list[str]:
+    """The values of a trial as people read them."""
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values()]
 
 
 def print_table(results: Sequence[TrialResult]) -> None:
@@ -110,12 +113,11 @@ def print_table(results: Sequence[TrialResult]) -> None:
     names = [name.rpartition(".")[2] for name in results[0].values]
     table = Table("", *names, "top-1", "top-5", "loss", "best top-1", "trial", "")
     for number, result in enumerate(results, start=1):
-        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values.values()]
         keys = ("final/top1", "final/top5", "final/loss", "best/top1")
         metrics = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         place = str(number) if result.status == "finished" else "-"
         remark = "" if result.status == "finished" else f"{result.status}: {result.reason.partition('. ')[0]}"
-        table.add_row(place, *values, *metrics, result.trial, remark)
+        table.add_row(place, *texts_of(result.values), *metrics, result.trial, remark)
     console = Console()
     # A log file has no width of its own: do not fold there.
     (console if console.is_terminal else Console(width=160)).print(table)
