@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 
 from tests.ray.conftest import ROOT, TINY, environment, run, serve_mlflow
@@ -95,18 +96,17 @@ def page(browser, store) -> Iterator[Any]:
         context.set_default_timeout(90_000)
         expect.set_options(timeout=90_000)
         context.route(re.compile(f"^https?://(?!{re.escape(store.server[7:])})"), lambda route: route.abort())
-        page = context.new_page()
         # The page's assistant opens by itself on the first visit and takes a quarter of it.
-        page.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-        yield page
+        context.add_init_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+        yield context.new_page()
 
 
 @pytest.fixture
-def keep(page, tmp_path):
-    """Keeps a picture of the page."""
+def keep(tmp_path):
+    """Keeps a picture of a page."""
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path)).resolve()
 
-    def keep(name: str) -> None:
+    def keep(page: Any, name: str) -> None:
         page.screenshot(path=folder / f"mlflow_{name}.png", animations="disabled")
 
     return keep
@@ -114,6 +114,13 @@ def keep(page, tmp_path):
 
 def link_of(entity: Any) -> str:
     return f"#/experiments/{entity.info.experiment_id}/runs/{entity.info.run_id}?{TRAINING}"
+
+
+def follow(page: Any, link: Any) -> Any:
+    """Click on a link of a description.   Returns: the page that it opens beside this one."""
+    with page.context.expect_page() as opened:
+        link.click()
+    return opened.value
 
 
 def row(page: Any, run: Any, part: str = "pinned-left") -> Any:
@@ -130,10 +137,10 @@ def test_the_best_trial_is_found_in_three_clicks(page, store, keep):
     row(page, store.parent).get_by_role("link", name=store.parent.info.run_name).click()
     sentence = page.get_by_text("Best: ")
     expect(sentence).to_contain_text(f"final/top1 {best:.2%}")
-    keep("sweep")
-    sentence.get_by_role("link").click()
+    keep(page, "sweep")
+    page = follow(page, sentence.get_by_role("link"))
     winner = next(trial for trial in store.trials if trial.info.run_id == store.parent.data.tags["best.run_id"])
-    expect(page.get_by_role("heading", name=winner.info.run_name)).to_be_visible()
+    expect(page.get_by_role("heading", name=winner.info.run_name, exact=True)).to_be_visible()
     assert winner.info.run_id in page.url
     assert winner.data.metrics["final/top1"] == best
     assert winner.data.tags["rank"] == "1"
@@ -153,7 +160,7 @@ def test_trials_are_grouped_under_their_sweep(page, store, keep):
         tops = sorted([trial.bounding_box()["y"] for trial in trials])
         height = parent.bounding_box()["height"]
         assert tops == [parent.bounding_box()["y"] + height * place for place in range(1, len(trials) + 1)]
-        keep("runs")
+        keep(page, "runs")
         parent.get_by_role("button").click()
         for trial in trials:
             expect(trial).to_have_count(0)
@@ -161,7 +168,7 @@ def test_trials_are_grouped_under_their_sweep(page, store, keep):
 
 def test_the_ranked_view_puts_the_best_trial_on_top(page, store, keep):
     page.goto(f"{store.server}/{link_of(store.parent)}")
-    page.get_by_role("link", name="all trials, ranked").click()
+    page = follow(page, page.get_by_role("link", name="all trials, ranked"))
     rows = page.locator(".ag-center-cols-container .ag-row")
     expect(rows).to_have_count(len(store.trials))
     expect(page.get_by_role("columnheader").filter(has_text="final/top1")).to_be_visible()
@@ -177,12 +184,12 @@ def test_the_ranked_view_puts_the_best_trial_on_top(page, store, keep):
             assert float(line.locator(f'[col-id="{column}"]').inner_text()) == pytest.approx(value, rel=1e-3)
         shown.append(trial.data.metrics["final/top1"])
     assert shown == sorted(shown, reverse=True)
-    keep("ranked")
+    keep(page, "ranked")
 
 
 def test_the_view_of_parallel_coordinates_has_numeric_axes(page, store):
     page.goto(f"{store.server}/{link_of(store.parent)}")
-    page.get_by_role("link", name="parallel coordinates").click()
+    page = follow(page, page.get_by_role("link", name="parallel coordinates"))
     axes = page.locator(".parcoords .dimension")
     expect(axes).to_have_count(3)
     for axis, name, values in zip(axes.all(), AXES, zip(*store.points, strict=True), strict=True):
@@ -219,29 +226,29 @@ def test_the_comparison_shows_every_trial_on_numeric_axes(page, store, keep):
         assert "ticktext" not in dimension  # as categories have
         assert [float(text) for text in texts if text]
     points = sorted(zip(*(dimension["values"] for dimension in data["dimensions"]), strict=True))
-    assert [tuple(point) for point in points] == pytest.approx(store.points)
+    np.testing.assert_allclose(points, store.points, rtol=1e-6)
     box = plot.bounding_box()
     assert box["width"] > 400
     assert box["height"] > 300
-    keep("compare")
+    keep(page, "compare")
 
 
 def test_the_heat_map_is_displayed(page, store, keep):
     page.goto(f"{store.server}/{link_of(store.parent)}")
-    page.get_by_role("link", name="heat map").click()
+    page = follow(page, page.get_by_role("link", name="heat map"))
     assert displayed(page) == (store.folder / "heat_map.png").read_bytes()
-    keep("heat_map")
+    keep(page, "heat_map")
 
 
 def test_the_pretraining_shows_its_newest_panel(page, store, keep):
     """From the sweep: the run that its weights are from, and there the panel."""
     page.goto(f"{store.server}/{link_of(store.parent)}")
-    page.get_by_role("link", name="pretraining", exact=True).click()
-    expect(page.get_by_role("heading", name=store.pretraining.info.run_name)).to_be_visible()
-    page.get_by_role("link", name="newest reconstruction").click()
+    page = follow(page, page.get_by_role("link", name="pretraining", exact=True))
+    expect(page.get_by_role("heading", name=store.pretraining.info.run_name, exact=True)).to_be_visible()
+    page = follow(page, page.get_by_role("link", name="newest reconstruction"))
     panels = Path(store.pretraining.data.tags["output"]) / "panels"
     assert displayed(page) == max(panels.iterdir()).read_bytes()
-    keep("panel")
+    keep(page, "panel")
 
 
 def displayed(page: Any) -> bytes:
