@@ -328,7 +328,10 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
         print(
             f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}"
         )
-    print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
+    print(
+        f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}\n"
+        f"            then Model training > {run.arguments.experiment} > {run.arguments.run_name or folder.name}"
+    )
     if complete and (name := shared.arguments.register_model) is not None:
         version = register(shared, ended[0].run_id, name)
         links[f"model {name}, version {version}"] = model_link(name, version)

@@ -100,7 +100,8 @@ def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, link
         numbers = [_number(result.metrics.get(key), "loss" not in key) for key in head[-3:-1]]
         link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
         table.append([str(place) if finished else result.status, *texts_of(result.values), *numbers, link])
-    return "\n\n".join([first, link_line(links), "\n".join(f"| {' | '.join(row)} |" for row in table)])
+    # One paragraph of two lines: what is below them is covered until a visitor asks for more.
+    return f"{first}  \n{link_line(links)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
 def texts_of(values: Mapping[str, Any]) -> list[str]:

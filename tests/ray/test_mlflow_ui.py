@@ -8,6 +8,7 @@ pictures (make screenshots does both).
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.ray.conftest import ROOT, TINY, environment, run, serve_mlflow
 from tests.ray.sweeps import SHORT, sweep_command
@@ -107,7 +109,8 @@ def keep(tmp_path):
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path)).resolve()
 
     def keep(page: Any, name: str) -> None:
-        page.screenshot(path=folder / f"mlflow_{name}.png", animations="disabled")
+        picture = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+        picture.convert("RGB").quantize(256).save(folder / f"mlflow_{name}.png", optimize=True)  # for a small file
 
     return keep
 
@@ -171,7 +174,7 @@ def test_the_ranked_view_puts_the_best_trial_on_top(page, store, keep):
     page = follow(page, page.get_by_role("link", name="all trials, ranked"))
     rows = page.locator(".ag-center-cols-container .ag-row")
     expect(rows).to_have_count(len(store.trials))
-    expect(page.get_by_role("columnheader").filter(has_text="final/top1")).to_be_visible()
+    expect(page.locator('.ag-header-cell[col-id="metrics.`final/top1`"]')).to_be_visible()
     by_id = {trial.info.run_id: trial for trial in store.trials}
     shown = []
     for place in range(len(store.trials)):
@@ -194,7 +197,7 @@ def test_the_view_of_parallel_coordinates_has_numeric_axes(page, store):
     expect(axes).to_have_count(3)
     for axis, name, values in zip(axes.all(), AXES, zip(*store.points, strict=True), strict=True):
         expect(axis.locator(".label")).to_have_text(name)
-        ticks = [float(text) for text in axis.locator(".tick text").all_inner_texts()]
+        ticks = [float(text) for text in axis.locator(".tick text").all_text_contents()]
         assert min(values) - 1e-3 <= min(ticks) <= max(ticks) <= max(values) + 1e-3
     drawn = "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(v => v > 0)"
     assert page.locator(".parcoords canvas.foreground").evaluate(drawn)

@@ -72,7 +72,7 @@ class TestResults:
     def test_the_note_names_the_best_and_links_to_every_trial_in_order(self):
         parent = RunRef(uri="http://x", experiment_id="7", run_id="p")
         note = write_note(rank(RESULTS, "final/top1", "max"), "final/top1", parent, {"all": "#/all"})
-        best, links, table = note.split("\n\n")
+        (best, links), table = note.split("\n\n")[0].split("  \n"), note.split("\n\n")[1]
         assert best.startswith("**Best: [layer_decay 0.8, drop_path 0.1](#/experiments/7/runs/run of d?")
         assert best.endswith("final/top1 50.00%**")
         assert links == "[all](#/all)"
