@@ -56,6 +56,10 @@ class Store:
         )
 
 
+def run_id_of(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
+
+
 @pytest.fixture(scope="module")
 def store(request, tmp_path_factory) -> Iterator[Store]:
     """A pretraining run and a sweep that starts from it."""
@@ -77,9 +81,9 @@ def store(request, tmp_path_factory) -> Iterator[Store]:
             swept = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
             assert swept.returncode == 0, swept.stdout + swept.stderr
         client = MlflowClient(tracking_uri=server)
-        parent = client.get_run(json.loads((folder / "run.json").read_text())["mlflow"]["run_id"])
-        below = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
-        trials = client.search_runs([parent.info.experiment_id], below)
+        parent = client.get_run(run_id_of(folder))
+        trials = [client.get_run(run_id_of(place)) for place in folder.glob("trials/*")]
+        assert len(trials) >= 4
         yield Store(server, folder, parent, trials, client.get_run(parent.data.tags["pretrained.run_id"]))
 
 

@@ -122,6 +122,8 @@ def test_the_parent_holds_what_came_of_it(swept):
     assert parent.data.tags["best.layer_decay"] == best.data.params["layer_decay"]
     assert parent.data.metrics["best/top1"] == best.data.metrics["best/top1"]
     assert parent.data.metrics["final/top1"] == max(run.data.metrics["final/top1"] for run in children(swept))
+    assert best.data.tags["rank"] == "1"
+    assert "[model tiny, version 1](#/models/tiny/versions/1" in parent.data.tags["mlflow.note.content"]
     assert "layer_decay" not in parent.data.params  # its metrics are not those of the recipe's value
 
 
