@@ -31,23 +31,45 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from mixmae.data.blocks import eval_batch
 from mixmae.finetune.classification import Predictor
-from mixmae.tracking import RunRef, claim_model_name, create_run, finish_run, log_file, log_table, register_model
+from mixmae.tracking import (
+    NOTE_TAG,
+    RunRef,
+    claim_model_name,
+    create_run,
+    finish_run,
+    log_file,
+    log_table,
+    model_link,
+    register_model,
+    save_view,
+    tag_run,
+)
 from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
 from pipelines.evaluate import load_classifier
 from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_pretrained
 from pipelines.recipes import FINETUNE_RECIPES
 from pipelines.recipes.config import FinetuneConfig, to_json
-from pipelines.runs import Run, RunFolder, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.runs import Run, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.sweep_progress import Progress
 from pipelines.sweep_results import (
     draw_curves,
     draw_heat_map,
     label,
+    link_line,
     print_table,
     rank,
     rows_of,
     write_csv,
+    write_note,
 )
-from pipelines.sweep_trial import Arguments, Sweep, curve, last_line, result_of, run_trial, trial_folder
+from pipelines.sweep_trial import (
+    Arguments,
+    Sweep,
+    curve,
+    pretrained_tags,
+    result_of,
+    run_trial,
+)
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
 
@@ -57,6 +79,8 @@ TRIAL_CPUS = 0.5
 """What a trial's own process asks for; its workers ask for themselves."""
 TUNE_FOLDER = "tune"
 """Tune's own files, in the sweep's folder."""
+PLAIN_NAMES = ("layer_decay", "drop_path", "weight_decay")
+"""Fields that runs log without their dots (pipelines/runs.py)."""
 
 
 def sweep(arguments: Arguments, name: str) -> int:
@@ -82,6 +106,7 @@ def sweep(arguments: Arguments, name: str) -> int:
     elif pretrained.weights is not None:
         keep_initial(pretrained, arguments.config, folder)
     use_gpu, slots = claim_cluster(arguments, stops_trials=space.scheduler is not None or space.hours is not None)
+    parent, links = open_parent(run, space)
     shared = Sweep(
         arguments=arguments,
         space=space,
@@ -90,7 +115,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         classes=classes,
         folder=folder,
         pretrained=run.content["pretrained"],
-        run=open_parent(run, space),
+        run=parent,
         use_gpu=use_gpu,
     )
     length = length_of(arguments.config, source)
@@ -108,7 +133,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         finish_run(shared.run, status="KILLED")
         print("\nInterrupted. The same command continues.", flush=True)
         return 130
-    return conclude(run, shared, start)
+    return conclude(run, shared, start, links)
 
 
 def choose_space(arguments: Arguments, name: str) -> Space:
@@ -159,16 +184,21 @@ def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, fl
     return use_gpu, slots // at_once
 
 
-def open_parent(run: Run, space: Space) -> RunRef:
-    """The sweep's MLflow run; without the trials' numbers among its parameters, as it is no point of their plots."""
-    arguments = run.arguments
+def open_parent(run: Run, space: Space) -> tuple[RunRef, dict[str, str]]:
+    """The sweep's MLflow run; without the trials' numbers among its parameters, as it is no point of their plots.
+
+    Returns: the run, and by their words the links of its description.
+    """
+    arguments, pretrained = run.arguments, run.content["pretrained"]
+    name = arguments.run_name or run.folder.path.name
     ref = run.reopen() or create_run(
         uri=run.uri,
         experiment=arguments.experiment,
-        name=arguments.run_name or run.folder.path.name,
+        name=name,
         params={"space": run.recipe, **space.to_json()},
         tags={
             "stage": "sweep",
+            **pretrained_tags(pretrained),
             "output": str(run.folder.path),
             **{f"version.{name}": number for name, number in versions().items()},
         },
@@ -176,7 +206,16 @@ def open_parent(run: Run, space: Space) -> RunRef:
     )
     run.content |= {"status": "running", "mlflow": vars(ref)}
     run.folder.write(run.content)
-    return ref
+    shown = [field if (short := field.rpartition(".")[2]) not in PLAIN_NAMES else short for field in space.vary]
+    metric = space.metric.replace("val/", "final/")
+    metrics = (metric, metric.replace("final/", "best/"))
+    table, axes = save_view(ref, f"trials of {name}", params=shown, metrics=metrics, descending=space.mode == "max")
+    links = {"all trials, ranked": table, "parallel coordinates": axes}
+    if pretrained and pretrained["run_id"]:
+        theirs = tag_run(ref.uri, pretrained["run_id"], f"swept.{ref.run_id}", name)
+        links |= {"pretraining": theirs.link} if theirs else {}
+    tag_run(ref.uri, ref.run_id, NOTE_TAG, f"Under way: {link_line(links)}")
+    return ref, links
 
 
 def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
@@ -187,7 +226,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old one keeps still when told to
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ProgressLines says what fails, in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress says what fails, in a line
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
     if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
@@ -226,7 +265,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
             storage_path=str(shared.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=arguments.max_failures),
-            callbacks=[ProgressLines(space.num_trials, shared.folder, space.metric)],
+            callbacks=[Progress(space.num_trials, shared.folder, space.metric)],
         ),
     )
 
@@ -245,38 +284,7 @@ def _optuna(shared: Sweep) -> Searcher:
     return ConcurrencyLimiter(search, max_concurrent=shared.arguments.max_concurrent)
 
 
-class ProgressLines(tune.Callback):
-    """A line on the terminal for what happens to a trial."""
-
-    def __init__(self, total: int, folder: Path, metric: str) -> None:
-        self._total, self._folder, self._metric = total, folder, metric
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "starts")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self._metric in result and "epoch" in result:
-            self._say(trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
-        ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
-        count = sum(other.is_finished() or other is trial for other in trials)
-        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "is tried again, from its last checkpoint (its worker or its own process died)")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, f"failed: {last_line(trial.get_error())}")
-
-    def _say(self, trial: Any, what: str) -> None:
-        print(f"trial {trial.trial_id} ({label(trial.config['values'])}) {what}", flush=True)
-
-
-def conclude(run: Run, shared: Sweep, start: float) -> int:
+def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> int:
     """Close the books: rank the trials, keep tables and pictures, say what is best."""
     space, folder, parent = shared.space, shared.folder, shared.run
     metric = space.metric.replace("val/", "final/")
@@ -291,6 +299,7 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
     if space.search == "grid" and len(space.vary) == 2:
         draw_heat_map(ended, metric, folder / "heat_map.png")
         files.append(folder / "heat_map.png")
+    links |= {file.stem.replace("_", " "): parent.file_link(file.name) for file in files if file.suffix == ".png"}
     winner = ended[0] if ended[0].status == "finished" else None
     tags, numbers = {}, {}
     if winner is not None:
@@ -305,6 +314,10 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
         link.symlink_to(Path("trials", winner.trial, "best"), target_is_directory=True)
     for file in files:
         log_file(parent, file)
+    for place, result in enumerate(ended, start=1):
+        if result.status == "finished":
+            tag_run(parent.uri, result.run_id, "rank", str(place))
+    tags[NOTE_TAG] = write_note(ended, metric, parent, links)
     complete = winner is not None and not failed
     if complete:  # once: MLflow adds rows to a table that is there
         log_table(parent, rows, "results")
@@ -316,8 +329,10 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
             f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}"
         )
     print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
-    if complete and shared.arguments.register_model is not None:
-        register(shared, ended[0].run_id, shared.arguments.register_model)
+    if complete and (name := shared.arguments.register_model) is not None:
+        version = register(shared, ended[0].run_id, name)
+        links[f"model {name}, version {version}"] = model_link(name, version)
+        tag_run(parent.uri, parent.run_id, NOTE_TAG, write_note(ended, metric, parent, links))
     if failed:
         print(f"{len(failed)} trials failed. The same command tries them again.")
     elif winner is None:
@@ -329,8 +344,8 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
     return 0
 
 
-def register(shared: Sweep, run_id: str, name: str) -> None:
-    """Add the best weights of the winner's run to MLflow's registry."""
+def register(shared: Sweep, run_id: str, name: str) -> str:
+    """Add the best weights of the winner's run to MLflow's registry.   Returns: the version."""
     classifier = load_classifier(shared.folder / "best", device="cpu", resize_share=None)
     preprocessing = classifier.metadata.preprocessing
     version = register_model(
@@ -341,6 +356,7 @@ def register(shared: Sweep, run_id: str, name: str) -> None:
         {"classes": shared.classes},
     )
     print(f"model       models:/{name}@best, version {version}")
+    return version
 
 
 def close_children(shared: Sweep) -> None:

@@ -98,7 +98,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         tags={
             "stage": "finetune",
             "trial": trial_id,
-            "pretrained": str(shared.pretrained["path"]) if shared.pretrained else "none",
+            **pretrained_tags(shared.pretrained),
         },
         parent_run_id=shared.run.run_id,
     )
@@ -117,6 +117,14 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     except TrainingStopped as stop:  # a result, not a failure: another start would not help
         run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
         tune.report({"stopped": True})  # Tune prints a line of its own for a trial that never reports
+
+
+def pretrained_tags(pretrained: dict[str, Any] | None) -> dict[str, str]:
+    """What MLflow's runs say of the weights that they start from."""
+    if pretrained is None:
+        return {"pretrained": "none"}
+    tags = {"pretrained": str(pretrained["path"])}
+    return tags | ({"pretrained.run_id": pretrained["run_id"]} if pretrained["run_id"] else {})
 
 
 def last_line(error: object) -> str:

@@ -16,37 +16,18 @@ import torch
 from mixmae.convert import Preprocessing, save_encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from tests.ray.conftest import ROOT, environment
+from tests.ray.sweeps import SHORT, sweep_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-#: What pipelines/sweep.py runs, with a space of 2 x 2 beside the others.
-PROGRAM = """
-import sys
-from dataclasses import replace
-from tune_spaces import SPACES
-from tune_spaces.space import Choice
-from pipelines.sweep import main
-
-vary = {"optim.layer_decay": Choice((0.7, 0.8)), "encoder.drop_path": Choice((0.0, 0.1))}
-SPACES["tiny"] = replace(SPACES["demo"], vary=vary, change={})
-sys.exit(main(["tiny", *sys.argv[1:]]))
-"""
 ENCODER = SwinConfig(
     image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
 )
-SHORT = [
-    *("--augment.image-size", "64", "--loop.batch-size", "8", "--loop.steps", "32", "--loop.log-every-steps", "4"),
-    *("--loop.max-broken-fraction", "0.2", "--optim.base-lr", "0.02"),
-]
 NUMBERS = (
     *("layer_decay", "drop_path", "lr", "weight_decay", "epochs", "batch_size", "image_size", "seed"),
     *("params_m", "gmacs"),
 )
 METRICS = [f"{group}/{name}" for group in ("final", "best") for name in ("top1", "top5", "loss")]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
 
 
 @dataclass
@@ -75,7 +56,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     arguments += ["--register-model", "tiny"]
     options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.STDOUT, "text": True}
     killed = ""
-    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, **options) as first:
+    with subprocess.Popen(sweep_command(*arguments), stdout=subprocess.PIPE, **options) as first:
         assert first.stdout is not None
         for line in first.stdout:
             killed += line
@@ -83,7 +64,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
                 break
         first.send_signal(signal.SIGKILL)
     assert "finished (1 of 4" in killed, killed
-    again = subprocess.run(command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
+    again = subprocess.run(sweep_command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
     assert again.returncode == 0, killed + again.stdout
     return Swept(base / "sweep", mlflow_server, arguments, killed, again.stdout)
 
@@ -183,7 +164,7 @@ numpy.save("probabilities.npy", model.predict(numpy.load("images.npy")))
 
 
 def test_started_again_it_does_nothing(swept):
-    again = subprocess.run(command(*swept.arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    again = subprocess.run(sweep_command(*swept.arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout
     assert "trial" not in again.stdout.replace("trials", "")

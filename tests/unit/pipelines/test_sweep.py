@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import csv
+import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from mixmae.tracking import RunRef
 from pipelines import sweep as module
 from pipelines.sweep import main
-from pipelines.sweep_results import TrialResult, draw_curves, draw_heat_map, label, rank, rows_of, write_csv
+from pipelines.sweep_progress import Progress
+from pipelines.sweep_results import (
+    TrialResult,
+    draw_curves,
+    draw_heat_map,
+    label,
+    rank,
+    rows_of,
+    write_csv,
+    write_note,
+)
 
 
 def result(trial: str, decay: float, drop: float, top1: float | None, status: str = "finished") -> TrialResult:
@@ -55,6 +69,20 @@ class TestResults:
             "layer_decay 0.75, mixup 0, precision float32"
         )
 
+    def test_the_note_names_the_best_and_links_to_every_trial_in_order(self):
+        parent = RunRef(uri="http://x", experiment_id="7", run_id="p")
+        note = write_note(rank(RESULTS, "final/top1", "max"), "final/top1", parent, {"all": "#/all"})
+        best, links, table = note.split("\n\n")
+        assert best.startswith("**Best: [layer_decay 0.8, drop_path 0.1](#/experiments/7/runs/run of d?")
+        assert best.endswith("final/top1 50.00%**")
+        assert links == "[all](#/all)"
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        assert rows[0] == ["", "layer_decay", "drop_path", "final/top1", "best/top1", "run"]
+        assert [row[0] for row in rows[2:]] == ["1", "2", "halted", "stopped"]
+        assert [row[3] for row in rows[2:]] == ["50.00%", "20.00%", "90.00%", ""]
+        assert "/runs/run of b?" in rows[5][5]
+        assert write_note(RESULTS[1:3], "final/top1", parent, {}).startswith("**No trial finished.**")
+
     def test_the_heat_map_shows_each_trial_in_its_cell(self, tmp_path):
         """Only finished ones have a colour, the better one the brighter; white is nothing."""
         draw_heat_map(RESULTS, "final/top1", tmp_path / "map.png")
@@ -73,6 +101,46 @@ class TestResults:
         draw_curves(ranked, {"d": [(1, 0.1), (2, 0.5)]}, "val/top1", tmp_path / "one.png")
         draw_curves(ranked, {"d": [(1, 0.1), (2, 0.5)], "a": [(1, 0.3)]}, "val/top1", tmp_path / "two.png")
         assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+
+
+@dataclass
+class Trial:
+    """As much of Tune's trial as is shown."""
+
+    trial_id: str
+    config: dict
+    status: str = "PENDING"
+
+
+class TestProgress:
+    TRIALS = tuple(Trial(item.trial, {"values": item.values}) for item in RESULTS)
+
+    def show(self, folder) -> None:
+        progress = Progress(4, folder, "val/top1")
+        pickle.loads(pickle.dumps(progress))  # as Tune does, to continue
+        progress.on_trial_start(0, list(self.TRIALS), self.TRIALS[0])
+        progress.on_trial_result(1, list(self.TRIALS), self.TRIALS[0], {"epoch": 0.5, "val/top1": 0.25})
+        progress.on_experiment_end(list(self.TRIALS))
+
+    def test_a_log_gets_a_line_for_each_event(self, tmp_path, capsys):
+        self.show(tmp_path)
+        assert capsys.readouterr().out.splitlines() == [
+            "trial a (layer_decay 0.7, drop_path 0) starts",
+            "trial a (layer_decay 0.7, drop_path 0) epoch 0.50 · val/top1 0.2500",
+        ]
+
+    def test_a_terminal_gets_one_table_that_changes_in_place(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setattr("rich.get_console", lambda: Console(force_terminal=True, width=100))
+        self.show(tmp_path)
+        text = capsys.readouterr().out
+        first, second = text.split("starts")
+        assert "trial a" not in text
+        assert first.count("pending") == 0
+        assert "\x1b[1A" in second  # back up, over the table before
+        last = second[second.rindex("\x1b[1A") :]
+        assert last.count("pending") == 3
+        assert "epoch 0.50 · val/top1 0.2500" in last
 
 
 @pytest.fixture
