@@ -16,12 +16,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import safetensors.torch
@@ -89,6 +89,11 @@ class Arguments(RunArguments):
 class FinetuneJob:
     """A finetuning run as the workers see it (the TrainingJob of mixmae.training.worker)."""
 
+    stage: ClassVar[str] = "finetune"
+    """What MLflow calls such runs."""
+    doing: ClassVar[str] = "Finetuning"
+    recipes: ClassVar[Mapping[str, Callable[[], FinetuneConfig]]] = FINETUNE_RECIPES
+
     config: FinetuneConfig
     source: Source
     validation: Source
@@ -122,6 +127,10 @@ class FinetuneJob:
     @property
     def best(self) -> tuple[str, Path]:
         return BEST_METRIC, self.folder / "best"
+
+    @property
+    def evaluates_untrained(self) -> bool:
+        return False
 
     def build_model(self) -> nn.Module:
         model = ImageClassifier(build_encoder(self.config.sized_encoder()), self.num_classes)
@@ -225,37 +234,67 @@ class Pretrained:
         return {"path": str(self.path), "digest": self.digest, "run_id": self.run_id}
 
 
-def finetune(arguments: Arguments, recipe: str) -> int:
-    """Run or continue a finetuning run.   Returns: the process's exit status."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run with all that was checked before its MLflow run and its workers start."""
+
+    run: Run
+    source: Source
+    validation: Source
+    classes: list[str]
+    pretrained: Pretrained | None
+
+    def job(self, job_type: type[FinetuneJob], ref: RunRef) -> FinetuneJob:
+        """What the workers do."""
+        folder = self.run.folder.path
+        return job_type(
+            config=self.run.arguments.config,  # type: ignore[arg-type]
+            source=self.source,
+            validation=self.validation,
+            num_classes=len(self.classes),
+            folder=folder,
+            initial=folder / INITIAL_FILE if self.pretrained else None,
+            run=ref,
+            facts=self.run.facts,
+        )
+
+
+def prepare(
+    arguments: Arguments, recipe: str, job_type: type[FinetuneJob], extra: Mapping[str, Any] | None = None
+) -> Prepared | None:
+    """Read the weights, claim the folder, look at the data: what users get wrong is said here.
+
+    Args: extra: what run.json keeps beside the config.
+    Returns: None if the run is finished, which is said.
+    """
     arguments.config.micro_batch(arguments.workers)
-    pretrained, arguments = take_pretrained(arguments, recipe)
-    config = arguments.config
-    run = begin(arguments, recipe, {"pretrained": pretrained and pretrained.to_json()})
+    pretrained, arguments = take_pretrained(arguments, recipe, job_type.recipes)
+    run = begin(arguments, recipe, {"pretrained": pretrained and pretrained.to_json(), **(extra or {})})
     if run is None:
-        return 0
+        return None
     source, validation = open_data(arguments.data, run.folder.path.parent / "data", HELDOUT_IMAGES)
-    length = length_of(config, source)
     classes = take_classes(source, validation)
     run.content["classes"] = run.facts["classes"] = classes
     run.settle_data(source)
     if pretrained is None:
-        print("note: no --pretrained weights: training from scratch")
+        print("note: no --pretrained weights: starting from random ones")
     elif pretrained.weights is not None:
-        keep_initial(pretrained, config, run.folder.path)
+        keep_initial(pretrained, arguments.config, run.folder.path)
+    return Prepared(run=run, source=source, validation=validation, classes=classes, pretrained=pretrained)
+
+
+def finetune(arguments: Arguments, recipe: str, job_type: type[FinetuneJob] = FinetuneJob) -> int:
+    """Run or continue a run that trains a classifier.   Returns: the process's exit status."""
+    prepared = prepare(arguments, recipe, job_type)
+    if prepared is None:
+        return 0
+    run, source, validation, classes = prepared.run, prepared.source, prepared.validation, prepared.classes
+    length = length_of(run.arguments.config, source)
     run.claim_cluster()
-    ref = track(run, length, classes, pretrained)
-    job = FinetuneJob(
-        config=config,
-        source=source,
-        validation=validation,
-        num_classes=len(classes),
-        folder=run.folder.path,
-        initial=run.folder.path / INITIAL_FILE if pretrained else None,
-        run=ref,
-        facts=run.facts,
-    )
+    ref = track(run, length, classes, prepared.pretrained, job_type.stage)
+    job = prepared.job(job_type, ref)
     print(
-        f"{'Continuing' if run.is_continued else 'Finetuning'} {run.describe(source, length)}\n"
+        f"{'Continuing' if run.is_continued else job.doing} {run.describe(source, length)}\n"
         f"{len(classes)} classes, validation on {validation.num_rows} images of {validation.name}"
     )
     start = time.monotonic()
@@ -275,7 +314,9 @@ def finetune(arguments: Arguments, recipe: str) -> int:
     return 0
 
 
-def take_pretrained(arguments: Arguments, recipe: str) -> tuple[Pretrained | None, Arguments]:
+def take_pretrained(
+    arguments: Arguments, recipe: str, recipes: Mapping[str, Callable[[], FinetuneConfig]] = FINETUNE_RECIPES
+) -> tuple[Pretrained | None, Arguments]:
     """Read the pretrained weights, and let their architecture take the recipe's place.
 
     The architecture, and the pixel normalisation, are those of the file where it says them and the command line does
@@ -285,7 +326,7 @@ def take_pretrained(arguments: Arguments, recipe: str) -> tuple[Pretrained | Non
     """
     if arguments.pretrained is None:
         return None, arguments
-    config, usual = arguments.config, FINETUNE_RECIPES[recipe]()
+    config, usual = arguments.config, recipes[recipe]()
     free = [name for name in ("pixel_mean", "pixel_std") if getattr(config, name) == getattr(usual, name)]
     # Flags of drop path and size do not name an architecture.
     own_size = replace(usual.encoder, drop_path=config.encoder.drop_path, image_size=config.encoder.image_size)
@@ -381,14 +422,15 @@ def take_classes(source: Source, validation: Source) -> list[str]:
     return names
 
 
-def track(run: Run, length: RunLength, classes: list[str], pretrained: Pretrained | None) -> RunRef:
+def track(run: Run, length: RunLength, classes: list[str], pretrained: Pretrained | None, stage: str) -> RunRef:
     """Open the MLflow run; it and the pretraining run point at each other where both are in one store."""
-    tags = {"stage": "finetune", "pretrained": str(pretrained.path) if pretrained else "none"}
+    tags = {"stage": stage, "pretrained": str(pretrained.path) if pretrained else "none"}
     if pretrained and pretrained.run_id:
         tags["pretrained.run_id"] = pretrained.run_id
     ref = run.track(length, params={"classes": len(classes)}, tags=tags)
     if pretrained and pretrained.run_id:
-        tag_run(ref.uri, pretrained.run_id, f"finetuned.{ref.run_id}", run.folder.path.name)
+        mark = "finetuned" if stage == "finetune" else stage
+        tag_run(ref.uri, pretrained.run_id, f"{mark}.{ref.run_id}", run.folder.path.name)
     return ref
 
 

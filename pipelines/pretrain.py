@@ -10,24 +10,32 @@ The same command again continues a run that was interrupted, and does nothing fo
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from mixmae.data.blocks import eval_batches
-from mixmae.data.order import Plan
+from mixmae.data.labels import read_labels
+from mixmae.data.order import Int64Array, Plan
+from mixmae.data.source import DataError
 from mixmae.data.sources import Source
 from mixmae.data.streams import TrainStream
+from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import build_encoder
+from mixmae.finetune.features import extract_features
+from mixmae.finetune.online import OnlineProbeConfig, choose_images, probe_features
 from mixmae.methods.build import build_method, images_mixed
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
@@ -36,6 +44,7 @@ from mixmae.tracking import MlflowTracker, RunRef
 from mixmae.training.loop import Batch, LoopConfig, step_seed
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength
+from mixmae.training.worker import EvaluationSkipped
 from pipelines.recipes import PRETRAIN_RECIPES
 from pipelines.recipes.config import PretrainConfig, to_json
 from pipelines.runs import RunArguments, begin, elapsed_since, length_of, open_data, run_command
@@ -44,6 +53,8 @@ PANEL_ROWS = 3
 """Mixes that a panel shows, each of other images."""
 HELDOUT_IMAGES = 60
 """Held-out images that the reconstruction loss is measured on; a multiple of 2, 3, 4 and 5."""
+PROBE_BATCH = 64
+"""Images that a worker's share of the probe is put through the encoder at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,20 @@ class Arguments(RunArguments):
     """MLflow experiment."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """The labelled images that the encoder is judged on along the way."""
+
+    source: Source
+    rows: Int64Array
+    k: int
+    num_classes: int
+
+    @property
+    def description(self) -> str:
+        return f"{len(self.rows)} images of {self.num_classes} classes of {self.source.name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
     """A pretraining run as the workers see it (the TrainingJob of mixmae.training.worker)."""
@@ -64,6 +89,7 @@ class PretrainJob:
     source: Source
     heldout: Source
     run: RunRef
+    probe: Probe | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint says beside the position: data, versions."""
 
@@ -86,6 +112,10 @@ class PretrainJob:
     @property
     def best(self) -> None:
         return None
+
+    @property
+    def evaluates_untrained(self) -> bool:
+        return self.probe is not None
 
     def build_model(self) -> nn.Module:
         return build_method(build_encoder(self.config.sized_encoder()), self.config.method)
@@ -115,7 +145,44 @@ class PretrainJob:
         return model(images, generator=generator, first_sample=first_sample)
 
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
-        return {}  # the loss of the held-out images comes with the panel
+        """The probe. (The loss of the held-out images comes with the panel.)
+
+        The workers pause and share the images: a process beside them would compute on the same cores of a laptop, and
+        beside GPUs it would slow one worker, for which all others wait, by more than their eighths take together.
+        Images are decoded once a run, and nothing is drawn from a global generator: the weights stay as without it.
+        """
+        if self.probe is None:
+            return {}
+        start = time.perf_counter()
+        share: tuple[Tensor, Tensor] | str
+        try:
+            share = self._probe_share(model, self.probe, rank, num_workers)
+        except Exception as error:  # the others wait for this share: say it to them, and never end a pretraining
+            share = f"{type(error).__name__}: {error}"
+        shares: list[Any] = [share]
+        if num_workers > 1:
+            shares = [None] * num_workers
+            dist.all_gather_object(shares, share)
+        failed = next((part for part in shares if isinstance(part, str)), None)
+        if failed is not None:
+            raise EvaluationSkipped(f"no probe ({failed})")
+        features, labels = (torch.cat([part[kind] for part in shares]) for kind in (0, 1))
+        try:
+            metrics = probe_features(features, labels, self.probe.k)
+        except (ValueError, RuntimeError) as error:
+            raise EvaluationSkipped(f"no probe ({error})") from error
+        return {**metrics, "perf/probe_s": time.perf_counter() - start}
+
+    def _probe_share(self, model: nn.Module, probe: Probe, rank: int, num_workers: int) -> tuple[Tensor, Tensor]:
+        """This worker's features and labels."""
+        config, encoder = self.config, model.encoder
+        assert isinstance(encoder, Encoder)
+        device = next(model.parameters()).device
+        batches = _probe_batches(probe, config.augment.size, rank, num_workers)
+        if not batches:  # more workers than images
+            return torch.empty(0, encoder.channels[-1]), torch.empty(0, dtype=torch.int64)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
+            return extract_features(encoder, batches, mean=config.pixel_mean, std=config.pixel_std)
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         device = next(model.parameters()).device
@@ -153,6 +220,44 @@ class PretrainJob:
         return images[: len(images) // num_images * num_images]
 
 
+@lru_cache(maxsize=1)
+def _probe_batches(probe: Probe, size: tuple[int, int], rank: int, num_workers: int) -> list[Any]:
+    """A worker's images of the probe, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all."""
+    rows = np.array_split(probe.rows, num_workers)[rank]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_workers)) as pool:
+        return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, pool=pool))
+
+
+def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> Probe | None:
+    """Choose the images of the probe, or say why there is none.
+
+    They are held-out ones; where these give less than a quarter of what is asked for, the training images, whose
+    classes pretraining does not see.
+    """
+    if config.images == 0:
+        return None
+    best, classes = None, np.empty(0, dtype=np.int64)
+    for part in (heldout, source):
+        try:
+            labels = read_labels(part) if part.has_labels else np.full(part.num_rows, -1)
+        except (DataError, OSError) as error:
+            print(f"note: no probe (the labels of {part.name} cannot be read: {error})")
+            return None
+        rows = choose_images(labels, config.images)
+        if best is None or len(rows) > len(best.rows):
+            classes = np.unique(labels[rows])
+            best = Probe(source=part, rows=rows, k=config.k, num_classes=len(classes))
+        if len(best.rows) >= config.images / 4:
+            break
+    assert best is not None
+    if len(best.rows) <= config.k:
+        few = f"only {len(best.rows)} images" if len(best.rows) else "no two classes"
+        print(f"note: no probe by classes ({few} with labels to judge by)")
+        return None
+    print(f"probe: kNN and a linear layer on {best.description} (a guess: {1 / best.num_classes:.1%})")
+    return best
+
+
 def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
     config = arguments.config
@@ -167,18 +272,21 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         print(f"note: {heldout.num_rows} held-out images are fewer than a mix takes: no panels and no held-out loss")
     length = length_of(config, source)
     run.settle_data(source)
+    probe = choose_probe(config.probe, source, heldout)
     run.claim_cluster()
-    ref = run.track(length, tags={"stage": "pretrain"})
-    job = PretrainJob(config=config, source=source, heldout=heldout, run=ref, facts=run.facts)
+    ref = run.track(length, tags={"stage": "pretrain", "probe": probe.description if probe else "none"})
+    job = PretrainJob(config=config, source=source, heldout=heldout, run=ref, probe=probe, facts=run.facts)
     print(f"{'Continuing' if run.is_continued else 'Pretraining'} {run.describe(source, length)}")
     start = time.monotonic()
     done = run.train(job, ref)
     if done is None:
         return 130
     state, checkpoint = done
+    knn = state.metrics.get("probe/knn_top1")
     print(
         f"Finished in {elapsed_since(start)}: loss {state.metrics['loss']:.4f}, "
-        f"held-out {state.metrics.get('heldout/loss', float('nan')):.4f}\n"
+        f"held-out {state.metrics.get('heldout/loss', float('nan')):.4f}"
+        f"{'' if knn is None else f', kNN top-1 {knn:.1%}'}\n"
         f"checkpoint  {checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
         f"MLflow UI   {ref.ui_command}"

@@ -440,6 +440,8 @@ def receive(message: Message, folder: RunFolder, view: ProgressView) -> None:
             view.say(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
     elif kind == "failed":
         view.say(f"worker failed, {content}")
+    elif kind == "note":
+        view.say(f"note: {content}")
     elif kind == "started" and content > 0:
         view.say(f"continuing from step {content}")
 

@@ -22,6 +22,7 @@ from mixmae.convert.swin import (
     is_timm_swin,
 )
 from mixmae.convert.twins import from_twins, is_twins
+from mixmae.finetune.linear_probe import fold_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ FORMATS = {
         Format(name="mixmim", title="official MixMIM", recognises=is_official, to_ours=from_official),
         Format(name="mmpretrain", title="MixMIM of mmpretrain", recognises=is_mmpretrain, to_ours=from_mmpretrain),
         Format(name="simmim_swin", title="Swin of SimMIM", recognises=is_simmim_swin, to_ours=from_simmim_swin),
-        Format(name="mixmae", title="mixmae's own", recognises=_is_ours, to_ours=dict),
+        Format(name="mixmae", title="mixmae's own", recognises=_is_ours, to_ours=fold_head),
         Format(name="timm_swin", title="Swin of timm", recognises=is_timm_swin, to_ours=from_timm_swin),
         Format(
             name="microsoft_swin",

@@ -8,14 +8,12 @@ Legend: B images, C channels, H W pixels, D the encoder's last width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
-from mixmae.finetune.classification import known_images
-from mixmae.metrics import label_ranks
-from mixmae.step import StepOutput
 
 HEAD_STD = 0.01
 """Deviation of the head's initial weights (MAE)."""
@@ -54,14 +52,14 @@ class LinearHead(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """A head that trains on an encoder that does not.
+    """A head that trains on an encoder that does not; in its place, an ImageClassifier trains both.
 
     Args:
         encoder: built; its parameters lose requires_grad, and it stays in evaluation mode whatever train() says.
-        head: takes (B, D) features, for example a LinearHead.
+        head: takes (B, D) features.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+    def __init__(self, encoder: Encoder, head: LinearHead) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -75,19 +73,22 @@ class LinearProbe(nn.Module):
             module.training = False
         return self
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Score (B, C, H, W) normalised images: (B, num_classes)."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Score (B, C, H, W) normalised images: (B, num_classes) logits."""
         with torch.no_grad():
             features = self.encoder(images).mean(dim=1)  # (B, D)
         return self.head(features)
 
-    def forward(self, images: Tensor, labels: Tensor) -> StepOutput:
-        """Compare the head's logits with the classes of a batch.
 
-        Args: images: (B, C, H, W) float, normalised.  labels: (B,) int64, -1 = not known, on any device.
-        Returns: cross entropy, and `top1` of the batch; images without a class are left out of both.
-        """
-        images, labels = known_images(images, labels)
-        logits, labels = self.logits(images), labels.to(images.device)
-        top1 = (label_ranks(logits.detach(), labels) == 0).float().mean()
-        return StepOutput(loss=F.cross_entropy(logits.float(), labels), metrics={"top1": top1})
+def fold_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the weights of a LinearProbe into those of an ImageClassifier that says the same; others stay as they are.
+
+    Args: state: names with head.norm.* and head.linear.* of a LinearHead; the encoder's may be among them.
+    """
+    if "head.linear.weight" not in state:
+        return dict(state)
+    num_classes, dim = state["head.linear.weight"].shape
+    head = LinearHead(dim, num_classes)
+    head.load_state_dict({name.removeprefix("head."): v for name, v in state.items() if name.startswith("head.")})
+    rest = {name: value for name, value in state.items() if not name.startswith("head.")}
+    return rest | {f"head.{name}": value.detach() for name, value in head.as_linear().state_dict().items()}

@@ -35,8 +35,8 @@ from mixmae.training.schedule import RunLength
 
 Message = tuple[str, Any]
 """(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("evaluation", dict),
-("saved", step), ("started", step that training starts from), ("failed", one line; the worker group restarts if it
-may)."""
+("note", one line), ("saved", step), ("started", step that training starts from), ("failed", one line; the worker group
+restarts if it may)."""
 
 
 class ClusterError(ValueError):
@@ -45,6 +45,10 @@ class ClusterError(ValueError):
 
 class WorkersFailed(RuntimeError):
     """Workers failed more often than they may be restarted; the message has the first cause in one line."""
+
+
+class EvaluationSkipped(RuntimeError):
+    """What `evaluate` raises, on all workers alike, where training shall go on without its metrics; said once."""
 
 
 class Tracker(Protocol):
@@ -71,6 +75,10 @@ class TrainingJob(Protocol):
     @property
     def best(self) -> tuple[str, Path] | None:
         """The metric of `evaluate` whose highest value is kept, and the folder for its weights; None: none is kept."""
+
+    @property
+    def evaluates_untrained(self) -> bool:
+        """Whether `evaluate` is also called before the first step, for the point where its curves start."""
 
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
@@ -281,6 +289,8 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
         if rank == 0:
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
+        if job.evaluates_untrained and state.step == 0:
+            events.evaluate(0)
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
         try:
             train(
@@ -318,6 +328,7 @@ class _WorkerEvents:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
+        self._said_skipped = False
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -329,15 +340,11 @@ class _WorkerEvents:
             self._mailbox.put.remote(("broken", entries))
 
     def panel(self, step: int) -> Mapping[str, float]:
-        self._model.eval()
-        measured = self._evaluate(step)
+        measured = self.evaluate(step)
         if self._tracker is None:
             return measured
-        if measured:
-            self._mailbox.put.remote(("evaluation", {"step": step, **measured}))
         with torch.no_grad():
             image, metrics = self._job.draw_panel(self._model)
-        metrics = {**measured, **metrics}
         if metrics:
             self._tracker.log_metrics(curve_names(metrics), step)
         if image is not None:
@@ -345,9 +352,24 @@ class _WorkerEvents:
             png = io.BytesIO()
             image.save(png, format="PNG")
             self._mailbox.put.remote(("panel", (step, png.getvalue())))
-        return metrics
+        return {**measured, **metrics}
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure, log and tell. The model is left in evaluation mode."""
+        self._model.eval()
+        try:
+            measured = self._measure(step)
+        except EvaluationSkipped as skipped:
+            if self._rank == 0 and not self._said_skipped:
+                self._said_skipped = True
+                self._mailbox.put.remote(("note", str(skipped)))
+            return {}
+        if self._tracker is not None and measured:
+            self._mailbox.put.remote(("evaluation", {"step": step, **measured}))
+            self._tracker.log_metrics(curve_names(measured), step)
+        return measured
+
+    def _measure(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
         metrics = dict(self._job.evaluate(self._model, **share))

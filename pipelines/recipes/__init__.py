@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pipelines.recipes.config import PretrainConfig
 from pipelines.recipes.demo import demo
 from pipelines.recipes.finetune import FINETUNE_RECIPES
+from pipelines.recipes.linear_probe import LINEAR_PROBE_RECIPES
 from pipelines.recipes.mae import mae_vit_base_1600ep, mae_vit_large_1600ep
 from pipelines.recipes.mixmae_ablations import MIXMAE_ABLATIONS
 from pipelines.recipes.mixmae_encoders import (
@@ -37,7 +38,14 @@ from pipelines.recipes.simmim import (
     simmim_vit_base_800ep,
 )
 
-__all__ = ["FINETUNE_RECIPES", "PRETRAIN_RECIPES", "RECIPE_GROUPS", "find_recipe", "list_recipes"]
+__all__ = [
+    "FINETUNE_RECIPES",
+    "LINEAR_PROBE_RECIPES",
+    "PRETRAIN_RECIPES",
+    "RECIPE_GROUPS",
+    "find_recipe",
+    "list_recipes",
+]
 
 Recipe = Callable[[], PretrainConfig]
 

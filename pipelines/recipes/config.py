@@ -14,6 +14,7 @@ from mixmae.data.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.mixup import MixupConfig
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
+from mixmae.finetune.online import OnlineProbeConfig
 from mixmae.methods.build import MethodConfig, images_mixed
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.training.loop import LoopConfig
@@ -80,6 +81,8 @@ class PretrainConfig(RunConfig):
 
     method: MethodConfig = field(default_factory=MixMAEConfig)
     """The pretext task: MixMAE, SimMIM or MAE."""
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    """Classifying labelled images by the encoder's features along the way."""
 
     def __post_init__(self) -> None:
         mixed = images_mixed(self.method)
@@ -132,7 +135,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
-#: Fields that may differ when a run is continued: they change speed and bookkeeping, not what is computed.
+#: Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
+#: not what is computed.
 RESUMABLE = frozenset(
     {
         "loop.compile",
@@ -152,7 +156,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{name}.")
-        elif old != new and name not in RESUMABLE and not name.startswith("stream."):
+        elif old != new and name not in RESUMABLE and not name.startswith(("stream.", "probe")):
             found.append(f"{name} was {old} and is {new}")
     return found
 

@@ -80,6 +80,15 @@ def test_mlflow_holds_the_run(finished):
         "perf/data_wait_share",
         "heldout/loss",
     } <= set(seen.data.metrics)
+    # The folder's two classes, from the untrained encoder on.
+    assert "of 2 classes" in finished.text
+    assert seen.data.tags["probe"] in finished.text
+    looks = {point.step for point in client.get_metric_history(seen.info.run_id, "heldout/loss")}
+    for name in ("probe/knn_top1", "probe/linear_top1"):
+        curve = {point.step: point.value for point in client.get_metric_history(seen.info.run_id, name)}
+        assert set(curve) == {0, *looks}, name
+        assert all(0 <= value <= 1 for value in curve.values()), name
+    assert "evaluation after step 0: probe/knn_top1" in finished.text
     history = client.get_metric_history(seen.info.run_id, "train/loss")
     assert sorted({point.step for point in history}) == [1, *range(5, 61, 5)]
     assert any(name.startswith("system/") for name in seen.data.metrics)

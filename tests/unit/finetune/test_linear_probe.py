@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from mixmae.finetune.classification import ImageClassifier
+from mixmae.convert import to_ours
+from mixmae.finetune.classification import ImageClassifier, classification_step
 from mixmae.finetune.linear_probe import LinearHead, LinearProbe
 from mixmae.training.loop import LoopConfig, TrainState, train
 from mixmae.training.optim import OptimConfig, build_optimizer
@@ -53,7 +53,7 @@ def test_the_usual_loop_trains_the_head_and_nothing_else():
         optimizer=build_optimizer(probe, optim),
         peak_lr=30.0,
         clip_grad_norm=None,
-        step_function=lambda model, batch, generator, first_sample: model(batch.images, batch.labels),
+        step_function=lambda model, batch, *place: classification_step(model, batch.images, batch.labels, *place),
         batches=itertools.repeat(batch),
         state=TrainState(),
         config=LoopConfig(epochs=30, warmup_epochs=3, batch_size=8),
@@ -77,10 +77,11 @@ def test_the_encoder_stays_in_evaluation_mode(mode):
     assert all(module.training == mode for module in probe.head.modules())
 
 
-def test_images_without_a_class_are_left_out():
+def test_a_checkpoint_of_a_probe_is_read_as_a_classifier():
+    torch.manual_seed(0)
     probe, images = LinearProbe(tiny_swin(64), LinearHead(128, 3)), noise_images(4, (64, 64))
-    output = probe(images, torch.tensor([2, -1, 0, 1]))
-    kept = images[[0, 2, 3]]
-    torch.testing.assert_close(output.loss, F.cross_entropy(probe.logits(kept), torch.tensor([2, 0, 1])))
-    with pytest.raises(ValueError, match="none of the 4 images"):
-        probe(images, torch.full((4,), -1))
+    for seed in range(4):
+        probe(noise_images(4, (64, 64), seed=seed))  # fills the running statistics
+    classifier = ImageClassifier(tiny_swin(64), 3).eval()
+    classifier.load_state_dict(to_ours(probe.state_dict()))
+    torch.testing.assert_close(classifier(images), probe.eval()(images))
