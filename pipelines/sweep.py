@@ -1,7 +1,7 @@
-"""Try many settings of a finetuning and say which is best.
+"""Try many settings of a finetuning, or of a pretraining, and say which is best.
 
-Ray Tune chooses the trials, each of which is a finetuning run of its own on Ray Train; MLflow keeps one parent run a
-sweep and a child run a trial.
+Ray Tune chooses the trials, each of which is a run of its own on Ray Train; MLflow keeps one parent run a sweep and a
+child run a trial. Trials of pretraining start from nothing and are judged by their probe on labelled images.
 
     python pipelines/sweep.py SPACE [--pretrained PATH] [--data PATH] [--output FOLDER] [--workers-per-trial N]
         [--max-concurrent N] [--trials N] [--hours H] [any field of the space's recipe]
@@ -13,6 +13,7 @@ continues from its checkpoint, and one whose workers failed is tried once more.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import logging
@@ -21,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -30,6 +30,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from mixmae.data.blocks import eval_batch
+from mixmae.data.source import DataError
 from mixmae.finetune.classification import Predictor
 from mixmae.tracking import (
     NOTE_TAG,
@@ -47,9 +48,20 @@ from mixmae.tracking import (
 from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
 from pipelines.evaluate import load_classifier
 from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_pretrained
-from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.recipes.config import FinetuneConfig, to_json
-from pipelines.runs import Run, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.pretrain import check_method, choose_probe
+from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from pipelines.recipes.config import FinetuneConfig, PretrainConfig, to_json
+from pipelines.runs import (
+    Run,
+    begin,
+    elapsed_since,
+    length_of,
+    open_data,
+    run_command,
+    run_folder,
+    versions,
+    weights_of,
+)
 from pipelines.sweep_progress import Progress
 from pipelines.sweep_results import (
     draw_curves,
@@ -69,6 +81,7 @@ from pipelines.sweep_trial import (
     pretrained_tags,
     result_of,
     run_trial,
+    trial_folder,
 )
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
@@ -88,9 +101,11 @@ def sweep(arguments: Arguments, name: str) -> int:
     space = choose_space(arguments, name)
     # The folder has the sweep's name, not the recipe's.
     arguments = replace(arguments, output=run_folder(arguments, f"sweep_{name}").path)
-    pretrained, with_encoder = take_pretrained(arguments, space.recipe)
-    arguments = cast(Arguments, with_encoder)
-    space.check(arguments.config)
+    pretrained = None
+    if isinstance(arguments.config, FinetuneConfig):
+        pretrained, with_encoder = take_pretrained(arguments, space.recipe)
+        arguments = cast(Arguments, with_encoder)
+    check_trials(space, arguments)
     run = begin(arguments, name, {"pretrained": pretrained and pretrained.to_json(), "space": space.to_json()})
     if run is None:
         return 0
@@ -98,13 +113,19 @@ def sweep(arguments: Arguments, name: str) -> int:
         claim_model_name(run.uri, arguments.register_model)
     folder = run.folder.path
     source, validation = open_data(arguments.data, folder.parent / "data", HELDOUT_IMAGES)
-    classes = take_classes(source, validation)
-    run.content["classes"] = classes
+    classes, probe, config = [], None, arguments.config
+    if isinstance(config, PretrainConfig):
+        probe = choose_probe(config.probe, source, validation)
+        if probe is None:
+            raise DataError(f"{source.name} has no labels to judge trials by: give a labelled set (docs/data.md).")
+    else:
+        run.content["classes"] = classes = take_classes(source, validation)
     run.settle_data(source)
-    if pretrained is None:
-        print("note: no --pretrained weights: every trial trains from scratch")
-    elif pretrained.weights is not None:
-        keep_initial(pretrained, arguments.config, folder)
+    if isinstance(config, FinetuneConfig):
+        if pretrained is None:
+            print("note: no --pretrained weights: every trial trains from scratch")
+        elif pretrained.weights is not None:
+            keep_initial(pretrained, config, folder)
     use_gpu, slots = claim_cluster(arguments, stops_trials=space.scheduler is not None or space.hours is not None)
     parent, links = open_parent(run, space)
     shared = Sweep(
@@ -113,6 +134,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         source=source,
         validation=validation,
         classes=classes,
+        probe=probe,
         folder=folder,
         pretrained=run.content["pretrained"],
         run=parent,
@@ -146,21 +168,43 @@ def choose_space(arguments: Arguments, name: str) -> Space:
     if arguments.max_concurrent < 1:
         raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
     usual = base_config(space)
+    pretrains = isinstance(usual, PretrainConfig)
+    if pretrains != space.metric.startswith("probe/"):
+        raise ValueError(
+            f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
+            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss."
+        )
+    if pretrains and (arguments.pretrained or arguments.register_model):
+        raise ValueError(
+            f"the trials of {name} are pretraining, from nothing to an encoder: leave out --pretrained and "
+            "--register-model."
+        )
     space.check(usual)
     for field in space.vary:
         if get_field(arguments.config, field) != get_field(usual, field):
             raise ValueError(f"{field} varies in the space {name}: leave its flag out, or take another space.")
     if space.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ValueError(f"the space {name} is searched by Optuna, which is not installed: pip install 'mixmae[sweep]'")
-    arguments.config.micro_batch(arguments.workers)
     return space
 
 
-def base_config(space: Space) -> FinetuneConfig:
+def check_trials(space: Space, arguments: Arguments) -> None:
+    """See that every trial can be trained like this.   Raises: ValueError."""
+    space.check(arguments.config)
+    for point in space.points(arguments.config.loop.seed):
+        config = set_fields(arguments.config, point)
+        config.micro_batch(arguments.workers)
+        if isinstance(config, PretrainConfig):
+            check_method(config)
+
+
+def base_config(space: Space) -> FinetuneConfig | PretrainConfig:
     """The config that all trials start from."""
-    if space.recipe not in FINETUNE_RECIPES:
-        raise ValueError(f"there is no finetuning recipe {space.recipe!r}: known are {', '.join(FINETUNE_RECIPES)}")
-    return set_fields(FINETUNE_RECIPES[space.recipe](), space.change)
+    recipes: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **PRETRAIN_RECIPES}
+    if space.recipe not in recipes:
+        near = difflib.get_close_matches(space.recipe, recipes, n=3, cutoff=0.4)
+        raise ValueError(f"there is no recipe {space.recipe!r}: did you mean {' or '.join(near or recipes)}?")
+    return set_fields(recipes[space.recipe](), space.change)
 
 
 def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, float]:
@@ -207,8 +251,9 @@ def open_parent(run: Run, space: Space) -> tuple[RunRef, dict[str, str]]:
     run.content |= {"status": "running", "mlflow": vars(ref)}
     run.folder.write(run.content)
     shown = [field if (short := field.rpartition(".")[2]) not in PLAIN_NAMES else short for field in space.vary]
-    metric = space.metric.replace("val/", "final/")
-    metrics = (metric, metric.replace("final/", "best/"))
+    metrics = [space.final_metric]
+    if isinstance(arguments.config, FinetuneConfig):
+        metrics.append(space.final_metric.replace("final/", "best/"))
     table, axes = save_view(ref, f"trials of {name}", params=shown, metrics=metrics, descending=space.mode == "max")
     links = {"all trials, ranked": table, "parallel coordinates": axes}
     if pretrained and pretrained["run_id"]:
@@ -287,7 +332,7 @@ def _optuna(shared: Sweep) -> Searcher:
 def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> int:
     """Close the books: rank the trials, keep tables and pictures, say what is best."""
     space, folder, parent = shared.space, shared.folder, shared.run
-    metric = space.metric.replace("val/", "final/")
+    metric = space.final_metric
     # Not what fit() returns: that forgets the values of trials that never reported.
     trials = tune.ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials
     ended = rank([result_of(shared, trial) for trial in trials], metric, space.mode)
@@ -311,7 +356,8 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
         tags |= {f"best.{name.rpartition('.')[2]}": str(value) for name, value in winner.values.items()}
         link = folder / "best"  # makes the sweep's folder one that evaluate.py, predict.py and export.py take
         link.unlink(missing_ok=True)
-        link.symlink_to(Path("trials", winner.trial, "best"), target_is_directory=True)
+        weights = weights_of(trial_folder(folder, winner.trial))
+        link.symlink_to(weights.relative_to(folder), target_is_directory=True)
     for file in files:
         log_file(parent, file)
     for place, result in enumerate(ended, start=1):
@@ -371,10 +417,10 @@ def close_children(shared: Sweep) -> None:
                 finish_run(RunRef(**content["mlflow"]), status="KILLED")
 
 
-def _base(name: str, space: Space) -> Callable[[], FinetuneConfig]:
+def _base(name: str, space: Space) -> Callable[[], FinetuneConfig | PretrainConfig]:
     """The space as the command line knows recipes: a function with a name and a docstring."""
 
-    def base() -> FinetuneConfig:
+    def base() -> FinetuneConfig | PretrainConfig:
         return base_config(space)
 
     base.__name__, base.__doc__ = name, space.about

@@ -13,6 +13,11 @@ from rich.table import Table
 
 from mixmae.tracking import RunRef
 
+SHOWN = {
+    **{"final/top1": "top-1", "final/top5": "top-5", "final/loss": "loss", "best/top1": "best top-1"},
+    **{"final/heldout_loss": "held-out loss", "final/knn_top1": "kNN top-1", "final/linear_top1": "linear top-1"},
+}
+"""Metrics that the table on the terminal has, where there are any, and what it calls them."""
 Status = Literal["finished", "stopped", "halted", "failed", "not run"]
 
 
@@ -93,11 +98,12 @@ def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, link
         number = _number(results[0].metrics[metric], "loss" not in metric)
         first = f"**Best: [{label(results[0].values)}]({pages[results[0].trial]}), {metric} {number}**"
     names = [name.rpartition(".")[2] for name in results[0].values]
-    head = ["", *names, metric, metric.replace("final/", "best/"), "run"]
+    keys = [metric, *({metric.replace("final/", "best/")} & results[0].metrics.keys())]
+    head = ["", *names, *keys, "run"]
     table = [head, ["---"] * len(head)]
     for place, result in enumerate(results[:10], start=1):
         finished = result.status == "finished"
-        numbers = [_number(result.metrics.get(key), "loss" not in key) for key in head[-3:-1]]
+        numbers = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
         table.append([str(place) if finished else result.status, *texts_of(result.values), *numbers, link])
     # One paragraph of two lines: what is below them is covered until a visitor asks for more.
@@ -112,9 +118,10 @@ def texts_of(values: Mapping[str, Any]) -> list[str]:
 def print_table(results: Sequence[TrialResult]) -> None:
     """The ranked trials on the terminal."""
     names = [name.rpartition(".")[2] for name in results[0].values]
-    table = Table("", *names, "top-1", "top-5", "loss", "best top-1", "trial", "")
+    known = {name for result in results for name in result.metrics}
+    keys = [key for key in SHOWN if key in known]
+    table = Table("", *names, *(SHOWN[key] for key in keys), "trial", "")
     for number, result in enumerate(results, start=1):
-        keys = ("final/top1", "final/top5", "final/loss", "best/top1")
         metrics = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         place = str(number) if result.status == "finished" else "-"
         remark = "" if result.status == "finished" else f"{result.status}: {result.reason.partition('. ')[0]}"

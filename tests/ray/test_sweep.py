@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmae.convert import Preprocessing, save_encoder
+from mixmae.convert import Preprocessing, read_weights, save_encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
-from tests.ray.conftest import ROOT, environment
+from pipelines.runs import weights_of
+from tests.ray.conftest import ROOT, TINY, environment, run
 from tests.ray.sweeps import SHORT, sweep_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -94,8 +95,8 @@ def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
 
     client = MlflowClient(tracking_uri=swept.server)
     counts = []
-    for run in children(swept):
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    for trial in children(swept):
+        steps = [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")]
         assert sorted(set(steps)) == [1, *range(4, 33, 4)]
         counts.append(steps.count(1))
     assert counts == [1, 1, 1, 1]  # step 1 was logged once: none began anew
@@ -103,11 +104,11 @@ def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
 
 def test_all_trials_have_the_same_numbers(swept):
     """The parallel coordinates of MLflow's page show a run only if it has every chosen key, as a number."""
-    for run in children(swept):
+    for trial in children(swept):
         for key in NUMBERS:
-            float(run.data.params[key])
-        assert set(METRICS) <= set(run.data.metrics)
-        assert run.data.tags["stage"] == "finetune"
+            float(trial.data.params[key])
+        assert set(METRICS) <= set(trial.data.metrics)
+        assert trial.data.tags["stage"] == "finetune"
 
 
 def test_the_parent_holds_what_came_of_it(swept):
@@ -181,3 +182,32 @@ def test_another_space_or_start_in_the_same_output_is_refused(swept):
         return done.stderr
 
     assert "the search space is another one" in refused()
+
+
+def test_pretraining_is_swept_and_judged_by_its_probe(photos, mlflow_server, tmp_path):
+    """An ablation: its trials are pretraining runs, ranked by the linear probe; the best encoder can be taken on."""
+    from mlflow import MlflowClient
+
+    flags = ["--data", photos, "--mlflow-uri", mlflow_server, "--output", tmp_path / "ablation", *TINY]
+    flags += ["--loop.steps", "12", "--loop.max-broken-fraction", "0.2", "--probe.images", "60", "--probe.k", "5"]
+    done = run("demo_pretrain", *flags, cwd=tmp_path, pipeline="sweep", timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "ablation" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    settings = sorted((row["method.num_images"], row["method.unmixing"]) for row in rows)
+    assert settings == [("2", "attention"), ("2", "none"), ("4", "attention"), ("4", "none")]
+    values = [float(row["final/linear_top1"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    client = MlflowClient(tracking_uri=mlflow_server)
+    for row in rows:
+        trial = client.get_run(row["run_id"])
+        assert trial.info.status == "FINISHED"
+        assert trial.data.tags["stage"] == "pretrain"
+        assert trial.data.params["method.num_images"] == row["method.num_images"]
+        for key in ("final/loss", "final/heldout_loss", "final/knn_top1", "final/linear_top1"):
+            assert trial.data.metrics[key] == pytest.approx(float(row[key]))
+    best = read_weights(weights_of(tmp_path / "ablation"))
+    state = json.loads((tmp_path / "ablation" / "best" / "state.json").read_text())
+    assert state["mlflow"]["run_id"] == rows[0]["run_id"]
+    assert str(state["config"]["method"]["num_images"]) == rows[0]["method.num_images"]
+    assert best.metadata is not None

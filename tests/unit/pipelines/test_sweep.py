@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from pipelines.sweep_results import (
     draw_curves,
     draw_heat_map,
     label,
+    print_table,
     rank,
     rows_of,
     write_csv,
@@ -82,6 +83,19 @@ class TestResults:
         assert [row[3] for row in rows[2:]] == ["50.00%", "20.00%", "90.00%", ""]
         assert "/runs/run of b?" in rows[5][5]
         assert write_note(RESULTS[1:3], "final/top1", parent, {}).startswith("**No trial finished.**")
+
+    def test_trials_of_pretraining_have_columns_of_their_own(self, capsys):
+        metrics = {"final/loss": 0.5, "final/heldout_loss": 0.625, "final/knn_top1": 0.25, "final/linear_top1": 0.75}
+        trial = TrialResult(trial="a", values={"method.num_images": 2}, status="finished", metrics=metrics, run_id="r")
+        note = write_note([trial], "final/linear_top1", RunRef(uri="http://x", experiment_id="7", run_id="p"), {})
+        head, _, row = (line.split(" | ") for line in note.splitlines()[-3:])
+        assert head == ["| ", "num_images", "final/linear_top1", "run |"]
+        assert row[:3] == ["| 1", "2", "75.00%"]
+        print_table([trial])
+        table = capsys.readouterr().out
+        assert "top-5" not in table
+        for text in ("held-out loss", "0.6250", "kNN top-1", "25.00%", "linear top-1", "75.00%"):
+            assert text in table
 
     def test_the_heat_map_shows_each_trial_in_its_cell(self, tmp_path):
         """Only finished ones have a colour, the better one the brighter; white is nothing."""
@@ -168,6 +182,10 @@ class TestMistakes:
             (["demo", "--optim.layer-decay", "0.6"], "optim.layer_decay varies in the space demo"),
             (["demo", "--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
             (["demo", "--pretrained", "nowhere"], "nowhere"),
+            (["demo_pretrain", "--pretrained", "nowhere"], "leave out --pretrained"),
+            (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
+            (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
+            (["demo_pretrain", "--workers-per-trial", "8"], "sees 2 images at once, which cannot be mixed 4 at a time"),
         ],
     )
     def test_one_sentence(self, argv, message, capsys):
@@ -177,6 +195,20 @@ class TestMistakes:
         text = capsys.readouterr().err
         assert message in text
         assert "Traceback" not in text
+
+    @pytest.mark.parametrize(("space", "metric"), [("demo", "probe/knn_top1"), ("demo_pretrain", "val/top1")])
+    def test_a_metric_that_the_trials_do_not_have(self, space, metric, capsys, monkeypatch):
+        monkeypatch.setitem(module.SPACES, space, replace(module.SPACES[space], metric=metric))
+        with pytest.raises(SystemExit):
+            main([space])
+        assert f"the space ranks by {metric}, which demo" in capsys.readouterr().err
+
+    def test_pretraining_without_labels_cannot_be_judged(self, tmp_path, capsys):
+        for number in range(20):
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        with pytest.raises(SystemExit):
+            main(["demo_pretrain", "--data", str(tmp_path), "--output", str(tmp_path / "runs" / "sweep")])
+        assert "has no labels to judge trials by" in capsys.readouterr().err
 
     def test_optuna_is_asked_for_where_it_is_missing(self, monkeypatch, capsys):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
