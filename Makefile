@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 RECIPE ?= demo
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup pretrain finetune sweep test test-all lint format bench ui clean
+.PHONY: help setup pretrain finetune sweep test test-all lint format bench ui screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +56,9 @@ bench: $(READY)  ## how fast images come in, beside the peers and the decoder's 
 
 ui: $(READY)  ## open MLflow's pages of the runs under runs/
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+screenshots: $(READY)  ## take docs/images/mlflow_*.png of the sweep that make sweep ran (needs Debian's chromium)
+	SWEEP=runs/sweep_demo SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/ray/test_mlflow_ui.py
 
 clean:  ## remove caches and .venv; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from PIL import Image
 
 MAX_PARAM_CHARS = 6000
 """MLflow's limit for the value of a parameter."""
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow's page shows as the run's description: Markdown, at most 8000 characters."""
+TRAINING_SIDE = "workflowType=machine_learning"
+"""Of a link: MLflow's page opens on its side for language models otherwise."""
 
 
 class TrackingError(ValueError):
@@ -41,7 +46,16 @@ class RunRef:
         """How a person opens the run."""
         if self.uri.startswith("sqlite:"):
             return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
-        return f"open {self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"open {shlex.quote(f'{self.uri}/{self.link}')}"
+
+    @property
+    def link(self) -> str:
+        """Its page, for the descriptions that MLflow's pages show."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}?{TRAINING_SIDE}"
+
+    def file_link(self, name: str) -> str:
+        """The page that shows one of its artifacts, likewise."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}/artifacts/{name}?{TRAINING_SIDE}"
 
 
 def resolve_uri(uri: str | None, folder: Path) -> str:
@@ -141,15 +155,47 @@ def reopen_run(run: RunRef) -> bool:
     return True
 
 
-def tag_run(uri: str, run_id: str, key: str, value: str) -> bool:
-    """Tag a run that another program made.   Returns: False if the store does not have it."""
+def tag_run(uri: str, run_id: str, key: str, value: str) -> RunRef | None:
+    """Tag a run that another program made.   Returns: where it is, or None if the store does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
         _client(uri).set_tag(run_id, key, value)
+        return RunRef(uri=uri, experiment_id=_client(uri).get_run(run_id).info.experiment_id, run_id=run_id)
     except MlflowException:
-        return False
-    return True
+        return None
+
+
+def save_view(
+    parent: RunRef, name: str, *, params: Sequence[str], metrics: Sequence[str], descending: bool
+) -> tuple[str, str]:
+    """Save a view of the runs below another one: ranked by the first metric, in these columns and no others.
+
+    Returns: links to it as a table and as parallel coordinates; it is also in the menu Views of the experiment.
+    Source: MLflow keeps views in tags of the experiment, in a format of its own: this is 3.17's.
+    """
+    chart = {
+        **{"type": "PARALLEL", "uuid": "parallel", "metricSectionId": "runs", "runsCountToCompare": 1000},
+        **{"selectedParams": list(params), "selectedMetrics": [metrics[0]], "showAllRuns": True},
+        **{"deleted": False, "isGenerated": False},
+    }
+    section = {"uuid": "runs", "name": name, "display": True, "isReordered": True, "deleted": False}
+    state = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent.run_id}'",
+        "orderByKey": f"metrics.`{metrics[0]}`",
+        "orderByAsc": not descending,
+        "selectedColumns": [f"params.`{key}`" for key in params] + [f"metrics.`{key}`" for key in metrics],
+        "runsHiddenMode": "SHOW_ALL",  # or charts leave out all but ten
+        "compareRunCharts": [chart],
+        "compareRunSections": [section | {"isGenerated": False}],
+        "isAccordionReordered": True,  # or the sections are sorted by name
+    }
+    view = {"name": name, "createdAt": int(time.time() * 1000), "state": json.dumps(state)}
+    _client(parent.uri).set_experiment_tag(
+        parent.experiment_id, f"mlflow.sharedViewState.{parent.run_id}", json.dumps(view)
+    )
+    link = f"#/experiments/{parent.experiment_id}/runs?{TRAINING_SIDE}&viewStateShareKey={parent.run_id}"
+    return link, f"{link}&compareRunsMode=CHART"
 
 
 def log_file(run: RunRef, path: Path) -> None:
@@ -222,6 +268,11 @@ def register_model(run: RunRef, model: Any, example: Any, name: str, metadata: M
     return version
 
 
+def model_link(name: str, version: str) -> str:
+    """The page of a registered version, for the descriptions that MLflow's pages show."""
+    return f"#/models/{name}/versions/{version}?{TRAINING_SIDE}"
+
+
 def metric_history(run: RunRef, key: str) -> list[tuple[int, float]]:
     """The points (step, value) of a curve, the last one of each step; none if the store or the curve is not there."""
     from mlflow.exceptions import MlflowException
@@ -275,6 +326,10 @@ class MlflowTracker(NullTracker):
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
         with _warn_only("an image"):
             self._client.log_image(self._run.run_id, image, key=key, step=step)
+            # MLflow's own card for a series opens on a list of parameters: the newest picture is a file and a link too.
+            self._client.log_image(self._run.run_id, image, artifact_file=f"{key}.png")
+            if NOTE_TAG not in self._client.get_run(self._run.run_id).data.tags:
+                self.set_tag(NOTE_TAG, f"[newest {key}]({self._run.file_link(f'{key}.png')})")
 
     def set_tag(self, key: str, value: str) -> None:
         with _warn_only("a tag"):

@@ -41,7 +41,7 @@ from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef
-from mixmae.training.loop import Batch, LoopConfig, step_seed
+from mixmae.training.loop import Batch, LoopConfig, TrainState, step_seed
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength
 from mixmae.training.worker import EvaluationSkipped
@@ -261,8 +261,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
     config = arguments.config
     config.micro_batch(arguments.workers)
-    with torch.device("meta"):  # says at once if the encoder cannot do what the method needs
-        build_method(build_encoder(config.sized_encoder()), config.method)
+    check_method(config)
     run = begin(arguments, recipe)
     if run is None:
         return 0
@@ -277,7 +276,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     job = PretrainJob(config=config, source=source, heldout=heldout, run=ref, probe=probe, facts=run.facts)
     print(f"{'Continuing' if run.is_continued else 'Pretraining'} {run.describe(source, length)}")
     start = time.monotonic()
-    done = run.train(job, ref)
+    done = run.train(job, ref, final_metrics)
     if done is None:
         return 130
     state, checkpoint = done
@@ -292,6 +291,19 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     )
     run.say_broken()
     return 0
+
+
+def final_metrics(state: TrainState) -> dict[str, float]:
+    """One number each, of the end: final/loss and, where measured, final/heldout_loss, /knn_top1, /linear_top1."""
+    names = {"loss": "loss", "heldout/loss": "heldout_loss"}
+    names |= {"probe/knn_top1": "knn_top1", "probe/linear_top1": "linear_top1"}
+    return {f"final/{name}": state.metrics[key] for key, name in names.items() if key in state.metrics}
+
+
+def check_method(config: PretrainConfig) -> None:
+    """See that the encoder can do what the method needs.   Raises: ValueError."""
+    with torch.device("meta"):
+        build_method(build_encoder(config.sized_encoder()), config.method)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Try many settings of a finetuning and say which is best.
+"""Try many settings of a finetuning, or of a pretraining, and say which is best.
 
-Ray Tune chooses the trials, each of which is a finetuning run of its own on Ray Train; MLflow keeps one parent run a
-sweep and a child run a trial.
+Ray Tune chooses the trials, each of which is a run of its own on Ray Train; MLflow keeps one parent run a sweep and a
+child run a trial. Trials of pretraining start from nothing and are judged by their probe on labelled images.
 
     python pipelines/sweep.py SPACE [--pretrained PATH] [--data PATH] [--output FOLDER] [--workers-per-trial N]
         [--max-concurrent N] [--trials N] [--hours H] [any field of the space's recipe]
@@ -13,6 +13,7 @@ continues from its checkpoint, and one whose workers failed is tried once more.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import json
 import logging
@@ -21,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -30,24 +30,59 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from mixmae.data.blocks import eval_batch
+from mixmae.data.source import DataError
 from mixmae.finetune.classification import Predictor
-from mixmae.tracking import RunRef, claim_model_name, create_run, finish_run, log_file, log_table, register_model
+from mixmae.tracking import (
+    NOTE_TAG,
+    RunRef,
+    claim_model_name,
+    create_run,
+    finish_run,
+    log_file,
+    log_table,
+    model_link,
+    register_model,
+    save_view,
+    tag_run,
+)
 from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
 from pipelines.evaluate import load_classifier
 from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_pretrained
-from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.recipes.config import FinetuneConfig, to_json
-from pipelines.runs import Run, RunFolder, begin, elapsed_since, length_of, open_data, run_command, run_folder, versions
+from pipelines.pretrain import check_method, choose_probe
+from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from pipelines.recipes.config import FinetuneConfig, PretrainConfig, to_json
+from pipelines.runs import (
+    Run,
+    begin,
+    elapsed_since,
+    length_of,
+    open_data,
+    run_command,
+    run_folder,
+    versions,
+    weights_of,
+)
+from pipelines.sweep_progress import Progress
 from pipelines.sweep_results import (
     draw_curves,
     draw_heat_map,
     label,
+    link_line,
     print_table,
     rank,
     rows_of,
     write_csv,
+    write_note,
 )
-from pipelines.sweep_trial import Arguments, Sweep, curve, last_line, result_of, run_trial, trial_folder
+from pipelines.sweep_trial import (
+    Arguments,
+    Sweep,
+    curve,
+    pretrained_tags,
+    result_of,
+    run_trial,
+    trial_folder,
+)
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
 
@@ -57,6 +92,8 @@ TRIAL_CPUS = 0.5
 """What a trial's own process asks for; its workers ask for themselves."""
 TUNE_FOLDER = "tune"
 """Tune's own files, in the sweep's folder."""
+PLAIN_NAMES = ("layer_decay", "drop_path", "weight_decay")
+"""Fields that runs log without their dots (pipelines/runs.py)."""
 
 
 def sweep(arguments: Arguments, name: str) -> int:
@@ -64,9 +101,11 @@ def sweep(arguments: Arguments, name: str) -> int:
     space = choose_space(arguments, name)
     # The folder has the sweep's name, not the recipe's.
     arguments = replace(arguments, output=run_folder(arguments, f"sweep_{name}").path)
-    pretrained, with_encoder = take_pretrained(arguments, space.recipe)
-    arguments = cast(Arguments, with_encoder)
-    space.check(arguments.config)
+    pretrained = None
+    if isinstance(arguments.config, FinetuneConfig):
+        pretrained, with_encoder = take_pretrained(arguments, space.recipe)
+        arguments = cast(Arguments, with_encoder)
+    check_trials(space, arguments)
     run = begin(arguments, name, {"pretrained": pretrained and pretrained.to_json(), "space": space.to_json()})
     if run is None:
         return 0
@@ -74,23 +113,31 @@ def sweep(arguments: Arguments, name: str) -> int:
         claim_model_name(run.uri, arguments.register_model)
     folder = run.folder.path
     source, validation = open_data(arguments.data, folder.parent / "data", HELDOUT_IMAGES)
-    classes = take_classes(source, validation)
-    run.content["classes"] = classes
+    classes, probe, config = [], None, arguments.config
+    if isinstance(config, PretrainConfig):
+        probe = choose_probe(config.probe, source, validation)
+        if probe is None:
+            raise DataError(f"{source.name} has no labels to judge trials by: give a labelled set (docs/data.md).")
+    else:
+        run.content["classes"] = classes = take_classes(source, validation)
     run.settle_data(source)
-    if pretrained is None:
-        print("note: no --pretrained weights: every trial trains from scratch")
-    elif pretrained.weights is not None:
-        keep_initial(pretrained, arguments.config, folder)
+    if isinstance(config, FinetuneConfig):
+        if pretrained is None:
+            print("note: no --pretrained weights: every trial trains from scratch")
+        elif pretrained.weights is not None:
+            keep_initial(pretrained, config, folder)
     use_gpu, slots = claim_cluster(arguments, stops_trials=space.scheduler is not None or space.hours is not None)
+    parent, links = open_parent(run, space)
     shared = Sweep(
         arguments=arguments,
         space=space,
         source=source,
         validation=validation,
         classes=classes,
+        probe=probe,
         folder=folder,
         pretrained=run.content["pretrained"],
-        run=open_parent(run, space),
+        run=parent,
         use_gpu=use_gpu,
     )
     length = length_of(arguments.config, source)
@@ -108,7 +155,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         finish_run(shared.run, status="KILLED")
         print("\nInterrupted. The same command continues.", flush=True)
         return 130
-    return conclude(run, shared, start)
+    return conclude(run, shared, start, links)
 
 
 def choose_space(arguments: Arguments, name: str) -> Space:
@@ -121,21 +168,43 @@ def choose_space(arguments: Arguments, name: str) -> Space:
     if arguments.max_concurrent < 1:
         raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
     usual = base_config(space)
+    pretrains = isinstance(usual, PretrainConfig)
+    if pretrains != space.metric.startswith("probe/"):
+        raise ValueError(
+            f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
+            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss."
+        )
+    if pretrains and (arguments.pretrained or arguments.register_model):
+        raise ValueError(
+            f"the trials of {name} are pretraining, from nothing to an encoder: leave out --pretrained and "
+            "--register-model."
+        )
     space.check(usual)
     for field in space.vary:
         if get_field(arguments.config, field) != get_field(usual, field):
             raise ValueError(f"{field} varies in the space {name}: leave its flag out, or take another space.")
     if space.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ValueError(f"the space {name} is searched by Optuna, which is not installed: pip install 'mixmae[sweep]'")
-    arguments.config.micro_batch(arguments.workers)
     return space
 
 
-def base_config(space: Space) -> FinetuneConfig:
+def check_trials(space: Space, arguments: Arguments) -> None:
+    """See that every trial can be trained like this.   Raises: ValueError."""
+    space.check(arguments.config)
+    for point in space.points(arguments.config.loop.seed):
+        config = set_fields(arguments.config, point)
+        config.micro_batch(arguments.workers)
+        if isinstance(config, PretrainConfig):
+            check_method(config)
+
+
+def base_config(space: Space) -> FinetuneConfig | PretrainConfig:
     """The config that all trials start from."""
-    if space.recipe not in FINETUNE_RECIPES:
-        raise ValueError(f"there is no finetuning recipe {space.recipe!r}: known are {', '.join(FINETUNE_RECIPES)}")
-    return set_fields(FINETUNE_RECIPES[space.recipe](), space.change)
+    recipes: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **PRETRAIN_RECIPES}
+    if space.recipe not in recipes:
+        near = difflib.get_close_matches(space.recipe, recipes, n=3, cutoff=0.4)
+        raise ValueError(f"there is no recipe {space.recipe!r}: did you mean {' or '.join(near or recipes)}?")
+    return set_fields(recipes[space.recipe](), space.change)
 
 
 def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, float]:
@@ -159,16 +228,21 @@ def claim_cluster(arguments: Arguments, *, stops_trials: bool) -> tuple[bool, fl
     return use_gpu, slots // at_once
 
 
-def open_parent(run: Run, space: Space) -> RunRef:
-    """The sweep's MLflow run; without the trials' numbers among its parameters, as it is no point of their plots."""
-    arguments = run.arguments
+def open_parent(run: Run, space: Space) -> tuple[RunRef, dict[str, str]]:
+    """The sweep's MLflow run; without the trials' numbers among its parameters, as it is no point of their plots.
+
+    Returns: the run, and by their words the links of its description.
+    """
+    arguments, pretrained = run.arguments, run.content["pretrained"]
+    name = arguments.run_name or run.folder.path.name
     ref = run.reopen() or create_run(
         uri=run.uri,
         experiment=arguments.experiment,
-        name=arguments.run_name or run.folder.path.name,
+        name=name,
         params={"space": run.recipe, **space.to_json()},
         tags={
             "stage": "sweep",
+            **pretrained_tags(pretrained),
             "output": str(run.folder.path),
             **{f"version.{name}": number for name, number in versions().items()},
         },
@@ -176,7 +250,17 @@ def open_parent(run: Run, space: Space) -> RunRef:
     )
     run.content |= {"status": "running", "mlflow": vars(ref)}
     run.folder.write(run.content)
-    return ref
+    shown = [field if (short := field.rpartition(".")[2]) not in PLAIN_NAMES else short for field in space.vary]
+    metrics = [space.final_metric]
+    if isinstance(arguments.config, FinetuneConfig):
+        metrics.append(space.final_metric.replace("final/", "best/"))
+    table, axes = save_view(ref, f"trials of {name}", params=shown, metrics=metrics, descending=space.mode == "max")
+    links = {"all trials, ranked": table, "parallel coordinates": axes}
+    if pretrained and pretrained["run_id"]:
+        theirs = tag_run(ref.uri, pretrained["run_id"], f"swept.{ref.run_id}", name)
+        links |= {"pretraining": theirs.link} if theirs else {}
+    tag_run(ref.uri, ref.run_id, NOTE_TAG, f"Under way: {link_line(links)}")
+    return ref, links
 
 
 def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
@@ -187,7 +271,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has the curves
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old one keeps still when told to
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ProgressLines says what fails, in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress says what fails, in a line
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
     if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
@@ -226,7 +310,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
             storage_path=str(shared.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=arguments.max_failures),
-            callbacks=[ProgressLines(space.num_trials, shared.folder, space.metric)],
+            callbacks=[Progress(space.num_trials, shared.folder, space.metric)],
         ),
     )
 
@@ -245,41 +329,10 @@ def _optuna(shared: Sweep) -> Searcher:
     return ConcurrencyLimiter(search, max_concurrent=shared.arguments.max_concurrent)
 
 
-class ProgressLines(tune.Callback):
-    """A line on the terminal for what happens to a trial."""
-
-    def __init__(self, total: int, folder: Path, metric: str) -> None:
-        self._total, self._folder, self._metric = total, folder, metric
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "starts")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self._metric in result and "epoch" in result:
-            self._say(trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
-        ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
-        count = sum(other.is_finished() or other is trial for other in trials)
-        self._say(trial, f"{ended.get(before.get('status', ''), 'halted')} ({count} of {self._total} trials ended)")
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, "is tried again, from its last checkpoint (its worker or its own process died)")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trial, f"failed: {last_line(trial.get_error())}")
-
-    def _say(self, trial: Any, what: str) -> None:
-        print(f"trial {trial.trial_id} ({label(trial.config['values'])}) {what}", flush=True)
-
-
-def conclude(run: Run, shared: Sweep, start: float) -> int:
+def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> int:
     """Close the books: rank the trials, keep tables and pictures, say what is best."""
     space, folder, parent = shared.space, shared.folder, shared.run
-    metric = space.metric.replace("val/", "final/")
+    metric = space.final_metric
     # Not what fit() returns: that forgets the values of trials that never reported.
     trials = tune.ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials
     ended = rank([result_of(shared, trial) for trial in trials], metric, space.mode)
@@ -291,6 +344,7 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
     if space.search == "grid" and len(space.vary) == 2:
         draw_heat_map(ended, metric, folder / "heat_map.png")
         files.append(folder / "heat_map.png")
+    links |= {file.stem.replace("_", " "): parent.file_link(file.name) for file in files if file.suffix == ".png"}
     winner = ended[0] if ended[0].status == "finished" else None
     tags, numbers = {}, {}
     if winner is not None:
@@ -302,9 +356,14 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
         tags |= {f"best.{name.rpartition('.')[2]}": str(value) for name, value in winner.values.items()}
         link = folder / "best"  # makes the sweep's folder one that evaluate.py, predict.py and export.py take
         link.unlink(missing_ok=True)
-        link.symlink_to(Path("trials", winner.trial, "best"), target_is_directory=True)
+        weights = weights_of(trial_folder(folder, winner.trial))
+        link.symlink_to(weights.relative_to(folder), target_is_directory=True)
     for file in files:
         log_file(parent, file)
+    for place, result in enumerate(ended, start=1):
+        if result.status == "finished":
+            tag_run(parent.uri, result.run_id, "rank", str(place))
+    tags[NOTE_TAG] = write_note(ended, metric, parent, links)
     complete = winner is not None and not failed
     if complete:  # once: MLflow adds rows to a table that is there
         log_table(parent, rows, "results")
@@ -315,9 +374,14 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
         print(
             f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}"
         )
-    print(f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}")
-    if complete and shared.arguments.register_model is not None:
-        register(shared, ended[0].run_id, shared.arguments.register_model)
+    print(
+        f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}\n"
+        f"            then Model training > {run.arguments.experiment} > {run.arguments.run_name or folder.name}"
+    )
+    if complete and (name := shared.arguments.register_model) is not None:
+        version = register(shared, ended[0].run_id, name)
+        links[f"model {name}, version {version}"] = model_link(name, version)
+        tag_run(parent.uri, parent.run_id, NOTE_TAG, write_note(ended, metric, parent, links))
     if failed:
         print(f"{len(failed)} trials failed. The same command tries them again.")
     elif winner is None:
@@ -329,8 +393,8 @@ def conclude(run: Run, shared: Sweep, start: float) -> int:
     return 0
 
 
-def register(shared: Sweep, run_id: str, name: str) -> None:
-    """Add the best weights of the winner's run to MLflow's registry."""
+def register(shared: Sweep, run_id: str, name: str) -> str:
+    """Add the best weights of the winner's run to MLflow's registry.   Returns: the version."""
     classifier = load_classifier(shared.folder / "best", device="cpu", resize_share=None)
     preprocessing = classifier.metadata.preprocessing
     version = register_model(
@@ -341,6 +405,7 @@ def register(shared: Sweep, run_id: str, name: str) -> None:
         {"classes": shared.classes},
     )
     print(f"model       models:/{name}@best, version {version}")
+    return version
 
 
 def close_children(shared: Sweep) -> None:
@@ -352,10 +417,10 @@ def close_children(shared: Sweep) -> None:
                 finish_run(RunRef(**content["mlflow"]), status="KILLED")
 
 
-def _base(name: str, space: Space) -> Callable[[], FinetuneConfig]:
+def _base(name: str, space: Space) -> Callable[[], FinetuneConfig | PretrainConfig]:
     """The space as the command line knows recipes: a function with a name and a docstring."""
 
-    def base() -> FinetuneConfig:
+    def base() -> FinetuneConfig | PretrainConfig:
         return base_config(space)
 
     base.__name__, base.__doc__ = name, space.about

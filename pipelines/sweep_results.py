@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from mixmae.tracking import RunRef
+
+SHOWN = {
+    **{"final/top1": "top-1", "final/top5": "top-5", "final/loss": "loss", "best/top1": "best top-1"},
+    **{"final/heldout_loss": "held-out loss", "final/knn_top1": "kNN top-1", "final/linear_top1": "linear top-1"},
+}
+"""Metrics that the table on the terminal has, where there are any, and what it calls them."""
 Status = Literal["finished", "stopped", "halted", "failed", "not run"]
 
 
@@ -34,8 +41,7 @@ class TrialResult:
 
 def label(values: Mapping[str, Any]) -> str:
     """The values of a trial in a few words: "layer_decay 0.7, drop_path 0.1"."""
-    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
-    return ", ".join(f"{name.rpartition('.')[2]} {text}" for name, text in zip(values, shown, strict=True))
+    return ", ".join(f"{name.rpartition('.')[2]} {text}" for name, text in zip(values, texts_of(values), strict=True))
 
 
 def rank(results: Sequence[TrialResult], metric: str, mode: Literal["max", "min"]) -> list[TrialResult]:
@@ -76,17 +82,50 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
+def link_line(links: Mapping[str, str]) -> str:
+    """Links by their words, as Markdown."""
+    return " · ".join(f"[{words}]({link})" for words, link in links.items())
+
+
+def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, links: Mapping[str, str]) -> str:
+    """The sweep's description on MLflow's page, as Markdown: the best trial, where to look, the ten best.
+
+    Args: results: ranked.  links: by their words.
+    """
+    pages = {result.trial: replace(parent, run_id=result.run_id).link for result in results if result.run_id}
+    first = "**No trial finished.**"
+    if results[0].status == "finished":
+        number = _number(results[0].metrics[metric], "loss" not in metric)
+        first = f"**Best: [{label(results[0].values)}]({pages[results[0].trial]}), {metric} {number}**"
+    names = [name.rpartition(".")[2] for name in results[0].values]
+    keys = [metric, *({metric.replace("final/", "best/")} & results[0].metrics.keys())]
+    head = ["", *names, *keys, "run"]
+    table = [head, ["---"] * len(head)]
+    for place, result in enumerate(results[:10], start=1):
+        finished = result.status == "finished"
+        numbers = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
+        link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
+        table.append([str(place) if finished else result.status, *texts_of(result.values), *numbers, link])
+    # One paragraph of two lines: what is below them is covered until a visitor asks for more.
+    return f"{first}  \n{link_line(links)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def texts_of(values: Mapping[str, Any]) -> list[str]:
+    """The values of a trial as people read them."""
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values()]
+
+
 def print_table(results: Sequence[TrialResult]) -> None:
     """The ranked trials on the terminal."""
     names = [name.rpartition(".")[2] for name in results[0].values]
-    table = Table("", *names, "top-1", "top-5", "loss", "best top-1", "trial", "")
+    known = {name for result in results for name in result.metrics}
+    keys = [key for key in SHOWN if key in known]
+    table = Table("", *names, *(SHOWN[key] for key in keys), "trial", "")
     for number, result in enumerate(results, start=1):
-        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values.values()]
-        keys = ("final/top1", "final/top5", "final/loss", "best/top1")
         metrics = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         place = str(number) if result.status == "finished" else "-"
         remark = "" if result.status == "finished" else f"{result.status}: {result.reason.partition('. ')[0]}"
-        table.add_row(place, *values, *metrics, result.trial, remark)
+        table.add_row(place, *texts_of(result.values), *metrics, result.trial, remark)
     console = Console()
     # A log file has no width of its own: do not fold there.
     (console if console.is_terminal else Console(width=160)).print(table)

@@ -1,8 +1,9 @@
-"""One trial of a sweep: the finetuning run that it is, and how it ended."""
+"""One trial of a sweep: the run of finetuning or pretraining that it is, and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -14,20 +15,21 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from mixmae.data.sources import Source
 from mixmae.tracking import RunRef, finish_run, metric_history
 from mixmae.training.checkpoint import read_state
-from mixmae.training.loop import TrainingStopped
+from mixmae.training.loop import TrainingStopped, TrainState
 from pipelines import finetune
 from pipelines.finetune import INITIAL_FILE, FinetuneJob, results
-from pipelines.recipes.config import FinetuneConfig
-from pipelines.runs import RunFolder, begin, length_of
+from pipelines.pretrain import PretrainJob, Probe, final_metrics
+from pipelines.recipes.config import FinetuneConfig, PretrainConfig
+from pipelines.runs import Run, RunFolder, begin, length_of
 from pipelines.sweep_results import TrialResult, label
-from tune_spaces.space import Space, set_fields
+from tune_spaces.space import Space, final_name, set_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(finetune.Arguments):
     """The command line: where to read, where to write, how much at once, for how long."""
 
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    config: Annotated[FinetuneConfig | PretrainConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
     """The fields of the space's recipe; any of them that does not vary can be changed."""
     workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
     """Training processes of each trial: one a GPU, or some on CPU."""
@@ -55,7 +57,11 @@ class Sweep:
     space: Space
     source: Source
     validation: Source
+    """Of pretraining, the held-out images."""
     classes: list[str]
+    """Of finetuning."""
+    probe: Probe | None
+    """Of pretraining."""
     folder: Path
     pretrained: dict[str, Any] | None
     run: RunRef
@@ -69,7 +75,7 @@ def trial_folder(folder: Path, trial_id: str) -> Path:
 
 
 def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
-    """One finetuning run, in a process of Tune's: what `finetune` does, with what the driver has prepared.
+    """One run, in a process of Tune's: what `finetune` or `pretrain` does, with what the driver has prepared.
 
     Raises: WorkersFailed, after which Tune tries again, from the last checkpoint.
     """
@@ -88,35 +94,65 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         return
     run = begin(arguments, shared.space.recipe, {"pretrained": shared.pretrained, "trial": values})
     assert run is not None
-    run.content["classes"] = run.facts["classes"] = shared.classes
     run.use_gpu = shared.use_gpu
+    make_job = _pretraining if isinstance(arguments.config, PretrainConfig) else _finetuning
+    job, finals = make_job(shared, arguments.config, run, {"trial": trial_id})
+    try:
+        run.train(job, job.run, finals, [TuneReportCallback()])
+    except TrainingStopped as stop:  # a result, not a failure: another start would not help
+        run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
+        tune.report({"stopped": True})  # Tune prints a line of its own for a trial that never reports
+
+
+Finals = Callable[[TrainState], dict[str, float]]
+"""The metrics of a finished run, from its state."""
+
+
+def _finetuning(shared: Sweep, config: Any, run: Run, tags: dict[str, str]) -> tuple[FinetuneJob, Finals]:
+    run.content["classes"] = run.facts["classes"] = shared.classes
     run.settle_data(shared.source)
-    length = length_of(arguments.config, shared.source)
-    ref = run.track(
-        length,
-        params={"classes": len(shared.classes)},
-        tags={
-            "stage": "finetune",
-            "trial": trial_id,
-            "pretrained": str(shared.pretrained["path"]) if shared.pretrained else "none",
-        },
-        parent_run_id=shared.run.run_id,
-    )
     job = FinetuneJob(
-        config=arguments.config,
+        config=config,
         source=shared.source,
         validation=shared.validation,
         num_classes=len(shared.classes),
         folder=run.folder.path,
         initial=shared.folder / INITIAL_FILE if shared.pretrained else None,
-        run=ref,
+        run=run.track(
+            length_of(config, shared.source),
+            params={"classes": len(shared.classes)},
+            tags={"stage": "finetune", **tags, **pretrained_tags(shared.pretrained)},
+            parent_run_id=shared.run.run_id,
+        ),
         facts=run.facts,
     )
-    try:
-        run.train(job, ref, lambda state: results(state, run), [TuneReportCallback()])
-    except TrainingStopped as stop:  # a result, not a failure: another start would not help
-        run.folder.write(run.content | {"status": "stopped", "reason": str(stop)})
-        tune.report({"stopped": True})  # Tune prints a line of its own for a trial that never reports
+    return job, lambda state: results(state, run)
+
+
+def _pretraining(shared: Sweep, config: Any, run: Run, tags: dict[str, str]) -> tuple[PretrainJob, Finals]:
+    assert shared.probe is not None
+    run.settle_data(shared.source)
+    job = PretrainJob(
+        config=config,
+        source=shared.source,
+        heldout=shared.validation,
+        probe=shared.probe,
+        run=run.track(
+            length_of(config, shared.source),
+            tags={"stage": "pretrain", "probe": shared.probe.description, **tags},
+            parent_run_id=shared.run.run_id,
+        ),
+        facts=run.facts,
+    )
+    return job, final_metrics
+
+
+def pretrained_tags(pretrained: dict[str, Any] | None) -> dict[str, str]:
+    """What MLflow's runs say of the weights that they start from."""
+    if pretrained is None:
+        return {"pretrained": "none"}
+    tags = {"pretrained": str(pretrained["path"])}
+    return tags | ({"pretrained.run_id": pretrained["run_id"]} if pretrained["run_id"] else {})
 
 
 def last_line(error: object) -> str:
@@ -138,7 +174,7 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
     elif status != "finished":
         status, reason = ("halted", f"after epoch {last.get('epoch', 0):.2f}") if ref else ("not run", "")
     if status == "halted":
-        metrics = {name.replace("val/", "final/"): value for name, value in last.items()}
+        metrics = {final_name(name): value for name, value in last.items() if name.startswith(("val/", "probe/"))}
     if status in ("halted", "stopped") and (place.best / "state.json").is_file():
         best = read_state(place.best)["metrics"]
         metrics = dict(metrics) | {name.replace("val/", "best/"): value for name, value in best.items()}

@@ -1,9 +1,13 @@
-"""Search spaces of finetuning, one a file."""
+"""Search spaces of finetuning and of pretraining, one a file."""
 
 from __future__ import annotations
 
 from tune_spaces import (
+    ablate_difficulty,
+    ablate_fill,
+    ablate_num_images,
     demo,
+    demo_pretrain,
     finetune_inat2018,
     finetune_inat2019,
     finetune_places205,
@@ -20,6 +24,7 @@ SPACES: dict[str, Space] = {
     module.__name__.removeprefix("tune_spaces."): module.SPACE
     for module in (
         demo,
+        demo_pretrain,
         finetune_swin_base,
         finetune_swin_large,
         finetune_swin_huge,
@@ -29,6 +34,9 @@ SPACES: dict[str, Space] = {
         finetune_places365,
         wide,
         wide_optuna,
+        ablate_num_images,
+        ablate_fill,
+        ablate_difficulty,
     )
 }
 """All spaces by name."""

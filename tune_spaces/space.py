@@ -87,7 +87,7 @@ class Space:
     about: str
     """What it is for and where its values come from; the first line is its entry in the list."""
     recipe: str
-    """Name of the finetuning recipe that all trials start from."""
+    """Name of the recipe, of finetuning or of pretraining, that all trials start from."""
     vary: Mapping[str, Choice | Uniform]
     """The fields that vary, by dotted name."""
     change: Mapping[str, Value] = field(default_factory=dict)
@@ -98,8 +98,10 @@ class Space:
     """How many are drawn; None for a grid, which says it itself."""
     hours: float | None = None
     """After these a sweep stops; None: when all trials are through."""
-    metric: Literal["val/top1", "val/top5", "val/loss"] = "val/top1"
-    """What trials are ranked by: its value at the end of each."""
+    without: tuple[Mapping[str, Value], ...] = ()
+    """Combinations that a grid leaves out: those that have all the values of one of these."""
+    metric: Literal["val/top1", "val/top5", "val/loss", "probe/knn_top1", "probe/linear_top1"] = "val/top1"
+    """What trials are ranked by: its value at the end of each. Pretraining has a probe, finetuning a validation set."""
     scheduler: Asha | None = None
     """Who may stop early; None: nobody."""
 
@@ -116,8 +118,12 @@ class Space:
                     f"a grid has its own {self.num_trials} trials, not {self.trials}: leave the number out, or take a "
                     "space that draws."
                 )
+            if not self.points(0):
+                raise ValueError("the space has no trial: all combinations are left out.")
         elif self.trials is None or self.trials < 1:
             raise ValueError(f"the space has no trial: say how many to draw, not {self.trials}.")
+        elif self.without:
+            raise ValueError("only a grid can leave combinations out.")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"the budget is {self.hours} hours: it must be above 0.")
         for name in self.vary:
@@ -133,24 +139,31 @@ class Space:
         return "min" if self.metric == "val/loss" else "max"
 
     @property
+    def final_metric(self) -> str:
+        """The metric's name among those of a finished trial: final/top1 for val/top1."""
+        return final_name(self.metric)
+
+    @property
     def num_trials(self) -> int:
         """How many trials there are, or are drawn."""
-        if self.search != "grid":
-            return self.trials or 0
-        return math.prod(len(dimension.values) for dimension in self.vary.values() if isinstance(dimension, Choice))
+        return len(self.points(0)) if self.search == "grid" else self.trials or 0
 
     def points(self, seed: int) -> list[dict[str, Value]]:
         """The values of every trial, alike whenever asked; for optuna, which chooses its own, draws at random."""
         if self.search == "grid":
             columns = [dimension.values for dimension in self.vary.values() if isinstance(dimension, Choice)]
-            return [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*columns)]
+            points = [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*columns)]
+            return [point for point in points if not any(some.items() <= point.items() for some in self.without)]
         rng = np.random.default_rng(seed)
         return [{name: dimension.draw(rng) for name, dimension in self.vary.items()} for _ in range(self.num_trials)]
 
     def check(self, config: Any) -> None:
         """See that a config has every field and takes every value.   Raises: ValueError."""
-        for name, value in self.change.items():
-            set_fields(config, {name: value})
+        set_fields(config, self.change)
+        if self.search == "grid":
+            for point in self.points(0):
+                set_fields(config, point)
+            return
         for name, dimension in self.vary.items():
             for value in dimension.ends:
                 set_fields(config, {name: value})
@@ -167,7 +180,13 @@ class Space:
         return {"recipe": self.recipe, "vary": vary, "search": self.search, "trials": self.num_trials} | {
             "metric": self.metric,
             "scheduler": scheduler,
+            "without": [dict(some) for some in self.without],
         }
+
+
+def final_name(metric: str) -> str:
+    """The name that a metric of the curves, such as val/top1, has among the numbers of a finished run: final/top1."""
+    return f"final/{metric.partition('/')[2]}"
 
 
 def get_field(config: Any, name: str) -> Any:
@@ -176,9 +195,7 @@ def get_field(config: Any, name: str) -> Any:
     for part in name.split("."):
         if not is_dataclass(value) or part not in {item.name for item in fields(value)}:
             near = difflib.get_close_matches(name, field_names(config), n=3, cutoff=0.4)
-            remedy = (
-                f"did you mean {', '.join(near)}?" if near else "RECIPE --help of pipelines/finetune.py lists them."
-            )
+            remedy = f"did you mean {', '.join(near)}?" if near else "--help of its pipeline lists them."
             raise ValueError(f"{type(config).__name__} has no field {name}: {remedy}")
         value = getattr(value, part)
     return value
@@ -198,23 +215,31 @@ def set_fields(config: ConfigT, values: Mapping[str, Value]) -> ConfigT:
 
     Raises: ValueError for a field that is not there, a value of another type, or one that the config refuses.
     """
-    for name, value in values.items():
+    for name in values:
         get_field(config, name)
-        config = _set(config, name, name.split("."), value)
-    return config
+    return _set(config, values, "")
 
 
-def _set(config: Any, name: str, parts: list[str], value: Value) -> Any:
-    first, *rest = parts
-    if rest:
-        return replace(config, **{first: _set(getattr(config, first), name, rest, value)})
-    wanted = typing.get_type_hints(type(config))[first]
-    if not _fits(value, wanted):
-        raise ValueError(f"{name} is {value!r}: it must be {_words(wanted)}.")
+def _set(config: Any, values: Mapping[str, Value], prefix: str) -> Any:
+    """All fields at once: one value may be allowed only beside another."""
+    hints = typing.get_type_hints(type(config))
+    own = {name: value for name, value in values.items() if "." not in name}
+    for name, value in own.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{prefix}{name} is {value!r}: it must be {_words(hints[name])}.")
+    parts: dict[str, dict[str, Value]] = {}
+    for name, value in values.items():
+        if name not in own:
+            first, _, rest = name.partition(".")
+            parts.setdefault(first, {})[rest] = value
+    inner = {first: _set(getattr(config, first), part, f"{prefix}{first}.") for first, part in parts.items()}
     try:
-        return replace(config, **{first: value})
+        return replace(config, **own, **inner)
     except ValueError as error:
-        raise ValueError(f"{name} cannot be {value!r}: {error}") from error
+        if not own:
+            raise
+        words = " and ".join(f"{prefix}{name} cannot be {value!r}" for name, value in own.items())
+        raise ValueError(f"{words}: {error}") from error
 
 
 def _fits(value: Value, wanted: Any) -> bool:

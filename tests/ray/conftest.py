@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -77,12 +78,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real tracking server with its own database and artifact folder; yields its address."""
     folder = tmp_path_factory.mktemp("mlflow")
+    with serve_mlflow(f"sqlite:///{folder}/mlflow.db", folder) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serve_mlflow(store: str, folder: Path) -> Iterator[str]:
+    """A real tracking server; its log and new artifacts go to `folder`.   Yields: its address."""
     port = free_port()
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"),
+            *("--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts"),
         ],
         stdout=log,
         stderr=subprocess.STDOUT,

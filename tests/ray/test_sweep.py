@@ -13,40 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmae.convert import Preprocessing, save_encoder
+from mixmae.convert import Preprocessing, read_weights, save_encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
-from tests.ray.conftest import ROOT, environment
+from pipelines.runs import weights_of
+from tests.ray.conftest import ROOT, TINY, environment, run
+from tests.ray.sweeps import SHORT, sweep_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-#: What pipelines/sweep.py runs, with a space of 2 x 2 beside the others.
-PROGRAM = """
-import sys
-from dataclasses import replace
-from tune_spaces import SPACES
-from tune_spaces.space import Choice
-from pipelines.sweep import main
-
-vary = {"optim.layer_decay": Choice((0.7, 0.8)), "encoder.drop_path": Choice((0.0, 0.1))}
-SPACES["tiny"] = replace(SPACES["demo"], vary=vary, change={})
-sys.exit(main(["tiny", *sys.argv[1:]]))
-"""
 ENCODER = SwinConfig(
     image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
 )
-SHORT = [
-    *("--augment.image-size", "64", "--loop.batch-size", "8", "--loop.steps", "32", "--loop.log-every-steps", "4"),
-    *("--loop.max-broken-fraction", "0.2", "--optim.base-lr", "0.02"),
-]
 NUMBERS = (
     *("layer_decay", "drop_path", "lr", "weight_decay", "epochs", "batch_size", "image_size", "seed"),
     *("params_m", "gmacs"),
 )
 METRICS = [f"{group}/{name}" for group in ("final", "best") for name in ("top1", "top5", "loss")]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
 
 
 @dataclass
@@ -75,7 +57,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     arguments += ["--register-model", "tiny"]
     options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.STDOUT, "text": True}
     killed = ""
-    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, **options) as first:
+    with subprocess.Popen(sweep_command(*arguments), stdout=subprocess.PIPE, **options) as first:
         assert first.stdout is not None
         for line in first.stdout:
             killed += line
@@ -83,7 +65,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
                 break
         first.send_signal(signal.SIGKILL)
     assert "finished (1 of 4" in killed, killed
-    again = subprocess.run(command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
+    again = subprocess.run(sweep_command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
     assert again.returncode == 0, killed + again.stdout
     return Swept(base / "sweep", mlflow_server, arguments, killed, again.stdout)
 
@@ -113,8 +95,8 @@ def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
 
     client = MlflowClient(tracking_uri=swept.server)
     counts = []
-    for run in children(swept):
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    for trial in children(swept):
+        steps = [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")]
         assert sorted(set(steps)) == [1, *range(4, 33, 4)]
         counts.append(steps.count(1))
     assert counts == [1, 1, 1, 1]  # step 1 was logged once: none began anew
@@ -122,11 +104,11 @@ def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
 
 def test_all_trials_have_the_same_numbers(swept):
     """The parallel coordinates of MLflow's page show a run only if it has every chosen key, as a number."""
-    for run in children(swept):
+    for trial in children(swept):
         for key in NUMBERS:
-            float(run.data.params[key])
-        assert set(METRICS) <= set(run.data.metrics)
-        assert run.data.tags["stage"] == "finetune"
+            float(trial.data.params[key])
+        assert set(METRICS) <= set(trial.data.metrics)
+        assert trial.data.tags["stage"] == "finetune"
 
 
 def test_the_parent_holds_what_came_of_it(swept):
@@ -141,6 +123,8 @@ def test_the_parent_holds_what_came_of_it(swept):
     assert parent.data.tags["best.layer_decay"] == best.data.params["layer_decay"]
     assert parent.data.metrics["best/top1"] == best.data.metrics["best/top1"]
     assert parent.data.metrics["final/top1"] == max(run.data.metrics["final/top1"] for run in children(swept))
+    assert best.data.tags["rank"] == "1"
+    assert "[model tiny, version 1](#/models/tiny/versions/1" in parent.data.tags["mlflow.note.content"]
     assert "layer_decay" not in parent.data.params  # its metrics are not those of the recipe's value
 
 
@@ -183,7 +167,7 @@ numpy.save("probabilities.npy", model.predict(numpy.load("images.npy")))
 
 
 def test_started_again_it_does_nothing(swept):
-    again = subprocess.run(command(*swept.arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    again = subprocess.run(sweep_command(*swept.arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout
     assert "trial" not in again.stdout.replace("trials", "")
@@ -198,3 +182,32 @@ def test_another_space_or_start_in_the_same_output_is_refused(swept):
         return done.stderr
 
     assert "the search space is another one" in refused()
+
+
+def test_pretraining_is_swept_and_judged_by_its_probe(photos, mlflow_server, tmp_path):
+    """An ablation: its trials are pretraining runs, ranked by the linear probe; the best encoder can be taken on."""
+    from mlflow import MlflowClient
+
+    flags = ["--data", photos, "--mlflow-uri", mlflow_server, "--output", tmp_path / "ablation", *TINY]
+    flags += ["--loop.steps", "12", "--loop.max-broken-fraction", "0.2", "--probe.images", "60", "--probe.k", "5"]
+    done = run("demo_pretrain", *flags, cwd=tmp_path, pipeline="sweep", timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "ablation" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    settings = sorted((row["method.num_images"], row["method.unmixing"]) for row in rows)
+    assert settings == [("2", "attention"), ("2", "none"), ("4", "attention"), ("4", "none")]
+    values = [float(row["final/linear_top1"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    client = MlflowClient(tracking_uri=mlflow_server)
+    for row in rows:
+        trial = client.get_run(row["run_id"])
+        assert trial.info.status == "FINISHED"
+        assert trial.data.tags["stage"] == "pretrain"
+        assert trial.data.params["method.num_images"] == row["method.num_images"]
+        for key in ("final/loss", "final/heldout_loss", "final/knn_top1", "final/linear_top1"):
+            assert trial.data.metrics[key] == pytest.approx(float(row[key]))
+    best = read_weights(weights_of(tmp_path / "ablation"))
+    state = json.loads((tmp_path / "ablation" / "best" / "state.json").read_text())
+    assert state["mlflow"]["run_id"] == rows[0]["run_id"]
+    assert str(state["config"]["method"]["num_images"]) == rows[0]["method.num_images"]
+    assert best.metadata is not None

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import csv
+import pickle
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from mixmae.tracking import RunRef
 from pipelines import sweep as module
 from pipelines.sweep import main
-from pipelines.sweep_results import TrialResult, draw_curves, draw_heat_map, label, rank, rows_of, write_csv
+from pipelines.sweep_progress import Progress
+from pipelines.sweep_results import (
+    TrialResult,
+    draw_curves,
+    draw_heat_map,
+    label,
+    print_table,
+    rank,
+    rows_of,
+    write_csv,
+    write_note,
+)
 
 
 def result(trial: str, decay: float, drop: float, top1: float | None, status: str = "finished") -> TrialResult:
@@ -55,6 +70,33 @@ class TestResults:
             "layer_decay 0.75, mixup 0, precision float32"
         )
 
+    def test_the_note_names_the_best_and_links_to_every_trial_in_order(self):
+        parent = RunRef(uri="http://x", experiment_id="7", run_id="p")
+        note = write_note(rank(RESULTS, "final/top1", "max"), "final/top1", parent, {"all": "#/all"})
+        (best, links), table = note.split("\n\n")[0].split("  \n"), note.split("\n\n")[1]
+        assert best.startswith("**Best: [layer_decay 0.8, drop_path 0.1](#/experiments/7/runs/run of d?")
+        assert best.endswith("final/top1 50.00%**")
+        assert links == "[all](#/all)"
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        assert rows[0] == ["", "layer_decay", "drop_path", "final/top1", "best/top1", "run"]
+        assert [row[0] for row in rows[2:]] == ["1", "2", "halted", "stopped"]
+        assert [row[3] for row in rows[2:]] == ["50.00%", "20.00%", "90.00%", ""]
+        assert "/runs/run of b?" in rows[5][5]
+        assert write_note(RESULTS[1:3], "final/top1", parent, {}).startswith("**No trial finished.**")
+
+    def test_trials_of_pretraining_have_columns_of_their_own(self, capsys):
+        metrics = {"final/loss": 0.5, "final/heldout_loss": 0.625, "final/knn_top1": 0.25, "final/linear_top1": 0.75}
+        trial = TrialResult(trial="a", values={"method.num_images": 2}, status="finished", metrics=metrics, run_id="r")
+        note = write_note([trial], "final/linear_top1", RunRef(uri="http://x", experiment_id="7", run_id="p"), {})
+        head, _, row = (line.split(" | ") for line in note.splitlines()[-3:])
+        assert head == ["| ", "num_images", "final/linear_top1", "run |"]
+        assert row[:3] == ["| 1", "2", "75.00%"]
+        print_table([trial])
+        table = capsys.readouterr().out
+        assert "top-5" not in table
+        for text in ("held-out loss", "0.6250", "kNN top-1", "25.00%", "linear top-1", "75.00%"):
+            assert text in table
+
     def test_the_heat_map_shows_each_trial_in_its_cell(self, tmp_path):
         """Only finished ones have a colour, the better one the brighter; white is nothing."""
         draw_heat_map(RESULTS, "final/top1", tmp_path / "map.png")
@@ -73,6 +115,46 @@ class TestResults:
         draw_curves(ranked, {"d": [(1, 0.1), (2, 0.5)]}, "val/top1", tmp_path / "one.png")
         draw_curves(ranked, {"d": [(1, 0.1), (2, 0.5)], "a": [(1, 0.3)]}, "val/top1", tmp_path / "two.png")
         assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+
+
+@dataclass
+class Trial:
+    """As much of Tune's trial as is shown."""
+
+    trial_id: str
+    config: dict
+    status: str = "PENDING"
+
+
+class TestProgress:
+    TRIALS = tuple(Trial(item.trial, {"values": item.values}) for item in RESULTS)
+
+    def show(self, folder) -> None:
+        progress = Progress(4, folder, "val/top1")
+        pickle.loads(pickle.dumps(progress))  # as Tune does, to continue
+        progress.on_trial_start(0, list(self.TRIALS), self.TRIALS[0])
+        progress.on_trial_result(1, list(self.TRIALS), self.TRIALS[0], {"epoch": 0.5, "val/top1": 0.25})
+        progress.on_experiment_end(list(self.TRIALS))
+
+    def test_a_log_gets_a_line_for_each_event(self, tmp_path, capsys):
+        self.show(tmp_path)
+        assert capsys.readouterr().out.splitlines() == [
+            "trial a (layer_decay 0.7, drop_path 0) starts",
+            "trial a (layer_decay 0.7, drop_path 0) epoch 0.50 · val/top1 0.2500",
+        ]
+
+    def test_a_terminal_gets_one_table_that_changes_in_place(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setattr("rich.get_console", lambda: Console(force_terminal=True, width=100))
+        self.show(tmp_path)
+        text = capsys.readouterr().out
+        first, second = text.split("starts")
+        assert "trial a" not in text
+        assert first.count("pending") == 0
+        assert "\x1b[1A" in second  # back up, over the table before
+        last = second[second.rindex("\x1b[1A") :]
+        assert last.count("pending") == 3
+        assert "epoch 0.50 · val/top1 0.2500" in last
 
 
 @pytest.fixture
@@ -100,6 +182,10 @@ class TestMistakes:
             (["demo", "--optim.layer-decay", "0.6"], "optim.layer_decay varies in the space demo"),
             (["demo", "--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
             (["demo", "--pretrained", "nowhere"], "nowhere"),
+            (["demo_pretrain", "--pretrained", "nowhere"], "leave out --pretrained"),
+            (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
+            (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
+            (["demo_pretrain", "--workers-per-trial", "8"], "sees 2 images at once, which cannot be mixed 4 at a time"),
         ],
     )
     def test_one_sentence(self, argv, message, capsys):
@@ -109,6 +195,20 @@ class TestMistakes:
         text = capsys.readouterr().err
         assert message in text
         assert "Traceback" not in text
+
+    @pytest.mark.parametrize(("space", "metric"), [("demo", "probe/knn_top1"), ("demo_pretrain", "val/top1")])
+    def test_a_metric_that_the_trials_do_not_have(self, space, metric, capsys, monkeypatch):
+        monkeypatch.setitem(module.SPACES, space, replace(module.SPACES[space], metric=metric))
+        with pytest.raises(SystemExit):
+            main([space])
+        assert f"the space ranks by {metric}, which demo" in capsys.readouterr().err
+
+    def test_pretraining_without_labels_cannot_be_judged(self, tmp_path, capsys):
+        for number in range(20):
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        with pytest.raises(SystemExit):
+            main(["demo_pretrain", "--data", str(tmp_path), "--output", str(tmp_path / "runs" / "sweep")])
+        assert "has no labels to judge trials by" in capsys.readouterr().err
 
     def test_optuna_is_asked_for_where_it_is_missing(self, monkeypatch, capsys):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.recipes import FINETUNE_RECIPES
+from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from pipelines.sweep import base_config
 from tune_spaces import SPACES
 from tune_spaces.space import Asha, Choice, Space, Uniform, get_field, set_fields
@@ -53,6 +53,24 @@ def test_a_grid_is_every_combination_once():
     ]
 
 
+def test_a_grid_leaves_out_what_makes_no_sense():
+    points = {tuple(point.values()) for point in SPACES["ablate_fill"].points(0)}
+    alone = {(fill, "none") for fill in ("zero", "learnable", "shuffle", "zoom")}
+    assert points == {("mix", "attention"), ("mix", "none")} | alone
+    assert SPACES["ablate_fill"].num_trials == 6
+
+
+def test_fields_that_are_allowed_only_together_are_set_together():
+    base = PRETRAIN_RECIPES["demo"]()
+    with pytest.raises(ValueError, match=r"method.fill cannot be 'learnable': .*set unmixing='none'"):
+        set_fields(base, {"method.fill": "learnable"})
+    method = set_fields(base, {"method.fill": "learnable", "method.unmixing": "none"}).method
+    assert (method.fill, method.unmixing) == ("learnable", "none")
+    with pytest.raises(ValueError, match=r"A batch of 16 images cannot be mixed 3 at a time"):
+        set_fields(base, {"method.num_images": 3})
+    assert set_fields(base, {"method.num_images": 3, "loop.batch_size": 18}).loop.batch_size == 18
+
+
 def test_draws_depend_on_the_seed_alone_and_stay_in_range():
     wide = SPACES["wide"]
     assert wide.points(3) == wide.points(3) != wide.points(4)
@@ -95,6 +113,8 @@ def test_both_ends_of_a_range_are_checked():
         (lambda: space(search="random", trials=0), "no trial: say how many"),
         (lambda: space(trials=3), "a grid has its own 6 trials"),
         (lambda: space(vary={"optim.layer_decay": Uniform(0.6, 0.9)}), "a grid cannot hold the range"),
+        (lambda: space(without=tuple({"optim.layer_decay": decay} for decay in (0.7, 0.75, 0.8))), "all .* left out"),
+        (lambda: replace(SPACES["wide"], without=({"mixup.mixup": 0.0},)), "only a grid"),
         (lambda: space(hours=0.0), "the budget is 0.0 hours"),
         (lambda: space(vary={"encoder.embed_dim": Choice((16, 32))}), "changes the shapes"),
         (lambda: space(vary={"augment.image_size": Choice((64, 96))}), "changes the shapes"),
