@@ -1,0 +1,170 @@
+"""What pretraining is worth where labels are few: finetuned from it and from scratch, with the same steps and images.
+
+    python benchmarks/few_labels.py [--sets digits shapes] [--seeds 3] [--output runs/few_labels]
+
+Runs the pipelines as a user does. Of each set a seed gives one pretraining on all training images, without their
+labels, and chooses the images that have a label; both arms then train on these and are judged on the validation set at
+their last step. Prints a table and writes table.md; the same command again goes on where it was interrupted.
+
+The arms share all settings but one: layer decay, which spares pretrained layers, has no sense from scratch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
+
+from mixmae.data.source import read_rows
+from mixmae.data.sources import open_train_and_held_out
+from pipelines.console import fail
+from pipelines.make_shards import default_shapes
+
+PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Finetuning from pretraining beside training from scratch, with few labels."""
+
+    sets: tuple[Literal["digits", "shapes"], ...] = ("digits", "shapes")
+    """scikit-learn's handwritten digits, the built-in shapes."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pretraining, choice of labelled images, and run of each arm for each."""
+    output: Path = Path("runs/few_labels")
+    """Folder of the runs and the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How a set is pretrained on and finetuned on."""
+
+    labels: int
+    """Labelled images a class."""
+    size: Sequence[str]
+    """Flags of both pipelines: what an image becomes."""
+    pretrain: Sequence[str]
+    """Flags of pretraining."""
+    finetune: Sequence[str]
+    """Flags of both arms."""
+
+
+TRIALS = {
+    "digits": Trial(
+        labels=5,
+        size=("--augment.image-size", "96", "--augment.flip", "0"),
+        pretrain=("--loop.steps", "2400"),
+        finetune=("--loop.steps", "300"),
+    ),
+    "shapes": Trial(labels=5, size=(), pretrain=(), finetune=("--loop.steps", "300")),
+}
+
+Images = list[tuple[bytes, int]]
+
+
+def read_set(name: str, output: Path) -> tuple[Images, Images]:
+    """Training and validation images as files, with their classes."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = []
+        for pixels, label in zip(digits.images, digits.target, strict=True):
+            grey = Image.fromarray(np.uint8(np.rint(pixels * (255 / 16)))).resize((64, 64), Image.Resampling.BICUBIC)
+            file = io.BytesIO()
+            grey.convert("RGB").save(file, "PNG")
+            images.append((file.getvalue(), int(label)))
+        order = np.random.default_rng(0).permutation(len(images))
+        return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
+    train, validation = (
+        [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
+        for part in open_train_and_held_out(str(default_shapes(output / "shapes-shards")))
+    )
+    return train, validation
+
+
+def write_folder(folder: Path, train: Images, validation: Images) -> Path:
+    """Write images as people keep them: train/CLASS/NUMBER and val/CLASS/NUMBER."""
+    for split, images in (("train", train), ("val", validation)):
+        for number, (data, label) in enumerate(images):
+            suffix = "png" if data.startswith(b"\x89PNG") else "jpg"
+            path = folder / split / f"{label:02d}" / f"{number:05d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return folder
+
+
+def choose(images: Images, labels: int, seed: int) -> Images:
+    """As many images of every class, drawn by the seed."""
+    rng = np.random.default_rng(seed)
+    classes = np.array([label for _, label in images])
+    rows = [rng.choice(np.flatnonzero(classes == label), labels, replace=False) for label in np.unique(classes)]
+    return [images[row] for row in np.concatenate(rows)]
+
+
+def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[str, float]:
+    """Run or continue one pipeline to its end.   Returns: its final metrics.   Raises: ValueError if it failed."""
+    command = [sys.executable, str(PIPELINES / f"{pipeline}.py"), recipe, "--output", str(output), *flags]
+    print(f"$ {' '.join(command[1:])}", flush=True)
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"{pipeline}.py {recipe} failed, see above. The same command continues.")
+    return json.loads((output / "run.json").read_text())["metrics"]
+
+
+def compare(name: str, seed: int, output: Path) -> tuple[float, float]:
+    """Top-1 on the validation set from pretraining and from scratch, 0..1."""
+    trial, place = TRIALS[name], output / name
+    train, validation = read_set(name, output)
+    everything = write_folder(place / "images", train, validation)
+    few = write_folder(place / f"images-{seed}", choose(train, trial.labels, seed), validation)
+    own = ["--loop.seed", str(seed), *trial.size]
+    start = place / f"pretrained-{seed}"
+    run("pretrain", "demo", start, ["--data", str(everything), *own, *trial.pretrain])
+    own += ["--data", str(few), *trial.finetune]
+    first, second = place / f"from-pretraining-{seed}", place / f"from-scratch-{seed}"
+    pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
+    scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])
+    return pretrained["final/top1"], scratch["final/top1"]
+
+
+def spread(shares: Sequence[float]) -> str:
+    """Mean and sample deviation, in per cent."""
+    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{deviation}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    arguments = tyro.cli(Arguments, args=argv, prog="few_labels.py", description=__doc__)
+    output = arguments.output.resolve()
+    lines = [
+        "| set | labels a class | from pretraining, top-1, % | from scratch, top-1, % | gain of each seed |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    try:
+        for name in arguments.sets:
+            pairs = [compare(name, seed, output) for seed in arguments.seeds]
+            pretrained, scratch = zip(*pairs, strict=True)
+            gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
+            lines.append(f"| {name} | {TRIALS[name].labels} | {spread(pretrained)} | {spread(scratch)} | {gains} |")
+    except ValueError as error:
+        fail(error)
+    (output / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
