@@ -30,6 +30,7 @@ from mixmae.data.augment import centre_crop
 from mixmae.data.decode import BrokenImage, Uint8Array, decode_rgb
 from mixmae.data.order import Int64Array
 from mixmae.data.sources import Sample, Source, list_splits, open_source, read_rows
+from mixmae.data.storage import writable_folder
 from pipelines.console import fail
 from pipelines.features import SAY_EVERY_S, FrozenEncoder, ahead, load_frozen
 
@@ -142,13 +143,16 @@ def schema_of(width: int) -> pa.Schema:
 
 def embed(arguments: Arguments) -> int:
     """Write the files.   Returns: the process's exit status."""
+    # Workers may have been started elsewhere.
+    arguments = replace(arguments, weights=arguments.weights.expanduser().resolve())
     if arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}: it must be at least 1.")
     targets = choose_targets(arguments)
     # The workers' processes load their own, perhaps on GPUs that this one does not have.
     frozen = (replace(arguments, device="cpu") if arguments.workers > 1 else arguments).load()
+    sources = {split: open_source(arguments.data, split) for split in targets}
     for split, target in targets.items():
-        source = open_source(arguments.data, split)
+        source = sources[split]
         start = time.monotonic()
         tables = (
             _on_ray(arguments, source)
@@ -170,6 +174,7 @@ def choose_targets(arguments: Arguments) -> dict[str, Path]:
     """The file of each split.   Raises: ValueError, before time is lost."""
     there = list_splits(arguments.data)
     splits = (arguments.split,) if arguments.split else there
+    writable_folder(arguments.output.parent if arguments.output.suffix == ".parquet" else arguments.output)
     if arguments.output.suffix != ".parquet":
         targets = {split: arguments.output / f"{split}.parquet" for split in splits}
     elif len(splits) == 1:
@@ -258,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         return embed(arguments)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from mixmae.data.labels import read_labels
 from mixmae.data.order import Int64Array
 from mixmae.data.sources import Source
+from mixmae.data.storage import writable_folder
 from mixmae.finetune.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import create_run, finish_run, resolve_uri, tag_run
 from pipelines.console import fail
@@ -77,11 +79,9 @@ def knn(arguments: Arguments) -> int:
     train, validation = open_data(arguments.data, base / "data", HELDOUT_IMAGES)
     classes = take_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
-    if len(rows) < config.k:
-        raise ValueError(f"--k is {config.k}, but there are only {len(rows)} training images: lower it.")
+    check_voters(read_labels(train)[rows], read_labels(validation), config.k)
     name = run.name if run else arguments.weights.resolve().stem
-    folder = arguments.output or Path("evaluations") / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(arguments.output or Path("evaluations") / name)
 
     data = {"name": train.name, "digest": train.digest, "source": arguments.data or "built-in"}
     facts: dict[str, Any] = {
@@ -154,6 +154,19 @@ def choose_rows(source: Source, most: int | None) -> Int64Array:
     return np.arange(count, dtype=np.int64) * source.num_rows // count
 
 
+def check_voters(train_labels: Int64Array, labels: Int64Array, k: int) -> None:
+    """See from the labels alone that every image can be judged, before all are looked at.   Raises: ValueError."""
+    voters = train_labels[train_labels >= 0]
+    if len(voters) < k:
+        raise ValueError(f"--k is {k}, but there are only {len(voters)} training images with a class: lower it.")
+    lost = np.setdiff1d(labels[labels >= 0], voters)
+    if len(lost):
+        raise ValueError(
+            f"{len(lost)} classes of the validation images have none among the {len(voters)} training images that "
+            f"vote, for example class {lost[0]}: raise --train-images, or leave these classes out."
+        )
+
+
 def classify(
     frozen: FrozenEncoder, train: Source, rows: Int64Array, validation: Source, num_classes: int, config: KnnConfig
 ) -> KnnResult:
@@ -170,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         return knn(arguments)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ def linear_probe(arguments: Arguments, recipe: str) -> int:
             f"{folder.path} holds a probe {'without' if arguments.cached else 'with'} --cached: continue it so, or "
             "choose another --output."
         )
+    loop = arguments.config.loop
+    if arguments.cached and (loop.steps is not None or arguments.config.ema_decay is not None or arguments.workers > 1):
+        raise ValueError(
+            "--cached trains whole epochs in this process: leave out --loop.steps (--loop.epochs says how long), "
+            "--ema-decay and --workers, or --cached."
+        )
     return probe_cached(arguments, recipe) if arguments.cached else finetune.finetune(arguments, recipe, LinearProbeJob)
 
 

@@ -48,6 +48,7 @@ from mixmae.tracking import (
 from mixmae.training.worker import ClusterError, choose_device, connect, require_resources
 from pipelines.evaluate import load_classifier
 from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_pretrained
+from pipelines.pretrain import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from pipelines.pretrain import check_method, choose_probe
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from pipelines.recipes.config import FinetuneConfig, PretrainConfig, to_json
@@ -106,18 +107,25 @@ def sweep(arguments: Arguments, name: str) -> int:
         pretrained, with_encoder = take_pretrained(arguments, space.recipe)
         arguments = cast(Arguments, with_encoder)
     check_trials(space, arguments)
-    run = begin(arguments, name, {"pretrained": pretrained and pretrained.to_json(), "space": space.to_json()})
+    content: dict[str, Any] = {"pretrained": pretrained and pretrained.to_json(), "space": space.to_json()}
+    if isinstance(arguments.config, PretrainConfig):  # trials are judged by it, and must be judged alike
+        content["space"]["probe"] = vars(arguments.config.probe)
+    run = begin(arguments, name, content)
     if run is None:
         return 0
     if arguments.register_model is not None:
         claim_model_name(run.uri, arguments.register_model)
     folder = run.folder.path
-    source, validation = open_data(arguments.data, folder.parent / "data", HELDOUT_IMAGES)
-    classes, probe, config = [], None, arguments.config
+    config = arguments.config
+    heldout_images = HELDOUT_IMAGES if isinstance(config, FinetuneConfig) else PRETRAIN_HELDOUT_IMAGES
+    source, validation = open_data(arguments.data, folder.parent / "data", heldout_images)
+    classes, probe = [], None
     if isinstance(config, PretrainConfig):
         probe = choose_probe(config.probe, source, validation)
         if probe is None:
-            raise DataError(f"{source.name} has no labels to judge trials by: give a labelled set (docs/data.md).")
+            raise DataError(
+                f"the trials cannot be judged on {source.name}, see the note: give a set with labels (docs/data.md)."
+            )
     else:
         run.content["classes"] = classes = take_classes(source, validation)
     run.settle_data(source)
@@ -179,6 +187,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
             f"the trials of {name} are pretraining, from nothing to an encoder: leave out --pretrained and "
             "--register-model."
         )
+    if isinstance(arguments.config, PretrainConfig) and arguments.config.probe.images == 0:
+        raise ValueError(f"the trials of {name} are judged by their probe: --probe.images cannot be 0.")
     space.check(usual)
     for field in space.vary:
         if get_field(arguments.config, field) != get_field(usual, field):
@@ -274,9 +284,13 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress says what fails, in a line
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": TRIAL_CPUS, SLOT: slots})
     place = shared.folder / TUNE_FOLDER
-    if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
-        return tune.Tuner.restore(str(place), trainable, resume_unfinished=True, resume_errored=True)
     space, arguments = shared.space, shared.arguments
+    budget_s = None if space.hours is None else space.hours * 3600
+    if tune.Tuner.can_restore(str(place)) and any(place.glob("experiment_state-*.json")):
+        tuner = tune.Tuner.restore(str(place), trainable, resume_unfinished=True, resume_errored=True)
+        # What is kept is the budget of the first start; restore has no argument for another one.
+        tuner._local_tuner._tune_config.time_budget_s = budget_s  # type: ignore[union-attr]
+        return tuner
     if space.search == "optuna":
         values: Any = {name: _tune_domain(dimension) for name, dimension in space.vary.items()}
     else:
@@ -301,7 +315,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
             num_samples=space.num_trials if space.search == "optuna" else 1,
             search_alg=_optuna(shared) if space.search == "optuna" else None,
             scheduler=scheduler,
-            time_budget_s=None if space.hours is None else space.hours * 3600,
+            time_budget_s=budget_s,
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -143,7 +143,7 @@ def draw_heat_map(results: Sequence[TrialResult], metric: str, path: Path) -> No
     from matplotlib.figure import Figure
 
     down, across = list(results[0].values)
-    rows, columns = (sorted({result.values[name] for result in results}) for name in (down, across))
+    rows, columns = (sorted({result.values[name] for result in results}, key=_order) for name in (down, across))
     table = [[float("nan")] * len(columns) for _ in rows]
     for result in results:
         value = result.metrics.get(metric, float("nan")) if result.status == "finished" else float("nan")
@@ -159,9 +159,14 @@ def draw_heat_map(results: Sequence[TrialResult], metric: str, path: Path) -> No
         for x, value in enumerate(row):
             text = _number(value, "loss" not in metric) if value == value else "×"
             axes.text(x, y, text, ha="center", va="center", color="white" if value < middle else "black")
-    axes.set_title(f"{metric} of the validation set", fontsize=10)
+    axes.set_title(metric, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(path, dpi=120)
+
+
+def _order(value: Any) -> tuple[int, Any]:
+    """Numbers by their size, then words and None."""
+    return (0, value) if isinstance(value, (int, float)) else (1, str(value))
 
 
 def draw_curves(

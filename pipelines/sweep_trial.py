@@ -173,6 +173,8 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
         status, reason = "failed", last_line(trial.get_error())
     elif status != "finished":
         status, reason = ("halted", f"after epoch {last.get('epoch', 0):.2f}") if ref else ("not run", "")
+    elif shared.space.final_metric not in metrics:  # a probe that could not be made
+        status, reason = "stopped", f"it ended without {shared.space.metric}"
     if status == "halted":
         metrics = {final_name(name): value for name, value in last.items() if name.startswith(("val/", "probe/"))}
     if status in ("halted", "stopped") and (place.best / "state.json").is_file():

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
 
@@ -37,7 +38,12 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear(self.norm(features))
+        if self.training and len(features) == 1:  # one image has no variance: take what the others had
+            mean, variance = self.norm.running_mean, self.norm.running_var
+            features = F.batch_norm(features, mean, variance, eps=self.norm.eps)
+        else:
+            features = self.norm(features)
+        return self.linear(features)
 
     @torch.no_grad()
     def as_linear(self) -> nn.Linear:

@@ -23,6 +23,15 @@ def test_the_head_normalises_each_feature_and_then_is_linear():
     assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
 
 
+def test_a_batch_of_one_image_is_normalised_by_those_before():
+    head, features = LinearHead(3, 2), torch.randn(50, 3, generator=seeded()) * 5 + 2
+    head(features)
+    before = head.norm.running_var.clone()
+    alone = head(features[:1])
+    assert torch.equal(head.norm.running_var, before)
+    torch.testing.assert_close(alone, head.eval()(features[:1]))
+
+
 def test_folded_it_is_the_head_of_a_classifier():
     torch.manual_seed(0)
     encoder, images = tiny_swin(64), noise_images(3, (64, 64))

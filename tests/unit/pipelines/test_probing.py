@@ -170,10 +170,17 @@ class TestMistakes:
             (("--k", 0), "k is 0"),
             (("--k", 99), "--k is 99, but there are only 54 training images"),
             (("--train-images", 0), "--train-images is 0"),
+            (("--train-images", 2, "--k", 1), "validation images have none among the 2 training images that vote"),
+            (("--output", weights), "cannot write to"),
             (("--batch-size", 0), "--batch-size is 0"),
             (("--resize-share", 2), "--resize-share is 2"),
         ):
             assert sentence in _error(capsys, knn.main, weights, "--data", data, *flags)
+
+    def test_what_a_cached_probe_cannot_do(self, capsys):
+        for flags in (("--loop.steps", 3), ("--ema-decay", 0.9), ("--workers", 2)):
+            text = _error(capsys, linear_probe.main, "demo_linear", "--cached", *flags)
+            assert "--cached trains whole epochs in this process" in text
 
     def test_embedding(self, capsys, weights, shards, tmp_path):
         data = shards("set", LABELS, [0, 1])
@@ -184,6 +191,8 @@ class TestMistakes:
         assert "is there already" in _error(capsys, embed.main, *arguments)
         assert "--workers is 0" in _error(capsys, embed.main, *arguments, "--workers", 0)
         assert out.read_text() == "mine"
+        below = (weights, "--data", data, "--output", out / "features")
+        assert "cannot write to" in _error(capsys, embed.main, *below)
 
 
 def _features(weights: Path, data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,6 +110,14 @@ class TestResults:
         assert (pixels[above, right] == 255).all()
         assert (pixels[below, left] == 255).all()
 
+    def test_a_heat_map_over_values_of_several_kinds(self, tmp_path):
+        values = [
+            {"optim.layer_decay": decay, "method.fill": fill} for decay in (None, 0.7, 10.0) for fill in ("a", "b")
+        ]
+        trials = [replace(RESULTS[0], trial=str(number), values=point) for number, point in enumerate(values)]
+        draw_heat_map(trials, "final/top1", tmp_path / "map.png")
+        assert Image.open(tmp_path / "map.png").size[0] > 100
+
     def test_curves_of_trials_with_and_without_points(self, tmp_path):
         ranked = rank(RESULTS, "final/top1", "max")
         draw_curves(ranked, {"d": [(1, 0.1), (2, 0.5)]}, "val/top1", tmp_path / "one.png")
@@ -184,6 +192,7 @@ class TestMistakes:
             (["demo", "--pretrained", "nowhere"], "nowhere"),
             (["demo_pretrain", "--pretrained", "nowhere"], "leave out --pretrained"),
             (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
+            (["demo_pretrain", "--probe.images", "0"], "--probe.images cannot be 0"),
             (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
             (["demo_pretrain", "--workers-per-trial", "8"], "sees 2 images at once, which cannot be mixed 4 at a time"),
         ],
@@ -208,7 +217,7 @@ class TestMistakes:
             Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
         with pytest.raises(SystemExit):
             main(["demo_pretrain", "--data", str(tmp_path), "--output", str(tmp_path / "runs" / "sweep")])
-        assert "has no labels to judge trials by" in capsys.readouterr().err
+        assert "the trials cannot be judged on" in capsys.readouterr().err
 
     def test_optuna_is_asked_for_where_it_is_missing(self, monkeypatch, capsys):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
