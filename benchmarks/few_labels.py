@@ -68,7 +68,7 @@ TRIALS = {
         pretrain=("--loop.steps", "2400"),
         finetune=("--loop.steps", "300"),
     ),
-    "shapes": Trial(labels=5, size=(), pretrain=(), finetune=("--loop.steps", "300")),
+    "shapes": Trial(labels=5, size=("--augment.image-size", "96"), pretrain=(), finetune=("--loop.steps", "300")),
 }
 
 Images = list[tuple[bytes, int]]
@@ -132,7 +132,9 @@ def compare(name: str, seed: int, output: Path) -> tuple[float, float]:
     own = ["--loop.seed", str(seed), *trial.size]
     start = place / f"pretrained-{seed}"
     run("pretrain", "demo", start, ["--data", str(everything), *own, *trial.pretrain])
+    # An epoch of so few images is a few steps: look at the validation set now and then, not after each.
     own += ["--data", str(few), *trial.finetune]
+    own += ["--loop.panel-every-epochs", "25", "--loop.checkpoint-every-epochs", "25"]
     first, second = place / f"from-pretraining-{seed}", place / f"from-scratch-{seed}"
     pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
     scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])
