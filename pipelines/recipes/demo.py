@@ -20,7 +20,7 @@ def demo() -> PretrainConfig:
     Small batches and a high rate, because minutes on a CPU are few steps.
 
     Command:  make pretrain, or python pipelines/pretrain.py demo --data FOLDER_OF_IMAGES
-    Expected: on the built-in shapes the loss falls from 1.06 to 0.46 (held-out 0.475) in 147 s on two cores of an AMD
+    Expected: on the built-in shapes the loss falls from 1.06 to 0.46 (held-out 0.475) in 167 s on two cores of an AMD
     EPYC (2026-11-25), and shapes re-appear cell by cell.
     """
     return PretrainConfig(
