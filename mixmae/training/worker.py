@@ -123,7 +123,7 @@ def connect(
         # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
         num_cpus = (os.cpu_count() or 1) + num_workers
         # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
-        # they spin while the one they wait for is not running: steps took twenty times as long beside one busy process.
+        # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
         return
