@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
 from mixmae.data.source import read_rows
-from mixmae.data.sources import open_train_and_held_out
+from mixmae.data.sources.open import open_train_and_held_out
 from pipelines.console import fail
 from pipelines.make_shards import default_shapes
 

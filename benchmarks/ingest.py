@@ -43,9 +43,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ingest.py`
 
 from benchmarks.photographs import make_jpegs
-from mixmae.data.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources import Source, open_source
+from mixmae.data.sources.open import Source, open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 from pipelines.make_shards import make_shards
 

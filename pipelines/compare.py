@@ -27,22 +27,22 @@ from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
-from mixmae.data.sources import Source, open_train_and_held_out
+from mixmae.data.sources.open import Source, open_train_and_held_out
 from mixmae.encoders.build import build_encoder
-from mixmae.finetune.features import extract_features
-from mixmae.finetune.knn import KnnConfig, knn_classify
-from mixmae.finetune.linear_probe import LinearHead
+from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
+from mixmae.probing.features import extract_features
+from mixmae.probing.fit import small_set_probe, train_probe
+from mixmae.probing.knn import KnnConfig, knn_classify
+from mixmae.probing.linear import LinearHead
 from mixmae.step import StepOutput
 from mixmae.training.loop import TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
-from mixmae.training.probe import small_set_probe, train_probe
 from mixmae.training.schedule import run_length
 from pipelines.console import fail
 from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
-from pipelines.recipes.config import PretrainConfig
 
 WARMUP_STEPS, TIMED_STEPS = 3, 20
 """Steps that tell how long one takes, after a few that warm up."""

@@ -26,11 +26,11 @@ import torch
 import tyro
 
 from mixmae.convert import writing
-from mixmae.data.augment import centre_crop
-from mixmae.data.decode import BrokenImage, Uint8Array, decode_rgb
+from mixmae.data.images.augment import centre_crop
+from mixmae.data.images.decode import BrokenImage, Uint8Array, decode_rgb
 from mixmae.data.order import Int64Array
-from mixmae.data.sources import Sample, Source, list_splits, open_source, read_rows
-from mixmae.data.storage import writable_folder
+from mixmae.data.sources.open import Sample, Source, list_splits, open_source, read_rows
+from mixmae.data.sources.storage import writable_folder
 from pipelines.console import fail
 from pipelines.features import SAY_EVERY_S, FrozenEncoder, ahead, load_frozen
 

@@ -29,11 +29,11 @@ from mixmae.convert.files import NOT_STATED
 from mixmae.data.blocks import eval_batches
 from mixmae.data.labels import read_labels
 from mixmae.data.source import DataError
-from mixmae.data.sources import Source, list_splits, open_source
-from mixmae.data.storage import plain_place
+from mixmae.data.sources.open import Source, list_splits, open_source
+from mixmae.data.sources.storage import plain_place
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.finetune.features import predict_logits
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
+from mixmae.probing.features import predict_logits
 from pipelines.console import fail
 from pipelines.finetune import HELDOUT_IMAGES
 from pipelines.runs import open_data, run_around, weights_of

@@ -16,10 +16,10 @@ from torch import Tensor
 from mixmae.convert import Preprocessing, build_model, digest_of, read_weights
 from mixmae.data.blocks import Batch, eval_batches
 from mixmae.data.order import Int64Array
-from mixmae.data.sources import Source
+from mixmae.data.sources.open import Source
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.finetune.features import LabelledBatch, extract_features
+from mixmae.probing.features import LabelledBatch, extract_features
 from pipelines.runs import weights_of
 
 SAY_EVERY_S = 15.0

@@ -33,16 +33,17 @@ from torch.nn import functional as F
 
 from mixmae.convert import Preprocessing, Weights, describe, digest_of, load_checked, read_weights, save_encoder
 from mixmae.data.blocks import eval_batches
+from mixmae.data.images.mixup import mix_batch
 from mixmae.data.labels import read_labels
-from mixmae.data.mixup import mix_batch
 from mixmae.data.order import Plan
 from mixmae.data.source import DataError
-from mixmae.data.sources import Source
+from mixmae.data.sources.open import Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
 from mixmae.finetune.classification import ImageClassifier, Mix, classification_step
-from mixmae.finetune.features import predict_logits
+from mixmae.jobs.config import FinetuneConfig, to_json
 from mixmae.metrics import UNKNOWN, label_ranks
+from mixmae.probing.features import predict_logits
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef, tag_run
 from mixmae.training.checkpoint import read_state
@@ -50,7 +51,6 @@ from mixmae.training.loop import Batch, LoopConfig, TrainState
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength
 from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.recipes.config import FinetuneConfig, to_json
 from pipelines.runs import (
     Run,
     RunArguments,

@@ -22,9 +22,9 @@ import tyro
 
 from mixmae.data.labels import read_labels
 from mixmae.data.order import Int64Array
-from mixmae.data.sources import Source
-from mixmae.data.storage import writable_folder
-from mixmae.finetune.knn import KnnConfig, KnnResult, knn_classify
+from mixmae.data.sources.open import Source
+from mixmae.data.sources.storage import writable_folder
+from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import create_run, finish_run, resolve_uri, tag_run
 from pipelines.console import fail
 from pipelines.features import FrozenEncoder, load_frozen

@@ -22,17 +22,17 @@ from torch.nn import functional as F
 
 from mixmae.convert import Preprocessing
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.finetune.linear_probe import LinearHead, LinearProbe
+from mixmae.jobs.config import FinetuneConfig
 from mixmae.metrics import UNKNOWN, top_k_accuracy
+from mixmae.probing.fit import ProbeConfig, train_probe
+from mixmae.probing.linear import LinearHead, LinearProbe
 from mixmae.tracking import MlflowTracker, RunRef, finish_run
 from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.loop import step_seed
-from mixmae.training.probe import ProbeConfig, train_probe
 from pipelines import finetune
 from pipelines.features import FrozenEncoder, choose_place
 from pipelines.finetune import BEST_METRIC, FinetuneJob, Prepared, prepare, track
 from pipelines.recipes import LINEAR_PROBE_RECIPES
-from pipelines.recipes.config import FinetuneConfig
 from pipelines.runs import elapsed_since, length_of, run_command, run_folder
 
 

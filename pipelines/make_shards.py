@@ -31,12 +31,11 @@ import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
-from mixmae.data import shapes
-from mixmae.data.decode import BrokenImage, decode_rgb, image_size
-from mixmae.data.folders import FilesSource
+from mixmae.data.images.decode import BrokenImage, decode_rgb, image_size
+from mixmae.data.images.summary import Summary
 from mixmae.data.order import Draw, Int64Array, Plan, permutation
-from mixmae.data.shard_index import INDEX_SUFFIX
-from mixmae.data.shards import (
+from mixmae.data.shards import shapes
+from mixmae.data.shards.write import (
     MANIFEST_FORMAT,
     ShardFile,
     StoredImage,
@@ -48,7 +47,8 @@ from mixmae.data.shards import (
     write_manifest,
     write_shard,
 )
-from mixmae.data.sources import (
+from mixmae.data.sources.folders import FilesSource
+from mixmae.data.sources.open import (
     MANIFEST_NAME,
     DataError,
     JoinedSource,
@@ -60,8 +60,8 @@ from mixmae.data.sources import (
     open_source,
     read_rows,
 )
-from mixmae.data.storage import plain_place, writable_folder
-from mixmae.data.summary import Summary
+from mixmae.data.sources.shard_index import INDEX_SUFFIX
+from mixmae.data.sources.storage import plain_place, writable_folder
 
 SHAPES = "shapes"
 MIN_IMAGES = 8
@@ -428,7 +428,7 @@ def _shrink(data: bytes, longer_side: int) -> bytes | None:
 def _tiler() -> Callable[[bytes], tuple[bytes, Any] | None] | None:
     """The function that makes a restart-tile JPEG, if its tool is there."""
     try:
-        tiles = importlib.import_module("mixmae.data.tiles")
+        tiles = importlib.import_module("mixmae.data.images.tiles")
     except ImportError:
         return None
     return tiles.retile if tiles.tool_path() else None

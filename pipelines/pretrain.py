@@ -30,15 +30,16 @@ from mixmae.data.blocks import eval_batches
 from mixmae.data.labels import read_labels
 from mixmae.data.order import Int64Array, Plan
 from mixmae.data.source import DataError
-from mixmae.data.sources import Source
+from mixmae.data.sources.open import Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import build_encoder
-from mixmae.finetune.features import extract_features
-from mixmae.finetune.online import OnlineProbeConfig, choose_images, probe_features
+from mixmae.jobs.config import PretrainConfig, to_json
 from mixmae.methods.build import build_method, images_mixed
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
+from mixmae.probing.features import extract_features
+from mixmae.probing.ridge import OnlineProbeConfig, choose_images, probe_features
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef
 from mixmae.training.loop import Batch, LoopConfig, TrainState, step_seed
@@ -46,7 +47,6 @@ from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength
 from mixmae.training.worker import EvaluationSkipped
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.recipes.config import PretrainConfig, to_json
 from pipelines.runs import RunArguments, begin, elapsed_since, length_of, open_data, run_command
 
 PANEL_ROWS = 3

@@ -22,10 +22,11 @@ import tyro
 from torch import nn
 
 import mixmae
-from mixmae.data.sources import Source, open_train_and_held_out
-from mixmae.data.storage import plain_place
+from mixmae.data.sources.open import Source, open_train_and_held_out
+from mixmae.data.sources.storage import plain_place
 from mixmae.encoders.build import build_encoder
 from mixmae.flops import count_macs, count_parameters
+from mixmae.jobs.config import RunConfig, differences, to_json
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
 from mixmae.training.loop import TrainingStopped, TrainState, step_seed
 from mixmae.training.schedule import RunLength, run_length
@@ -40,7 +41,6 @@ from mixmae.training.worker import (
 )
 from pipelines.console import ProgressView, fail
 from pipelines.recipes import find_recipe, list_recipes
-from pipelines.recipes.config import RunConfig, differences, to_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from mixmae.data.blocks import eval_batch
 from mixmae.data.source import DataError
 from mixmae.finetune.classification import Predictor
+from mixmae.jobs.config import FinetuneConfig, PretrainConfig, to_json
 from mixmae.tracking import (
     NOTE_TAG,
     RunRef,
@@ -51,7 +52,6 @@ from pipelines.finetune import HELDOUT_IMAGES, keep_initial, take_classes, take_
 from pipelines.pretrain import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from pipelines.pretrain import check_method, choose_probe
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
-from pipelines.recipes.config import FinetuneConfig, PretrainConfig, to_json
 from pipelines.runs import (
     Run,
     begin,
@@ -63,8 +63,8 @@ from pipelines.runs import (
     versions,
     weights_of,
 )
-from pipelines.sweep_progress import Progress
-from pipelines.sweep_results import (
+from pipelines.sweeping.progress import Progress
+from pipelines.sweeping.results import (
     draw_curves,
     draw_heat_map,
     label,
@@ -75,7 +75,7 @@ from pipelines.sweep_results import (
     write_csv,
     write_note,
 )
-from pipelines.sweep_trial import (
+from pipelines.sweeping.trial import (
     Arguments,
     Sweep,
     curve,

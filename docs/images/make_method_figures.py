@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mixmae.data.augment import centre_crop
-from mixmae.data.decode import decode_rgb
-from mixmae.data.shapes import shape_image
+from mixmae.data.images.augment import centre_crop
+from mixmae.data.images.decode import decode_rgb
+from mixmae.data.shards.shapes import shape_image
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.encoders.vit import ViTConfig, ViTEncoder
 from mixmae.methods.mae import MAE, MAEConfig

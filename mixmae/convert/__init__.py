@@ -30,13 +30,13 @@ from mixmae.convert.load import (
     resize_bias_table,
     resize_positions,
 )
-from mixmae.convert.mae import config_from_mae, from_mae
-from mixmae.convert.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
-from mixmae.convert.official import config_from_official, from_official, to_official
-from mixmae.convert.pvt import from_pvt, from_timm_pvt_v2, to_timm_pvt_v2
-from mixmae.convert.resnetv2 import from_timm_resnetv2, to_timm_resnetv2
-from mixmae.convert.swin import from_microsoft_swin, from_simmim_swin, from_timm_swin
-from mixmae.convert.twins import from_twins, to_twins
+from mixmae.convert.names.mae import config_from_mae, from_mae
+from mixmae.convert.names.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
+from mixmae.convert.names.official import config_from_official, from_official, to_official
+from mixmae.convert.names.pvt import from_pvt, from_timm_pvt_v2, to_timm_pvt_v2
+from mixmae.convert.names.resnetv2 import from_timm_resnetv2, to_timm_resnetv2
+from mixmae.convert.names.swin import from_microsoft_swin, from_simmim_swin, from_timm_swin
+from mixmae.convert.names.twins import from_twins, to_twins
 
 __all__ = [
     "FORMATS",

@@ -11,10 +11,8 @@ import hashlib
 import json
 import pickle
 import re
-import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from mixmae.convert.formats import FORMATS, detect_format
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import EncoderConfig, build_encoder, config_from_json, config_to_json
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.writing import writing
 
 WRAPPERS = ("model", "state_dict")
 """Keys under which checkpoints keep the weights, beside an optimiser and the like."""
@@ -298,33 +297,6 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         sha.update(value.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-@contextmanager
-def writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary name beside `target` to write a file or a folder to, and rename it when that is done.
-
-    Raises: ValueError if the target is there and overwrite is not set.
-    """
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already: choose another place, or allow to overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial.{target.name}")
-    _remove(partial)
-    try:
-        yield partial
-        if target.is_dir():
-            _remove(target)  # a folder cannot be replaced at once, a file can
-        partial.replace(target)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _find_file(path: Path) -> Path:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mixmae.convert.architecture import StateDict
-from mixmae.convert.mae import from_mae, is_mae
-from mixmae.convert.mmpretrain import from_mmpretrain, is_mmpretrain
-from mixmae.convert.official import from_official, is_official
-from mixmae.convert.pvt import from_pvt, from_timm_pvt_v2, is_pvt, is_timm_pvt_v2
-from mixmae.convert.resnetv2 import from_timm_resnetv2, is_timm_resnetv2
-from mixmae.convert.swin import (
+from mixmae.convert.names.mae import from_mae, is_mae
+from mixmae.convert.names.mmpretrain import from_mmpretrain, is_mmpretrain
+from mixmae.convert.names.official import from_official, is_official
+from mixmae.convert.names.pvt import from_pvt, from_timm_pvt_v2, is_pvt, is_timm_pvt_v2
+from mixmae.convert.names.resnetv2 import from_timm_resnetv2, is_timm_resnetv2
+from mixmae.convert.names.swin import (
     from_microsoft_swin,
     from_simmim_swin,
     from_timm_swin,
@@ -21,8 +21,8 @@ from mixmae.convert.swin import (
     is_simmim_swin,
     is_timm_swin,
 )
-from mixmae.convert.twins import from_twins, is_twins
-from mixmae.finetune.linear_probe import fold_head
+from mixmae.convert.names.twins import from_twins, is_twins
+from mixmae.probing.linear import fold_head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixmae.data.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
-from mixmae.data.decode import BrokenImage, Header, Uint8Array, decode_box, decode_rgb, read_header
-from mixmae.data.finetune_augment import FinetuneAugmentConfig, augment_further
+from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
+from mixmae.data.images.decode import BrokenImage, Header, Uint8Array, decode_box, decode_rgb, read_header
+from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Int64Array, Plan, worker_positions
-from mixmae.data.sources import Sample, Source, chunk_of
+from mixmae.data.sources.open import Sample, Source, chunk_of
 
 _GREY = 128
 _MAX_TRIES = 64

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mixmae.data.folders import FilesSource
-from mixmae.data.joined import JoinedSource
 from mixmae.data.order import Int64Array
-from mixmae.data.parquet import ParquetSource
 from mixmae.data.source import RowRange, Source
-from mixmae.data.tars import TarSource
+from mixmae.data.sources.folders import FilesSource
+from mixmae.data.sources.joined import JoinedSource
+from mixmae.data.sources.parquet import ParquetSource
+from mixmae.data.sources.tars import TarSource
 
 
 def read_labels(source: Source) -> Int64Array:

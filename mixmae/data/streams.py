@@ -37,10 +37,10 @@ from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import Batch, Block, BrokenRecord, as_batch, check_batch, load_block
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan, worker_positions
-from mixmae.data.sources import Source
+from mixmae.data.sources.open import Source
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""

@@ -20,7 +20,7 @@ HEAD_STD = 2e-5
 
 Mix = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), labels (B,), CPU generator) -> (mixed images, targets (B, num_classes) whose rows sum to 1):
-mixmae.data.mixup.mix_batch with its config and number of classes filled in."""
+mixmae.data.images.mixup.mix_batch with its config and number of classes filled in."""
 
 
 class ImageClassifier(nn.Module):

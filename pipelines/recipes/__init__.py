@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from pipelines.recipes.config import PretrainConfig
+from mixmae.jobs.config import PretrainConfig
 from pipelines.recipes.demo import demo
 from pipelines.recipes.finetune import FINETUNE_RECIPES
 from pipelines.recipes.linear_probe import LINEAR_PROBE_RECIPES

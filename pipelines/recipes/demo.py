@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mixmae.data.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.swin import SwinConfig
-from mixmae.finetune.online import OnlineProbeConfig
+from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.probing.ridge import OnlineProbeConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
-from pipelines.recipes.config import PretrainConfig
 
 
 def demo() -> PretrainConfig:

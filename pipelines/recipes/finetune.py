@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mixmae.data.finetune_augment import FinetuneAugmentConfig
-from mixmae.data.mixup import MixupConfig
+from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
+from mixmae.data.images.mixup import MixupConfig
 from mixmae.encoders.build import config_at_size
 from mixmae.encoders.swin import SwinConfig, swin_base, swin_huge, swin_large
+from mixmae.jobs.config import FinetuneConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
-from pipelines.recipes.config import FinetuneConfig
 from pipelines.recipes.demo import demo
 
 

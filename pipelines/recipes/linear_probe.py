@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mixmae.data.finetune_augment import FinetuneAugmentConfig
-from mixmae.data.mixup import MixupConfig
+from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
+from mixmae.data.images.mixup import MixupConfig
 from mixmae.encoders.build import EncoderConfig
 from mixmae.encoders.swin import swin_base
+from mixmae.jobs.config import FinetuneConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
-from pipelines.recipes.config import FinetuneConfig
 from pipelines.recipes.demo import demo
 
 
@@ -18,7 +18,7 @@ def demo_linear() -> FinetuneConfig:
     """A linear layer on the demo's frozen encoder: seconds of training with --cached, minutes without.
 
     AdamW instead of LARS, whose steps are too short for a few thousand images (small_set_probe in
-    mixmae/training/probe.py has figures).
+    mixmae/probing/fit.py has figures).
 
     Command:  python pipelines/linear_probe.py demo_linear --pretrained runs/demo --cached
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mixmae.encoders.vit import ViTConfig, vit_base, vit_large
+from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.mae import MAEConfig
 from mixmae.training.loop import LoopConfig
-from pipelines.recipes.config import PretrainConfig
 
 
 def mae_vit_base_1600ep() -> PretrainConfig:

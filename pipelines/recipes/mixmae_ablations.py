@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from mixmae.encoders.swin import swin_base
+from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.mixmae import MixMAEConfig
-from pipelines.recipes.config import PretrainConfig
 from pipelines.recipes.mixmae_swin import paper_run
 
 

@@ -9,7 +9,7 @@ from mixmae.encoders.pvt import pvt_large
 from mixmae.encoders.resnetv2 import resnetv2_50x3, resnetv2_101x3
 from mixmae.encoders.twins import twins_svt_large
 from mixmae.encoders.vit import vit_base
-from pipelines.recipes.config import PretrainConfig
+from mixmae.jobs.config import PretrainConfig
 from pipelines.recipes.mixmae_swin import paper_run
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mixmae.data.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.encoders.build import EncoderConfig
 from mixmae.encoders.swin import swin_base, swin_base_w7, swin_huge, swin_large
+from mixmae.jobs.config import PretrainConfig
 from mixmae.training.loop import LoopConfig
-from pipelines.recipes.config import PretrainConfig
 
 
 def mixmae_swin_base_600ep() -> PretrainConfig:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mixmae.data.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.encoders.build import EncoderConfig
 from mixmae.encoders.pvt import pvt_large
 from mixmae.encoders.swin import swin_base, swin_base_w7, swin_large
 from mixmae.encoders.twins import twins_svt_large
 from mixmae.encoders.vit import vit_base
+from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.simmim import SimMIMConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
-from pipelines.recipes.config import PretrainConfig
 
 
 def simmim_swin_base_w7_800ep() -> PretrainConfig:

@@ -19,11 +19,11 @@ from mixmae.decoders import DecoderConfig
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.encoders.swin import SwinConfig
+from mixmae.jobs.config import to_json
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.tracking import create_run, finish_run
 from mixmae.training.checkpoint import save_checkpoint
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.recipes.config import to_json
 from tests.ray.conftest import command, environment, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

@@ -21,11 +21,11 @@ from PIL import Image
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import Batch, local_batches
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.shards import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources import Source, open_source
+from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
+from mixmae.data.sources.open import Source, open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
@@ -221,9 +221,9 @@ import os, sys, time
 from pathlib import Path
 import ray
 from benchmarks.ingest import Meter
-from mixmae.data.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources import open_source
+from mixmae.data.sources.open import open_source
 from mixmae.data.streams import TrainStream
 
 ray.init(address="local", num_cpus=2, object_store_memory=150_000_000, include_dashboard=False, logging_level="ERROR")

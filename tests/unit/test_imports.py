@@ -8,31 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: A module may import those of a higher level than its own; on one level only its own package. Missing: level 9.
 LEVELS = {
-    "pipelines": 0,
-    "tune_spaces": 1,
-    "mixmae.timm_models": 0,
-    "mixmae.finetune": 1,
-    "mixmae.methods": 1,
-    "mixmae.training": 1,
-    "mixmae.data": 1,
-    "mixmae.tracking": 1,
-    "mixmae.convert": 1,
-    "mixmae.flops": 1,
-    "mixmae.encoders": 2,
-    "mixmae.decoders": 2,
-    "mixmae.heads": 2,
-    "mixmae.layers": 3,
+    room: level
+    for level, rooms in enumerate(
+        [
+            ("pipelines",),
+            ("tune_spaces",),
+            ("mixmae.jobs",),
+            ("mixmae.inference", "mixmae.timm_models"),
+            ("mixmae.convert", "mixmae.flops"),
+            ("mixmae.probing",),
+            ("mixmae.finetune", "mixmae.methods", "mixmae.training", "mixmae.data", "mixmae.tracking"),
+            ("mixmae.encoders", "mixmae.decoders"),
+            ("mixmae.layers",),
+        ]
+    )
+    for room in rooms
 }
+"""A module may import those of a higher level than its own; on one level only its own room."""
 ANYONE = {
     "mixmae",
-    "mixmae.mixing",
-    "mixmae.masking",
-    "mixmae.patches",
-    "mixmae.step",
-    "mixmae.metrics",
-    "mixmae.panels",
+    *(f"mixmae.{name}" for name in ("masking", "metrics", "mixing", "panels", "patches", "share", "step", "writing")),
 }
 RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/worker.py", "pipelines/", "tune_spaces/")
 SOURCES = sorted(path for folder in ("mixmae", "pipelines", "tune_spaces") for path in (ROOT / folder).rglob("*.py"))
@@ -66,9 +62,6 @@ def test_arrow(path):
             continue
         target = _room(name)
         if target == room or target in ANYONE:
-            continue
-        # convert and flops read the shapes of models and configs: they sit above the methods.
-        if room in ("mixmae.convert", "mixmae.flops") and target in ("mixmae.methods", "mixmae.finetune"):
             continue
         assert room not in ANYONE, f"{relative} is for anyone, so it may not import {name}"
         assert LEVELS[room] < LEVELS[target], f"{relative} may not import {name}"

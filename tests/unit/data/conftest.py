@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from mixmae.data.shards import StoredImage, shard_name, shard_schema, write_shard
+from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 
 WriteShards = Callable[..., Path]
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources import ParquetSource, open_source
+from mixmae.data.sources.open import ParquetSource, open_source
 
 AUGMENT = AugmentConfig(image_size=(32, 48))
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixmae.data.labels import read_labels
-from mixmae.data.sources import open_source, split_holdout
+from mixmae.data.sources.open import open_source, split_holdout
 
 
 def by_reading(source) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmae.data.augment import AugmentConfig, draw_crops
+from mixmae.data.images.augment import AugmentConfig, draw_crops
 from mixmae.data.order import Plan, hash64, permutation, uniforms, worker_positions
 from mixmae.training.schedule import run_length
 

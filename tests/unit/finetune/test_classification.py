@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixmae.data.mixup import MixupConfig, mix_batch
+from mixmae.data.images.mixup import MixupConfig, mix_batch
 from mixmae.finetune.classification import ImageClassifier, Predictor, classification_step
 from tests.factories import noise_images, seeded, tiny_swin
 

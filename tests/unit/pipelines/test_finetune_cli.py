@@ -17,12 +17,12 @@ from mixmae.convert import Preprocessing, save_encoder, to_official
 from mixmae.encoders.build import build_encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.jobs.config import to_json
 from mixmae.metrics import top_k_accuracy
 from mixmae.training.optim import parameter_groups
 from pipelines import evaluate, finetune, predict, runs
 from pipelines.finetune import INITIAL_FILE, Arguments, FinetuneJob, take_pretrained
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
-from pipelines.recipes.config import to_json
 from tests.factories import tiny_mixmae, tiny_swin, tiny_vit
 
 
@@ -242,8 +242,8 @@ def test_the_rates_of_the_papers_base():
 def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, shards, monkeypatch):
     """Three workers on 13 images, one of them without a class, against one worker and the metrics."""
     from mixmae.data.blocks import eval_batches
-    from mixmae.data.sources import open_source
-    from mixmae.finetune.features import predict_logits
+    from mixmae.data.sources.open import open_source
+    from mixmae.probing.features import predict_logits
 
     folder = shards("set", [*[row % 4 for row in range(12)], -1])
     source = open_source(folder)
@@ -272,7 +272,7 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, shards, monk
 
 def test_a_model_that_has_diverged_is_never_right(tmp_path, shards):
     """No logit is above a NaN: without care all images would count as right, and these weights be kept as the best."""
-    from mixmae.data.sources import open_source
+    from mixmae.data.sources.open import open_source
 
     job = _job(
         FINETUNE_RECIPES["demo_finetune"](),

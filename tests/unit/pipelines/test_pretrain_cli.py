@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mixmae.jobs.config import differences, to_json
 from pipelines import runs as module
 from pipelines.pretrain import main
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.recipes.config import differences, to_json
 
 
 @pytest.fixture

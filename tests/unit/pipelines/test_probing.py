@@ -18,16 +18,16 @@ from torch import nn
 
 from mixmae.convert import Preprocessing, digest_of, load_encoder, save_encoder
 from mixmae.data.blocks import eval_batches
-from mixmae.data.sources import open_source
-from mixmae.finetune.features import extract_features
-from mixmae.finetune.knn import KnnConfig, knn_classify
-from mixmae.finetune.online import OnlineProbeConfig, probe_features
+from mixmae.data.sources.open import open_source
+from mixmae.jobs.config import differences, to_json
+from mixmae.probing.features import extract_features
+from mixmae.probing.knn import KnnConfig, knn_classify
+from mixmae.probing.ridge import OnlineProbeConfig, probe_features
 from mixmae.training.worker import EvaluationSkipped
 from pipelines import embed, evaluate, knn, linear_probe, predict, pretrain, runs
 from pipelines.features import load_frozen
 from pipelines.pretrain import PretrainJob, choose_probe
 from pipelines.recipes import LINEAR_PROBE_RECIPES, PRETRAIN_RECIPES
-from pipelines.recipes.config import differences, to_json
 from tests.factories import tiny_swin
 
 MEAN = (0.4, 0.5, 0.6)

@@ -11,13 +11,13 @@ import torch
 import tyro
 
 from mixmae.encoders.build import build_encoder, config_from_json, size_name
+from mixmae.jobs.config import differences, to_json
 from mixmae.methods.build import build_method
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
 from pipelines.pretrain import Arguments
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES, RECIPE_GROUPS, find_recipe, list_recipes
-from pipelines.recipes.config import differences, to_json
 from pipelines.recipes.mixmae_ablations import MIXMAE_ABLATIONS
 
 PAPER = [name for name in PRETRAIN_RECIPES if name != "demo"]

@@ -14,8 +14,8 @@ from rich.console import Console
 from mixmae.tracking import RunRef
 from pipelines import sweep as module
 from pipelines.sweep import main
-from pipelines.sweep_progress import Progress
-from pipelines.sweep_results import (
+from pipelines.sweeping.progress import Progress
+from pipelines.sweeping.results import (
     TrialResult,
     draw_curves,
     draw_heat_map,

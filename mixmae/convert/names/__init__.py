@@ -1,0 +1,1 @@
+"""One dialect of parameter names per file: others' weights to ours, and back."""

@@ -1,0 +1,77 @@
+"""Plain Swin: shifted windows and no absolute positions, as timm, Microsoft and SimMIM name its weights.
+
+timm starts a stage with its downsampling (as we do) and calls the classifier head.fc; Microsoft ends it with that and
+stores indices and masks that follow from the sizes; SimMIM is Microsoft's below "encoder.". The order of channels where
+patches merge is ours in all three. What SimMIM has beside the encoder, against methods.simmim.SimMIM:
+    encoder.mask_token (1, 1, C)             mask_token (C,)
+    decoder.0.* (D to 3 * s * s, 1 x 1)      decoder.pred.*, rows in the order (row, column, channel)
+
+Legend: C the width of a token, D that of the last stage, s the side of its tokens in pixels. A pixel shuffle follows
+SimMIM's decoder, which takes its channels in the order (channel, row, column).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mixmae.convert.architecture import BIAS_TABLE, StateDict
+from mixmae.convert.names.official import BIAS_INDEX, stage_name
+
+_FIRST_TABLE = f"layers.0.blocks.0.attn.{BIAS_TABLE}"
+_DERIVED = (BIAS_INDEX, "attn_mask")
+
+
+def is_timm_swin(state: Mapping[str, Tensor]) -> bool:
+    """Say whether these are weights of timm's Swin."""
+    return _FIRST_TABLE in state and "layers.1.downsample.norm.weight" in state and not is_microsoft_swin(state)
+
+
+def is_microsoft_swin(state: Mapping[str, Tensor]) -> bool:
+    """Say whether these are weights of Microsoft's Swin, without absolute positions."""
+    ends_with_merging = "layers.0.downsample.norm.weight" in state
+    return _FIRST_TABLE in state and ends_with_merging and "absolute_pos_embed" not in state
+
+
+def is_simmim_swin(state: Mapping[str, Tensor]) -> bool:
+    """Say whether these are weights of SimMIM's pretraining of a Swin."""
+    return f"encoder.{_FIRST_TABLE}" in state
+
+
+def from_timm_swin(state: Mapping[str, Tensor]) -> StateDict:
+    """Rename the weights of timm's Swin to ours."""
+    return _rename(state, downsample_shift=0)
+
+
+def from_microsoft_swin(state: Mapping[str, Tensor]) -> StateDict:
+    """Rename the weights of Microsoft's Swin to ours."""
+    return _rename(state, downsample_shift=1)
+
+
+def from_simmim_swin(state: Mapping[str, Tensor]) -> StateDict:
+    """Rename the weights of SimMIM's Swin to ours, those of methods.simmim.SimMIM on a SwinEncoder."""
+    encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    rest = {}
+    if "mask_token" in encoder:
+        rest["mask_token"] = encoder.pop("mask_token").flatten()
+    if "decoder.0.weight" in state:
+        in_channels = encoder["patch_embed.proj.weight"].shape[1]
+        rest["decoder.pred.weight"] = _pixel_by_pixel(state["decoder.0.weight"].flatten(1), in_channels)
+        rest["decoder.pred.bias"] = _pixel_by_pixel(state["decoder.0.bias"], in_channels)
+    return from_microsoft_swin(encoder) | rest
+
+
+def _pixel_by_pixel(value: Tensor, in_channels: int) -> Tensor:
+    """(channels * s * s, ...), channel by channel -> (s * s * channels, ...), pixel by pixel."""
+    return value.unflatten(0, (in_channels, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _rename(state: Mapping[str, Tensor], *, downsample_shift: int) -> StateDict:
+    return {
+        name.replace("head.fc.", "head.") if name.startswith("head.") else stage_name(
+            name, downsample_shift=downsample_shift
+        ): value
+        for name, value in state.items()
+        if not name.endswith(_DERIVED)
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""One image: decode it, crop it, augment it, sum it up."""

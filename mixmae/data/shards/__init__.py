@@ -1,0 +1,1 @@
+"""Parquet shards: written, packed from any source, and the built-in sets."""

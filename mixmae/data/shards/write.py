@@ -1,0 +1,189 @@
+"""Parquet shards in the Hugging Face ImageNet schema: how they are written and what their manifest says.
+
+Columns: image, a struct of bytes (an image file) and path; label, int64, where there are classes; restart_offsets,
+the byte offsets of the restart intervals of a restart-tile JPEG (tiles.py), null for any other file; the built-in
+shapes add box and mask. Row groups are small, so that a reader fetches little more than it needs; pages are not
+compressed, because image files are, and a sidecar (shard_index.py) holds the address of every image's bytes. A shard
+and its sidecar are written under temporary names and renamed when they are whole. The manifest, written last, is what
+makes a set finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mixmae.data.sources.open import MANIFEST_NAME
+from mixmae.data.sources.parquet import RESTART_COLUMN
+from mixmae.data.sources.shard_index import index_path, write_index
+
+ROW_GROUP_ROWS = 64
+"""Rows per row group: the chunk that a reader fetches at once."""
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One row of a shard."""
+
+    data: bytes
+    """The image file's bytes as they are."""
+    path: str
+    """Where the image came from, below the root of its collection."""
+    label: int = -1
+    box: tuple[int, int, int, int] | None = None
+    """x0, y0, x1, y1 in pixels, the last two exclusive."""
+    mask: bytes | None = None
+    """A PNG of the image's size, nonzero on the object."""
+    restart_offsets: NDArray[np.uint32] | None = None
+    """(num_intervals,) uint32: where the restart intervals begin in `data`, if it is a restart-tile JPEG."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A finished shard, as the manifest lists it."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, with_masks: bool = False) -> pa.Schema:
+    """The Arrow schema of a shard, with the class names where Hugging Face's `datasets` looks for them.
+
+    Args: labelled: there are labels, even if their classes have no names.
+    """
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [pa.field("image", picture)]
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    if class_names is not None:
+        fields.append(pa.field("label", pa.int64()))
+        features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+    elif labelled:
+        fields.append(pa.field("label", pa.int64()))
+        features["label"] = {"dtype": "int64", "_type": "Value"}
+    fields.append(pa.field(RESTART_COLUMN, pa.list_(pa.uint32())))
+    features[RESTART_COLUMN] = {"feature": {"dtype": "uint32", "_type": "Value"}, "_type": "Sequence"}
+    if with_masks:
+        fields += [pa.field("box", pa.list_(pa.int64(), 4)), pa.field("mask", picture)]
+        features["box"] = {"feature": {"dtype": "int64", "_type": "Value"}, "length": 4, "_type": "Sequence"}
+        features["mask"] = {"_type": "Image"}
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """train-00000-of-00004.parquet and its kin."""
+    return f"{split}-{number:05d}-of-{count:05d}.parquet"
+
+
+def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) -> ShardFile:
+    """Write one shard and its sidecar: under temporary names, renamed when whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    held = list(images)  # the sidecar is made by finding their bytes again
+    labelled = "label" in schema.names
+    try:
+        # Without statistics and dictionaries of the image bytes, which would only repeat them.
+        writer = pq.ParquetWriter(
+            temporary, schema, compression="none", use_dictionary=False, write_statistics=["label"]
+        )
+        with writer:
+            for start in range(0, len(held), ROW_GROUP_ROWS):
+                writer.write_table(_table(held[start : start + ROW_GROUP_ROWS], schema))
+        sidecar = Path(index_path(str(path)))
+        sidecar.unlink(missing_ok=True)
+        write_index(
+            temporary,
+            sidecar,
+            [image.data for image in held],
+            [image.label if labelled else -1 for image in held],
+            [image.path for image in held],
+            [image.restart_offsets for image in held],
+        )
+        os.replace(temporary, path)  # last: where a shard is, its sidecar is
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ShardFile(path.name, len(held), path.stat().st_size, file_sha256(path))
+
+
+def describe_shard(path: Path) -> ShardFile:
+    """The manifest's entry for a shard that is already there."""
+    return ShardFile(path.name, pq.read_metadata(path).num_rows, path.stat().st_size, file_sha256(path))
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    splits: dict[str, list[ShardFile]],
+    class_names: Sequence[str] | None,
+    summaries: dict[str, dict[str, Any]],
+    fingerprint: str,
+    origin: dict[str, Any],
+) -> None:
+    """Write manifest.json: rows, bytes and checksums of every split, the classes, a digest of all, and the origin.
+
+    Args: summaries: of every split, see Summary.as_dict; pixels and damage are those of a sample.
+          fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
+    """
+    checksums = [shard.sha256 for shards in splits.values() for shard in shards]
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "digest": hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:16],
+        "splits": {
+            split: {
+                "rows": sum(shard.rows for shard in shards),
+                "bytes": sum(shard.bytes for shard in shards),
+                "files": [vars(shard) for shard in shards],
+                "summary": summaries[split],
+            }
+            for split, shards in splits.items()
+        },
+        "classes": list(class_names) if class_names is not None else None,
+        "fingerprint": fingerprint,
+        "origin": origin,
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object of ours, or None if it is missing or not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file: 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _table(images: list[StoredImage], schema: pa.Schema) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "image": [{"bytes": image.data, "path": image.path} for image in images],
+        "label": [image.label for image in images],
+        "box": [image.box for image in images],
+        "mask": [{"bytes": image.mask, "path": None} for image in images],
+        RESTART_COLUMN: [image.restart_offsets for image in images],
+    }
+    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,0 +1,1 @@
+"""Every accepted layout of a collection of images, each read as a Source."""

@@ -1,0 +1,384 @@
+"""Opening a collection of images, whatever its layout (docs/data.md lists them), and cutting it into parts.
+
+A source knows how many rows each of its chunks has and reads any rows of one chunk; who reads what, and when, is the
+business of order.py. Opening a source checks it: what is missing or damaged is said before time is lost.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mixmae.data.source import DataError, RowRange, Sample, Source, chunk_of, read_rows
+from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, read_annotated
+from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
+from mixmae.data.sources.joined import JoinedSource, join
+from mixmae.data.sources.parquet import ParquetSource, open_parquet
+from mixmae.data.sources.shard_index import INDEX_SUFFIX, index_path
+from mixmae.data.sources.storage import Storage, StoredFile, is_uri, locate, suffix_of
+from mixmae.data.sources.tars import open_tars
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SPLITS",
+    "DataError",
+    "JoinedSource",
+    "ParquetSource",
+    "Place",
+    "RowRange",
+    "Sample",
+    "Source",
+    "chunk_of",
+    "layout_of",
+    "list_splits",
+    "open_source",
+    "open_train_and_held_out",
+    "read_rows",
+    "split_holdout",
+]
+
+Place = str | Path | Sequence[str | Path | tuple[str | Path, float]]
+"""What open_source takes: a path, a glob or a URI, or a list of these, each alone or as (path, weight)."""
+Layout = Literal["parquet", "tar", "files", "list"]
+
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "validation", "test")
+
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    "test": "test",
+}
+_LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
+_CLASS_NAME_FILES = ("classnames.txt", "classes.txt")
+_LAYOUTS: dict[str, Layout] = {
+    ".parquet": "parquet",
+    ".tar": "tar",
+    **dict.fromkeys(IMAGE_SUFFIXES, "files"),
+    **dict.fromkeys(_LIST_SUFFIXES, "list"),
+}
+
+
+def open_source(place: Place, split: str = "train") -> Source:
+    """Open a collection of images and check that it is whole.
+
+    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders, or of images with
+                annotation files (annotations.py); a Parquet file, tar or file list; a glob of any of these; a URI of
+                one in a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (place, weight), or
+                a JSON file with such a list. See joined.py for what a weight means; it counts for the split "train"
+                only. Classes are numbered alike in all splits.
+            split: train, validation or test, told by annotations or by the names of files and folders; what has no such
+                name is "train".
+    Raises: DataError if nothing is there, a file is damaged, or no column holds images.
+    """
+    if split not in SPLITS:
+        raise DataError(f"there is no split called {split!r}: choose one of {', '.join(SPLITS)}")
+    finds = [(_find(single), weight) for single, weight in _terms(place)]
+    there = [(found, weight) for found, weight in finds if split in found.splits]
+    if not there or (split == "train" and len(there) < len(finds)):
+        found = next(found for found, _ in finds if split not in found.splits)
+        names = ", ".join(sorted(found.splits))
+        raise DataError(
+            f"{found.title} has no {split} split, only {names}: name one of these, or hold out rows of another"
+        )
+    weights = [weight if split == "train" else 1.0 for _, weight in there]
+    like = None
+    if split != "train" and len(finds) > 1:  # perhaps only some of them have this split: number classes as in training
+        trained = [_open(found, "train") for found, _ in finds if "train" in found.splits]
+        like = join(trained, [1.0] * len(trained)) if trained else None
+    return join([_open(found, split) for found, _ in there], weights, like)
+
+
+def list_splits(place: Place) -> tuple[str, ...]:
+    """The splits of a collection, in the order of SPLITS.   Raises: DataError if there is none."""
+    there = {split for single, _ in _terms(place) for split in _find(single).splits}
+    return tuple(split for split in SPLITS if split in there)
+
+
+def layout_of(place: Place) -> Layout | Literal["several"]:
+    """How a collection is stored.   Raises: DataError if nothing is there."""
+    layouts = {_find(single).layout for single, _ in _terms(place)}
+    return layouts.pop() if len(layouts) == 1 else "several"
+
+
+def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
+    """Cut the last rows off a source: (what remains for training, what is held out).
+
+    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so ours do not. Of several
+    sources each gives its share, once: copies of a held-out row that a weight makes are not trained on.
+    """
+    stored = _stored_images(source)
+    if not 0 < num_rows < stored:
+        raise DataError(f"cannot hold out {num_rows} of the {stored} images of {source.name}: choose 1 to all but one")
+    if isinstance(source, JoinedSource):
+        ends = np.cumsum([0, *(part.num_rows for part in source.parts)])
+        counts = np.minimum(np.diff(ends * num_rows // stored), np.diff(ends) - 1).tolist()
+        pairs = [
+            split_holdout(part, count) if count else (part, None)
+            for part, count in zip(source.parts, counts, strict=True)
+        ]
+        held = [held for _, held in pairs if held is not None]
+        if held:
+            return join([kept for kept, _ in pairs], source.weights), join(held, [1.0] * len(held), source)
+    cut = source.num_rows - num_rows
+    return RowRange(base=source, start=0, stop=cut), RowRange(base=source, start=cut, stop=source.num_rows)
+
+
+def open_train_and_held_out(place: Place, holdout_rows: int = 1000) -> tuple[Source, Source]:
+    """The training split, and the validation split or, where there is none, the training set's last rows.
+
+    Args: holdout_rows: at most so many are cut off, and never more than a tenth of the set.
+    """
+    train = open_source(place, "train")
+    if "validation" in list_splits(place):
+        return train, open_source(place, "validation")
+    return split_holdout(train, max(1, min(holdout_rows, _stored_images(train) // 10)))
+
+
+def _stored_images(source: Source) -> int:
+    """Rows, copies not counted."""
+    return sum(part.num_rows for part in source.parts) if isinstance(source, JoinedSource) else source.num_rows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies at one place."""
+
+    layout: Layout
+    storage: Storage
+    root: str
+    """Folder below which names are relative."""
+    label: str
+    """The last part of the place's name."""
+    splits: dict[str, list[StoredFile]]
+    listing: Listing = field(default_factory=lambda: Listing({}, None))
+    """Of images, with their classes."""
+    beside: frozenset[str] = frozenset()
+    """Paths of files that describe others: sidecars of shards, names of classes."""
+
+    @property
+    def title(self) -> str:
+        return self.storage.shown(self.root)
+
+
+def _terms(place: Place) -> list[tuple[str, float]]:
+    """Single places with their weights."""
+    if isinstance(place, (str, Path)):
+        text = str(place)
+        if suffix_of(text) == ".json" and not is_uri(text):
+            return _read_mixture(Path(text).expanduser())
+        return [(text, 1.0)]
+    terms: list[tuple[str, float]] = []
+    for entry in place:
+        single, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+        terms += [(term, inner * float(weight)) for term, inner in _terms(single)]
+    if not terms:
+        raise DataError("the list of data sources is empty: name at least one folder, file or URI")
+    return terms
+
+
+def _read_mixture(path: Path) -> list[tuple[str, float]]:
+    wanted = 'a list such as ["photos", {"source": "s3://bucket/shards", "weight": 2}]'
+    try:
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError
+        terms: list[Any] = []
+        for entry in entries:
+            single, weight = (
+                (entry, 1.0) if isinstance(entry, str) else (entry["source"], float(entry.get("weight", 1)))
+            )
+            local = not is_uri(single) and not single.startswith("~")
+            terms.append((str(path.absolute().parent / single) if local else single, weight))
+    except OSError as error:
+        raise DataError(f"the list of sources {path} cannot be read ({error.strerror}): check the spelling") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a list of sources: it must be JSON, {wanted} (annotations are read from their folder)"
+        ) from error
+    return _terms(terms)
+
+
+def _find(text: str) -> _Found:
+    """What lies at a path, glob or URI.   Raises: DataError if that is nothing we know."""
+    wild = any(sign in text for sign in ("*[{" if is_uri(text) else "*?[{"))  # a URI's ? begins its query
+    if wild and (is_uri(text) or not os.path.exists(os.path.expanduser(text))):
+        return _find_glob(text)
+    storage, path = locate(text)
+    kind = storage.kind(path)
+    shown = storage.shown(path)
+    if not kind:
+        remedy = "or make shards there with make_shards" if storage.is_local else "the credentials and the endpoint"
+        raise DataError(f"the data path {shown} does not exist: check the spelling, {remedy}")
+    if storage.is_local:
+        path = os.path.realpath(path)
+    if kind == "file":
+        file = storage.file(path)
+        layout = _LAYOUTS.get(suffix_of(path))
+        if is_annotation(path):
+            raise DataError(f"{shown} tells the classes of images beside it: give the folder that holds both")
+        if layout is None or layout == "files":
+            raise DataError(
+                f"{shown} is a single file that is not Parquet, a tar or a list of files (.txt): give one of these, or "
+                f"a folder of images or of shards"
+            )
+        beside = [index_path(path)] if layout == "parquet" else []
+        return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
+    beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES}
+    listed = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
+    sidecars = (INDEX_SUFFIX, *_CLASS_NAME_FILES)
+    beside = [file.path for file in listed if file.path.endswith(sidecars)]
+    by_layout: dict[str, list[StoredFile]] = {}
+    for file in listed:
+        if suffix_of(file.path) not in beside_names:
+            by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
+    notes = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
+    annotated = read_annotated(storage, path, notes, by_layout.get("files", ()))
+    if annotated is not None:  # tars beside them are the archives that the images came in
+        return _listed(storage, path, os.path.basename(path), annotated)
+    for layout in ("parquet", "tar", "files"):  # pictures beside shards are previews
+        if layout in by_layout:
+            return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path))
+    raise DataError(
+        f"no image in {shown}: it needs Parquet files, WebDataset tars, or files ending in "
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+    )
+
+
+def _find_glob(text: str) -> _Found:
+    address, mark, query = text.partition("?") if is_uri(text) else (os.path.expanduser(text), "", "")
+    parts = address.split("/")
+    fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?[{"))
+    storage, root = locate("/".join(parts[:fixed]) + mark + query if fixed else ".")
+    pattern = "/".join(parts[fixed:])
+    patterns = _expand_braces(pattern)
+    if storage.is_local:
+        root = os.path.realpath(root or "/")
+        names = sorted({name for one in patterns for name in glob.glob(one, root_dir=root, recursive=True)})
+        matched = [storage.file(os.path.join(root, name), name) for name in names]
+        folders = [file.path for file in matched if os.path.isdir(file.path)]
+        matched = [file for file in matched if suffix_of(file.path) in _LAYOUTS and file.path not in set(folders)]
+        if folders and not matched:
+            listed = [storage.list_files(folder, _LAYOUTS) for folder in folders]
+            matched = [
+                StoredFile(file.path, os.path.relpath(file.path, root), file.num_bytes, file.modified_ns, file.problem)
+                for files in listed
+                for file in files
+                if _LAYOUTS[suffix_of(file.path)] != "list"
+            ]
+    else:
+        regex = re.compile("|".join(_glob_regex(one) for one in patterns))
+        matched = [file for file in storage.list_files(root, _LAYOUTS) if regex.fullmatch(file.relative)]
+        folders = []
+    named = {one.rstrip("/") for one in patterns if not any(sign in one for sign in "*?[")}
+    lost = sorted(named - {file.relative for file in matched} - {os.path.relpath(path, root) for path in folders})
+    if not matched or lost:
+        pattern = lost[0] if lost else pattern
+        raise DataError(
+            f"nothing matches {storage.shown(root)}/{pattern}: check the spelling; it should name Parquet files, tars, "
+            f"lists of files or images"
+        )
+    layouts = sorted({_LAYOUTS[suffix_of(file.path)] for file in matched})
+    if len(layouts) > 1 or (layouts == ["list"] and len(matched) > 1):
+        raise DataError(
+            f"{storage.shown(root)}/{pattern} matches files of several sources ({', '.join(layouts)}): narrow it, or "
+            f"give a list of sources"
+        )
+    # A store would be asked once for every sidecar; a folder's listing has them for nothing.
+    beside = [index_path(file.path) for file in matched if storage.is_local and os.path.exists(index_path(file.path))]
+    return _found(layouts[0], storage, root, matched, beside, os.path.basename(root))
+
+
+def _found(
+    layout: str, storage: Storage, root: str, files: list[StoredFile], beside: Sequence[str], label: str
+) -> _Found:
+    if layout == "files":
+        return _listed(storage, root, label, arrange(files))
+    splits: dict[str, list[StoredFile]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file.relative) or "", []).append(file)
+    unnamed = splits.pop("", [])
+    if unnamed:
+        splits.setdefault("train", []).extend(unnamed)
+    kind: Layout = "parquet" if layout == "parquet" else "tar" if layout == "tar" else "list"
+    return _Found(kind, storage, root, label, splits, beside=frozenset(beside))
+
+
+def _listed(storage: Storage, root: str, label: str, listing: Listing) -> _Found:
+    splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
+    return _Found("files", storage, root, label, splits, listing)
+
+
+def _open(found: _Found, split: str) -> Source:
+    storage, files = found.storage, found.splits[split]
+    name = f"{found.label}/{split}"
+    if found.layout == "parquet":
+        return open_parquet(storage, name, files, found.beside, _manifest_digest(found))
+    if found.layout == "tar":
+        return open_tars(storage, name, files, _tar_class_names(found))
+    if found.layout == "list":
+        storage, root, listing = read_file_list(storage, files[0].path)
+        return open_files(storage, root, name, listing.splits[""], listing.class_names)
+    return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names)
+
+
+def _split_of(relative: str) -> str | None:
+    """The split in a file's name (train-00000-of-00004.parquet, set-val-1.tar) or its folder's (train/0.parquet)."""
+    folder, _, base = relative.rpartition("/")
+    for word in re.findall(r"[a-z]+", base.lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return _SPLIT_WORDS.get(folder.rpartition("/")[2].lower())
+
+
+def _manifest_digest(found: _Found) -> str:
+    if not found.storage.is_local:
+        return ""
+    try:
+        return str(json.loads((Path(found.root) / MANIFEST_NAME).read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _tar_class_names(found: _Found) -> tuple[str, ...] | None:
+    for name in _CLASS_NAME_FILES:
+        path = f"{found.root}/{name}"
+        if path in found.beside:
+            lines = found.storage.read_file(path).decode().splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    return None
+
+
+def _expand_braces(text: str) -> list[str]:
+    """name-{0..3}.tar and {a,b}/c as lists of names, as a shell does."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    steps = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if steps:
+        width = len(steps.group(1))
+        choices = [f"{number:0{width}d}" for number in range(int(steps.group(1)), int(steps.group(2)) + 1)]
+    else:
+        choices = match.group(1).split(",")
+    return [name for choice in choices for name in _expand_braces(text[: match.start()] + choice + text[match.end() :])]
+
+
+def _glob_regex(pattern: str) -> str:
+    """A glob as a regular expression over relative paths: ** is any number of folders, * stays inside one."""
+    parts = []
+    for part in pattern.split("/"):
+        if part == "**":
+            parts.append(r"(?:[^/]+/)*")
+        else:
+            inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z")
+            parts.append(inner.replace(".*", "[^/]*") + "/")
+    return "".join(parts).removesuffix("/")

@@ -1,0 +1,113 @@
+"""Judge an encoder while it pretrains: how well its frozen features tell the classes of a few labelled images apart.
+
+Each image is classified by the others (leave-one-out), so a small set is voters and judged at once.
+Legend: N images, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixmae.metrics import UNKNOWN, Accuracy, top_k_accuracy
+from mixmae.probing.knn import KnnConfig, knn_leave_one_out
+
+IMAGES_PER_CLASS = 20
+"""Images of a class, where there are as many: with fewer the votes of k = 20 neighbours are mostly of other classes."""
+RIDGE = 0.1
+"""Penalty of the linear probe, for each image, on features of variance 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineProbeConfig:
+    """The probe of a pretraining run on images with classes, made whenever the held-out images are looked at."""
+
+    images: int = 2000
+    """Images that it takes, of as many classes as give 20 images each; 0: no probe."""
+    k: int = 20
+    """Neighbours that vote."""
+
+    def __post_init__(self) -> None:
+        if self.images < 0 or 0 < self.images < 2 * IMAGES_PER_CLASS:
+            raise ValueError(
+                f"probe images are {self.images}: give at least {2 * IMAGES_PER_CLASS} (two classes), or 0 for none."
+            )
+        if self.k < 1:
+            raise ValueError(f"probe k is {self.k}: at least one image must vote (20 is usual).")
+
+
+def choose_images(labels: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
+    """Choose the images of a probe, by their labels alone: every run on the same set looks at the same ones.
+
+    Args: labels: (N,) of all rows, below 0 where there is none.  num_images: at most so many.
+    Returns: rows in storage order, as many of each class as there are, up to an equal share; empty unless two classes
+        have two images each, for the only image of a class has nobody to vote for it.
+    """
+    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+    classes = classes[counts >= 2]
+    most = num_images // IMAGES_PER_CLASS
+    if len(classes) > most:
+        classes = classes[_spread(len(classes), most)]
+    if len(classes) < 2:
+        return np.empty(0, dtype=np.int64)
+    share = num_images // len(classes)
+    chosen = []
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        chosen.append(rows[_spread(len(rows), share)] if len(rows) > share else rows)
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """`count` places of `length`, evenly spread."""
+    return np.arange(count, dtype=np.int64) * length // count
+
+
+def probe_features(features: Tensor, labels: Tensor, k: int) -> dict[str, float]:
+    """Classify each image by the others, by kNN and by a linear probe.
+
+    Args: features: (N, D) float.  labels: (N,) int64, -1 = left out.
+    Returns: probe/knn_top1 and probe/linear_top1, shares in 0..1.
+    Raises: ValueError as knn_leave_one_out, for example for features that are not finite.
+    """
+    known = labels != UNKNOWN
+    # Of the classes of the set these may be a few: number them anew.
+    classes, places = labels[known].unique(return_inverse=True)
+    count = len(classes)
+    knn = knn_leave_one_out(features[known], places, num_classes=count, config=KnnConfig(k=k)).accuracy
+    linear = ridge_leave_one_out(features[known], places, num_classes=count)
+    return {"probe/knn_top1": knn.top[1], "probe/linear_top1": linear.top[1]}
+
+
+def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, penalty: float = RIDGE) -> Accuracy:
+    """Classify each image by a linear layer that was fitted to the classes of all others, by least squares.
+
+    The fit is in closed form, and so is leaving each image out: with the hat matrix H of the fit to all, the scores
+    that image i gets without itself are (H Y - h_ii y_i) / (1 - h_ii). Features are brought to mean 0 and variance 1
+    before, as the norm of MAE's linear probe does.
+
+    Args:
+        features: (N, D) float. labels: (N,) int64 in [0, C).
+        penalty: on the squared weights, times N; the constant is not penalised.
+    Source: the leave-one-out identity of ridge regression (Hastie et al., "The Elements of Statistical Learning",
+        section 7.10).
+    """
+    wide = features.detach().cpu().double()  # (N, D)
+    wide = (wide - wide.mean(dim=0)) / (wide.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    targets = torch.nn.functional.one_hot(labels.cpu(), num_classes).double()  # (N, C)
+    count, width = wide.shape
+    shift = penalty * count
+    if count < width:  # the same matrix by the smaller product
+        gram = wide @ wide.T  # (N, N)
+        hat = torch.linalg.solve(gram + shift * torch.eye(count, dtype=gram.dtype), gram)
+    else:
+        gram = wide.T @ wide + shift * torch.eye(width, dtype=wide.dtype)  # (D, D)
+        hat = wide @ torch.linalg.solve(gram, wide.T)  # (N, N)
+    hat = hat + 1 / count
+    own = hat.diagonal()[:, None]  # (N, 1)
+    scores = (hat @ targets - own * targets) / (1 - own)
+    return top_k_accuracy(scores, labels, ks=(1,))

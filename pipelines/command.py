@@ -1,0 +1,99 @@
+"""The command line of every pipeline: parse, run, and turn what users get wrong into one sentence.
+
+Exit status: 0 done, 1 it cannot be done (the sentence on stderr says why and what to do), 2 the command line is wrong,
+130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import tyro
+
+from mixmae.training.loop import TrainingStopped
+from mixmae.training.worker import WorkersFailed
+from pipelines.console import fail
+from pipelines.recipes import find_recipe, list_recipes
+
+ArgumentsT = TypeVar("ArgumentsT")
+
+
+def command(
+    action: Callable[[ArgumentsT], int],
+    arguments_type: type[ArgumentsT],
+    argv: list[str] | None,
+    *,
+    program: str,
+    about: str | None,
+) -> int:
+    """The command line of a pipeline without recipes.
+
+    Args:
+        action: what is run; it returns the process's exit status.
+        arguments_type: dataclass of the flags.  argv: without the program's name; None: the process's own.
+        program: name of the file.  about: the file's docstring, shown by --help.
+    Returns: the exit status.   Raises: SystemExit, after the sentence was printed.
+    """
+    arguments = _parse(arguments_type, argv, prog=program, description=about)
+    return _run(lambda: action(arguments))
+
+
+def recipe_command(
+    action: Callable[[ArgumentsT, str], int],
+    arguments_type: type[ArgumentsT],
+    argv: list[str] | None,
+    *,
+    program: str,
+    about: str | None,
+    recipes: Mapping[str, Callable[[], Any]],
+    kind: str = "recipe",
+) -> int:
+    """The command line of a pipeline whose first argument names a recipe, which gives the flags their defaults.
+
+    Args: recipes: by name.  kind: the word for what it takes, if not a recipe.  Others: as in command; the action also
+        gets the recipe's name.
+    Returns, Raises: as command.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    usage = f"usage: python pipelines/{program} {kind.upper()} [options]\n\n{kind}s:\n{list_recipes(recipes)}\n"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{about}\n{usage}\n{kind.upper()} --help lists the options and fields.")
+        return 0 if argv else 2
+    try:
+        recipe = find_recipe(argv[0], recipes, kind)
+        default = arguments_type(config=recipe())  # type: ignore[call-arg]
+    except ValueError as error:
+        fail(error, code=2)
+    arguments = _parse(
+        arguments_type,
+        argv[1:],
+        default=default,
+        prog=f"{program} {recipe.__name__}",
+        description=recipe.__doc__,
+        # A recipe settles which encoder and which method: their fields are flags, not subcommands.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return _run(lambda: action(arguments, recipe.__name__))
+
+
+def _parse(arguments_type: type[ArgumentsT], argv: list[str] | None, **options: Any) -> ArgumentsT:
+    try:
+        return tyro.cli(arguments_type, args=argv, **options)
+    except ValueError as error:  # of a dataclass's own check
+        fail(error, code=2)
+
+
+def _run(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except WorkersFailed as error:
+        fail(
+            f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "
+            "dashboard or /tmp/ray/session_latest). The same command continues from the last checkpoint."
+        )
+    except (ValueError, OSError, TrainingStopped) as error:
+        fail(error)

@@ -1,0 +1,1 @@
+"""The parts of a sweep: its trials, what came of them, what it says meanwhile."""

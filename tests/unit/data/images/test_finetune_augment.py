@@ -1,0 +1,122 @@
+"""Needs Pillow, scikit-image's photographs, and timm as the reference of the operations."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+from timm.data import auto_augment
+
+from mixmae.data.blocks import load_block
+from mixmae.data.images.finetune_augment import OPERATIONS, FinetuneAugmentConfig, augment_further
+from mixmae.data.images.mixup import MixupConfig, mix_batch
+from mixmae.data.sources.open import open_source
+
+
+def picture() -> np.ndarray:
+    return np.ascontiguousarray(photographs.astronaut()[:96, 200:320])
+
+
+def further(config: FinetuneAugmentConfig, seed: int = 0, epoch: int = 0, row: int = 0) -> np.ndarray:
+    image = np.ascontiguousarray(picture().transpose(2, 0, 1))
+    augment_further(config, image, seed=seed, epoch=epoch, row=row)
+    return image
+
+
+@pytest.mark.parametrize("number", range(len(OPERATIONS)))
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("strength", [0.9, 0.33])
+def test_operations_are_timms(monkeypatch, number, sign, strength):
+    name = auto_augment._RAND_INCREASING_TRANSFORMS[number]
+    monkeypatch.setattr(random, "random", lambda: 0.9 if sign < 0 else 0.1)
+    image = Image.fromarray(picture())
+    level = auto_augment.LEVEL_TO_ARG[name]
+    arguments = level(strength * 10, {}) if level else ()
+    kwargs = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
+    expected = auto_augment.NAME_TO_OP[name](image, *arguments, **kwargs)
+    assert np.array_equal(np.asarray(OPERATIONS[number](image, strength, sign)), np.asarray(expected)), name
+
+
+def test_it_depends_on_seed_epoch_and_row_alone():
+    config = FinetuneAugmentConfig(erasing=1.0, operation_probability=1.0)
+    assert np.array_equal(further(config, 1, 2, 3), further(config, 1, 2, 3))
+    for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4)]:
+        assert not np.array_equal(further(config, 1, 2, 3), further(config, *other))
+
+
+def test_how_often():
+    plain = picture().transpose(2, 0, 1)
+    neither = [np.array_equal(further(FinetuneAugmentConfig(erasing=0.0), row=row), plain) for row in range(400)]
+    # Two operations, each with probability one half, and a few that change nothing here.
+    assert 0.2 < np.mean(neither) < 0.36
+    erased = [
+        not np.array_equal(further(FinetuneAugmentConfig(num_operations=0), row=row), plain) for row in range(400)
+    ]
+    assert 0.19 < np.mean(erased) < 0.31
+
+
+def test_an_erased_rectangle_is_noise_of_the_right_size():
+    config = FinetuneAugmentConfig(num_operations=0, erasing=1.0)
+    plain = picture().transpose(2, 0, 1)
+    shares, values = [], []
+    for row in range(200):
+        changed = (further(config, row=row) != plain).any(axis=0)
+        tall, wide = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+        shares.append((tall[-1] - tall[0] + 1) * (wide[-1] - wide[0] + 1) / changed.size)
+        values.append(further(config, row=row)[0, tall[0], wide[0]])
+    assert min(shares) > 0.015
+    assert max(shares) < 0.35
+    assert 105 < np.mean(values) < 142
+    assert 40 < np.std(values) < 75
+
+
+def test_a_block_of_finetuning_is_made_of_its_rows_alone(write_shards):
+    source = open_source(write_shards(40))
+    config = FinetuneAugmentConfig(image_size=32, erasing=0.5)
+    whole = load_block(source, config, np.arange(40), np.zeros(40, dtype=int), seed=0)
+    part = load_block(source, config, np.array([31, 7]), np.zeros(2, dtype=int), seed=0)
+    assert np.array_equal(whole.images[[31, 7]], part.images)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"magnitude": 11.0}, "magnitude is 11.0"),
+        ({"erasing": 2.0}, "erasing is 2.0"),
+        ({"num_operations": -1}, "num_operations is -1"),
+        ({"erasing_area": (0.5, 0.1)}, "erasing_area"),
+    ],
+)
+def test_bad_settings(fields, words):
+    with pytest.raises(ValueError, match=words):
+        FinetuneAugmentConfig(**fields)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_targets_say_what_is_shown(mixup, cutmix):
+    """Image b is full of b's own number, so that the mean of the mix is the mix of the labels."""
+    config = MixupConfig(mixup=mixup, cutmix=cutmix, label_smoothing=0.0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 40, 30)
+    for seed in range(20):
+        mixed, targets = mix_batch(config, images, torch.arange(4), 4, torch.Generator().manual_seed(seed))
+        assert torch.allclose(targets.sum(dim=1), torch.ones(4))
+        assert torch.allclose(mixed.mean(dim=(1, 2, 3)), targets @ torch.arange(4.0), atol=1e-4)
+        again, _ = mix_batch(config, images, torch.arange(4), 4, torch.Generator().manual_seed(seed))
+        assert torch.equal(mixed, again)
+
+
+def test_without_mixing_labels_are_smoothed():
+    config = MixupConfig(mixup=0.0, cutmix=0.0)
+    images = torch.rand(2, 3, 4, 4)
+    same, targets = mix_batch(config, images, torch.tensor([2, 0]), 5, torch.Generator())
+    assert torch.equal(same, images)
+    assert torch.allclose(targets[0], torch.tensor([0.02, 0.02, 0.92, 0.02, 0.02]))
+
+
+def test_bad_mixing():
+    with pytest.raises(ValueError, match="mixup is -1"):
+        MixupConfig(mixup=-1)
