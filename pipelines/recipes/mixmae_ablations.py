@@ -16,24 +16,18 @@ from pipelines.recipes.mixmae_swin import paper_run
 
 
 def _ablation(
-    suffix: str,
-    title: str,
-    expected: str,
-    *,
-    epochs: int = 300,
-    num_images: int = 2,
-    batch_size: int = 1024,
-    **method: Any,
+    suffix: str, title: str, expected: str, *, epochs: int = 300, batch_size: int = 1024, **method: Any
 ) -> Callable[[], PretrainConfig]:
     """Make a recipe: paper_run with two images per mix, 300 epochs, and what is ablated.
 
     Args: method: fields of MixMAEConfig.
     """
+    method = {"num_images": 2, **method}
 
     def recipe() -> PretrainConfig:
         config = paper_run(swin_base(), epochs=epochs)
         loop = replace(config.loop, batch_size=batch_size)
-        return replace(config, method=replace(config.method, num_images=num_images, **method), loop=loop)
+        return replace(config, method=replace(config.method, **method), loop=loop)
 
     recipe.__name__ = recipe.__qualname__ = f"mixmae_swin_base_{epochs}ep_{suffix}"
     recipe.__doc__ = f"""MixMAE, Swin-B/W14, {epochs} epochs: {title}.
