@@ -44,6 +44,7 @@ from mixmae.finetune.classification import ImageClassifier, Mix, classification_
 from mixmae.jobs.config import FinetuneConfig, to_json
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.probing.features import predict_logits
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef, tag_run
 from mixmae.training.checkpoint import read_state
@@ -147,13 +148,15 @@ class FinetuneJob:
             self.source,
             plan,
             self.config.augment,
-            global_batch=self.loop.batch_size,
-            micro_batch=self.config.micro_batch(num_workers),
-            rank=rank,
-            world_size=num_workers,
+            share=WorkerShare(
+                batch_size=self.loop.batch_size,
+                micro_batch_size=self.config.micro_batch(num_workers),
+                rank=rank,
+                num_workers=num_workers,
+            ),
             start_step=start_step,
             stop_step=self.length.total_steps,
-            settings=self.config.stream,
+            config=self.config.stream,
         )
         with contextlib.closing(stream):
             yield iter(stream)

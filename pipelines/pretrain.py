@@ -40,6 +40,7 @@ from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.probing.features import extract_features
 from mixmae.probing.ridge import OnlineProbeConfig, choose_images, probe_features
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef
 from mixmae.training.loop import Batch, LoopConfig, TrainState, step_seed
@@ -128,13 +129,15 @@ class PretrainJob:
             self.source,
             plan,
             self.config.augment,
-            global_batch=self.loop.batch_size,
-            micro_batch=self.config.micro_batch(num_workers),
-            rank=rank,
-            world_size=num_workers,
+            share=WorkerShare(
+                batch_size=self.loop.batch_size,
+                micro_batch_size=self.config.micro_batch(num_workers),
+                rank=rank,
+                num_workers=num_workers,
+            ),
             start_step=start_step,
             stop_step=self.length.total_steps,
-            settings=self.config.stream,
+            config=self.config.stream,
         )
         with contextlib.closing(stream):
             yield iter(stream)

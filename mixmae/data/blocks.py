@@ -20,6 +20,7 @@ from mixmae.data.images.decode import BrokenImage, Header, Uint8Array, decode_bo
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Int64Array, Plan, worker_positions
 from mixmae.data.sources.open import Sample, Source, chunk_of
+from mixmae.share import WorkerShare
 
 _GREY = 128
 _MAX_TRIES = 64
@@ -154,30 +155,14 @@ def local_batches(
     plan: Plan,
     augment: AugmentConfig,
     *,
-    global_batch: int,
-    micro_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
+    share: WorkerShare,
     start_step: int = 0,
     stop_step: int,
 ) -> Iterator[Batch]:
     """The batches of streams.TrainStream, made here and now without Ray."""
-    share = check_batch(global_batch, micro_batch, rank, world_size)
-    for start in range(start_step * share, stop_step * share, micro_batch):
-        positions = worker_positions(start, start + micro_batch, rank, world_size, global_batch)
+    for start in range(start_step * share.images, stop_step * share.images, share.micro_batch):
+        positions = worker_positions(start, start + share.micro_batch, share)
         yield as_batch(load_block(source, augment, *plan.rows_of(positions), seed=plan.seed))
-
-
-def check_batch(global_batch: int, micro_batch: int, rank: int, world_size: int) -> int:
-    """One worker's share of the global batch.   Raises: ValueError if the batch cannot be cut so."""
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers does not exist: ranks go from 0 to world_size - 1")
-    if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world_size):
-        raise ValueError(
-            f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch} x {world_size} workers: "
-            f"change one of them"
-        )
-    return global_batch // world_size
 
 
 def as_batch(block: Block) -> Batch:

@@ -21,6 +21,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmae.share import WorkerShare
+
 Int64Array = NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -172,11 +174,10 @@ def _shuffle_window(plan: Plan, epoch: int, window: int) -> Int64Array:
     return rows[np.argsort(hash64(Draw.ROWS, plan.seed, epoch, rows), kind="stable")]
 
 
-def worker_positions(start: int, stop: int, rank: int, world_size: int, global_batch: int) -> Int64Array:
+def worker_positions(start: int, stop: int, share: WorkerShare) -> Int64Array:
     """Positions of the images [start, stop) of one worker's own stream, counted from step 0: (stop - start,) int64.
 
     The global batch of a step is the same for any number of workers; each takes a contiguous slice of it.
     """
-    share = global_batch // world_size
-    step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share)
-    return step * global_batch + rank * share + inside
+    step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share.images)
+    return step * share.batch_size + share.rank * share.images + inside
