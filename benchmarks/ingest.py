@@ -45,7 +45,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 from benchmarks.photographs import make_jpegs
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 from mixmae.share import WorkerShare
 from pipelines.make_shards import make_shards

@@ -34,10 +34,8 @@ from torch.nn import functional as F
 from mixmae.convert import Preprocessing, Weights, describe, digest_of, load_checked, read_weights, save_encoder
 from mixmae.data.blocks import eval_batches
 from mixmae.data.images.mixup import mix_batch
-from mixmae.data.labels import read_labels
 from mixmae.data.order import Plan
-from mixmae.data.source import DataError
-from mixmae.data.sources.open import Source
+from mixmae.data.source import DataError, Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
 from mixmae.finetune.classification import ImageClassifier, Mix, classification_step
@@ -388,7 +386,7 @@ def take_classes(source: Source, validation: Source) -> list[str]:
     remedy = "give images in a folder for each class, shards with an integer column `label`, or tars with .cls files"
     if not source.has_labels:
         raise DataError(f"{source.name} has no labels, and a classifier needs them: {remedy} (docs/data.md)")
-    labels, judged = read_labels(source), read_labels(validation)
+    labels, judged = source.read_labels(), validation.read_labels()
     known = labels[labels >= 0]
     if not len(known):
         raise DataError(f"no image of {source.name} has a class (all labels are -1): {remedy} (docs/data.md)")

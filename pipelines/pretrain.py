@@ -27,10 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixmae.data.blocks import eval_batches
-from mixmae.data.labels import read_labels
-from mixmae.data.order import Int64Array, Plan
-from mixmae.data.source import DataError
-from mixmae.data.sources.open import Source
+from mixmae.data.chunks import Int64Array
+from mixmae.data.order import Plan
+from mixmae.data.source import DataError, Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import build_encoder
@@ -242,7 +241,7 @@ def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> 
     best: Probe | None = None
     for part in (heldout, source):
         try:
-            labels = read_labels(part) if part.has_labels else np.full(part.num_rows, -1)
+            labels = part.read_labels() if part.has_labels else np.full(part.num_rows, -1)
         except (DataError, OSError) as error:
             print(f"note: no probe (the labels of {part.name} cannot be read: {error})")
             return None

@@ -37,10 +37,10 @@ from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.blocks import Batch, Block, BrokenRecord, as_batch, load_block
+from mixmae.data.blocks import Block, BrokenRecord, ImageBatch, as_batch, load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan, worker_positions
-from mixmae.data.sources.open import Source
+from mixmae.data.source import Source
 from mixmae.share import WorkerShare
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -116,7 +116,7 @@ class TrainStream:
         self._segments: list[_Segment] = []
         self._closed = False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         waiting: list[Block] = []
         try:
             for block in self._blocks():
@@ -124,10 +124,10 @@ class TrainStream:
                 count = sum(len(held.rows) for held in waiting)
                 if count % self._share.micro_batch:
                     continue  # a micro-batch larger than a block comes in parts
-                whole = _join(waiting)
+                whole = Block.join(waiting)
                 waiting = []
                 for start in range(0, count, self._share.micro_batch):
-                    yield _as_read_only_batch(_part(whole, start, start + self._share.micro_batch))
+                    yield _as_read_only_batch(whole.part(start, start + self._share.micro_batch))
         finally:
             self.close()
 
@@ -304,38 +304,9 @@ def _unpack(table: pa.Table) -> tuple[int, Block]:
     return table["index"][0].as_py(), block
 
 
-def _join(blocks: list[Block]) -> Block:
-    """Several blocks as one, with a copy."""
-    if len(blocks) == 1:
-        return blocks[0]
-    starts = np.cumsum([0] + [len(block.rows) for block in blocks])
-    return Block(
-        images=np.concatenate([block.images for block in blocks]),
-        rows=np.concatenate([block.rows for block in blocks]),
-        labels=np.concatenate([block.labels for block in blocks]),
-        epochs=np.concatenate([block.epochs for block in blocks]),
-        broken={
-            int(start) + place: record
-            for start, block in zip(starts, blocks, strict=False)
-            for place, record in block.broken.items()
-        },
-    )
-
-
-def _part(block: Block, start: int, stop: int) -> Block:
-    """The images [start, stop) of a block, without a copy."""
-    return Block(
-        images=block.images[start:stop],
-        rows=block.rows[start:stop],
-        labels=block.labels[start:stop],
-        epochs=block.epochs[start:stop],
-        broken={place - start: record for place, record in block.broken.items() if start <= place < stop},
-    )
-
-
-def _as_read_only_batch(block: Block) -> Batch:
+def _as_read_only_batch(block: Block) -> ImageBatch:
     with warnings.catch_warnings():
-        # torch has no read-only tensors; Batch says that its images are not to be written to.
+        # torch has no read-only tensors; ImageBatch documents that its images must not be written to.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return as_batch(block)
 

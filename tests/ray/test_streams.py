@@ -21,11 +21,12 @@ from PIL import Image
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.blocks import Batch, local_batches
+from mixmae.data.blocks import ImageBatch, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 from mixmae.share import WorkerShare
 
@@ -61,7 +62,7 @@ def plan(source: Source) -> Plan:
     return Plan(chunk_sizes=source.chunk_sizes, seed=4, window_rows=64)
 
 
-def images_of(batches: list[Batch]) -> torch.Tensor:
+def images_of(batches: list[ImageBatch]) -> torch.Tensor:
     return torch.cat([batch.images for batch in batches])
 
 
@@ -111,7 +112,7 @@ class TestStream:
         assert found[0].where.endswith(f"train-00000-of-00001.parquet#{BROKEN_ROW} / {BROKEN_ROW}.jpg")
 
     def test_two_workers_at_once_see_what_one_would(self, source, plan):
-        def worker(rank: int) -> list[Batch]:
+        def worker(rank: int) -> list[ImageBatch]:
             share = WorkerShare(batch_size=24, rank=rank, num_workers=2)
             return list(TrainStream(source, plan, AUGMENT, share=share, stop_step=12, config=SMALL))
 

@@ -13,7 +13,8 @@ import torch
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import ParquetSource, open_source
+from mixmae.data.sources.open import open_source
+from mixmae.data.sources.parquet import ParquetSource
 from mixmae.share import WorkerShare
 
 AUGMENT = AugmentConfig(image_size=(32, 48))
