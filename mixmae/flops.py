@@ -36,6 +36,7 @@ from mixmae.methods.build import MethodConfig, build_method
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
+from mixmae.patches import image_sides
 
 FIXED_TABLE = "pos_embed"
 NORM_MACS_PER_ELEMENT = 5
@@ -101,7 +102,7 @@ def count_macs(
     Returns: the count.
     Raises: ValueError if there is no such part.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = image_sides(image_size)
     if part and part not in dict(model.named_modules()):
         raise ValueError(f"the model has no part named {part!r}")
     if any(tensor.device.type != "meta" for tensor in model.state_dict().values()):

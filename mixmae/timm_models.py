@@ -103,8 +103,7 @@ class TimmEncoder(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the output of chosen stages.
 
-        Args: timm's; indices are stages. All stages always run, and where the final norm is asked for (norm, or not
-            intermediates_only), they run twice.  output_fmt: "NCHW", "NHWC" or "NLC".
+        Args: timm's; indices are stages, all of which always run.  output_fmt: "NCHW", "NHWC" or "NLC".
         Returns: a list of features, or the final tokens (B, L, C) and the list.
         Raises: ValueError for another output_fmt.
         """
@@ -117,7 +116,7 @@ class TimmEncoder(nn.Module):
         else:
             taken = list(stages[-indices:]) if isinstance(indices, int) else [stages[index] for index in indices]
         features = self.encoder.features(x)
-        final = self.encoder(x) if norm or not intermediates_only else None
+        final = self.encoder.final(features[-1]) if norm or not intermediates_only else None
         if norm and final is not None:
             features[-1] = final.mT.reshape(features[-1].shape)
         chosen = [shape[output_fmt](features[stage]) for stage in taken]
@@ -150,7 +149,7 @@ class TimmEncoder(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Give a function from a parameter's name to its depth by timm's rule, for layer decay; coarse or not."""
-        depths = {f"encoder.{name}": depth for name, depth in self.encoder.parameter_depths("timm").items()}
+        depths = {f"encoder.{name}": depth for name, depth in self.encoder.parameter_depths().items()}
         return lambda name: depths.get(name, head_depth(self.encoder, "timm"))
 
     @torch.jit.ignore
