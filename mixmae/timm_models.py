@@ -28,6 +28,7 @@ from mixmae.convert import first_conv, fit_weights, load_checked, read_weights, 
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.build import SIZES, EncoderConfig, build_encoder, config_at_size, config_from_json
 from mixmae.finetune.classification import HEAD_STD
+from mixmae.patches import image_sides
 
 ANY_ENCODER = "mixmae_encoder"
 
@@ -39,7 +40,7 @@ class TimmEncoder(nn.Module):
 
     Args:
         encoder: the architecture, or its JSON (encoders.build.config_to_json).
-        img_size: side, or height and width, in pixels; default the config's. At 384 px the windows are the official.
+        img_size: side, or height and width, in pixels; default the config's. At 384 px Swin has the official windows.
         in_chans, num_classes, drop_rate, drop_path_rate: timm's; num_classes=0 leaves the head out.
         global_pool: "avg", or "" to give every token.
         fields: further fields of the config, such as window_sizes.
@@ -216,7 +217,7 @@ def _register(variant: str, size: Callable[[], EncoderConfig]) -> None:
 
 def _side(size: int | Sequence[int]) -> int | tuple[int, int]:
     """A square's side, or (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_sides(size if isinstance(size, int) else (size[0], size[1]))
     return height if height == width else (height, width)
 
 

@@ -17,8 +17,8 @@ from mixmae.mixing import cell_grid, upsample_group_map
 from mixmae.patches import image_sides
 
 GroupIsolation = Literal["exact", "partial", "none"]
-"""exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, and the encoder's docstring
-says how far. none: the encoder cannot take a group map and raises ValueError when given one."""
+"""exact: a feature depends on no pixel of another group, at any stage. partial: some do, and the encoder's docstring
+explains which. none: the encoder cannot take a group map and raises ValueError when given one."""
 
 DepthRule = Literal["official", "timm"]
 """Whose layer decay: see head_depth."""

@@ -37,7 +37,7 @@ def group_conv2d(x: Tensor, conv: nn.Conv2d, groups: Tensor | None, *, weight: T
     Raises: ValueError for a convolution in groups of channels that is not depthwise, a dilated one, or groups of
         another size than x.
     Source: paper section A.3; the scale is that of partial convolution (Liu et al. 2018). The paper's figure of the
-        mixed version does not say whether it keeps the scale.
+        mixed version does not show whether it keeps the scale.
     """
     weight = conv.weight if weight is None else weight
     if groups is None:
