@@ -85,7 +85,8 @@ from pipelines.sweeping.trial import (
     trial_folder,
 )
 from tune_spaces import SPACES
-from tune_spaces.space import Choice, Space, Uniform, get_field, set_fields
+from tune_spaces.fields import get_field, set_fields
+from tune_spaces.space import Choice, Space, Uniform
 
 SLOT = "trial_slot"
 """The cluster's resource that says how many trials may run at once. (Tune's own limit is forgotten by a restore.)"""
@@ -177,7 +178,7 @@ def choose_space(arguments: Arguments, name: str) -> Space:
         raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
     usual = base_config(space)
     pretrains = isinstance(usual, PretrainConfig)
-    if pretrains != space.metric.startswith("probe/"):
+    if pretrains != space.pretrains:
         raise ValueError(
             f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
             "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss."

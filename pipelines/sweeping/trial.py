@@ -22,7 +22,8 @@ from pipelines.finetune import INITIAL_FILE, FinetuneJob, results
 from pipelines.pretrain import PretrainJob, Probe, final_metrics
 from pipelines.runs import Run, RunFolder, begin, length_of
 from pipelines.sweeping.results import TrialResult, label
-from tune_spaces.space import Space, final_name, set_fields
+from tune_spaces.fields import set_fields
+from tune_spaces.space import Space, final_name
 
 
 @dataclass(frozen=True, kw_only=True)
