@@ -20,6 +20,7 @@ from mixmae.data.images.decode import BrokenImage, Header, Uint8Array, decode_bo
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Int64Array, Plan, worker_positions
 from mixmae.data.sources.open import Sample, Source, chunk_of
+from mixmae.patches import image_sides
 
 _GREY = 128
 _MAX_TRIES = 64
@@ -220,7 +221,7 @@ def eval_batches(
     Yields: batches of batch_size images, the last one shorter. An image that does not decode comes out grey, with label
         -1 so that nobody judges a model by it, and is among the batch's broken ones.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = image_sides(image_size)
     rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
 
