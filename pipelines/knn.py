@@ -20,16 +20,18 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from mixmae.data.classes import read_classes
 from mixmae.data.labels import read_labels
 from mixmae.data.order import Int64Array
 from mixmae.data.sources.open import Source
 from mixmae.data.sources.storage import writable_folder
+from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import create_run, finish_run, resolve_uri, tag_run
+from mixmae.training.run_folder import run_around
 from pipelines.console import fail
 from pipelines.features import FrozenEncoder, load_frozen
-from pipelines.finetune import HELDOUT_IMAGES, take_classes
-from pipelines.runs import open_data, run_around
+from pipelines.run import open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def knn(arguments: Arguments) -> int:
     run = run_around(arguments.weights)
     base = run.parent if run else Path("runs")
     train, validation = open_data(arguments.data, base / "data", HELDOUT_IMAGES)
-    classes = take_classes(train, validation)
+    classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
     check_voters(read_labels(train)[rows], read_labels(validation), config.k)
     name = run.name if run else arguments.weights.resolve().stem

@@ -72,7 +72,7 @@ def mixmae_swin_base_384px_finetune_100ep() -> FinetuneConfig:
     Expected: the paper gives neither a figure nor settings for this size. Ours: not yet run.
     Source:   windows and the crop without a margin: the official code.
     """
-    return _paper(swin_base(), epochs=100, drop_path=0.15, image_size=384, micro_batch_size=32, resize_share=1.0)
+    return _paper(swin_base(), epochs=100, drop_path=0.15, image_size=384, micro_batch_size=32, crop_pct=1.0)
 
 
 def mixmae_swin_base_inat2018_finetune_100ep() -> FinetuneConfig:
@@ -162,14 +162,14 @@ def _paper(
     drop_path: float,
     image_size: int = 224,
     micro_batch_size: int | None = None,
-    resize_share: float = 0.875,
+    crop_pct: float = 0.875,
 ) -> FinetuneConfig:
     """Table 12: the defaults of the parts, batch 1024, bfloat16."""
     return FinetuneConfig(
         encoder=config_at_size(replace(encoder, drop_path=drop_path), image_size),
         augment=FinetuneAugmentConfig(image_size=image_size),
         loop=LoopConfig(epochs=epochs, warmup_epochs=5, precision="bfloat16", micro_batch_size=micro_batch_size),
-        resize_share=resize_share,
+        crop_pct=crop_pct,
     )
 
 

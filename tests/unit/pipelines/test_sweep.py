@@ -165,18 +165,6 @@ class TestProgress:
         assert "epoch 0.50 · val/top1 0.2500" in last
 
 
-@pytest.fixture
-def no_cluster(monkeypatch, tmp_path):
-    """Any attempt to start Ray or MLflow fails the test: these errors must come first."""
-
-    def refuse(*_: object, **__: object) -> None:
-        pytest.fail("reached the cluster")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "connect", refuse)
-    monkeypatch.setattr(module, "create_run", refuse)
-
-
 @pytest.mark.usefixtures("no_cluster")
 class TestMistakes:
     @pytest.mark.parametrize(
