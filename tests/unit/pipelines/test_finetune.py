@@ -69,7 +69,7 @@ class TestMistakes:
         assert "drop_path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "-0.1", code=2)
 
     def test_other_numbers(self, error):
-        for flag, value in (("--ema-decay", 1), ("--resize-share", 0), ("--divergence", 0.5)):
+        for flag, value in (("--ema-decay", 1), ("--crop-pct", 0), ("--divergence", 0.5)):
             text = error(finetune.main, "demo_finetune", flag, value, code=2)
             assert flag[2:].replace("-", "_") in text
 
