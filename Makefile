@@ -33,10 +33,10 @@ finetune: $(READY)  ## finetune the checkpoint of make pretrain, or PRETRAINED, 
 	$(BIN)/python pipelines/finetune.py $(RECIPE) --pretrained "$(PRETRAINED)" $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 SPACE ?= demo
-# Spaces of pretraining start from nothing, and there is no classifier to register.
-OF_FINETUNING = $(filter-out ablate_% demo_pretrain,$(SPACE))
-sweep: $(READY)  ## try the settings of SPACE in finetuning the same (default: the demo, 6 trials)
-	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(OF_FINETUNING),--pretrained "$(PRETRAINED)" --register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
+# A space of pretraining starts from nothing, and has no classifier to register. Prints nothing for such a space.
+FINETUNES = $(shell $(BIN)/python -c 'from tune_spaces import SPACES; "$(SPACE)" in SPACES and SPACES["$(SPACE)"].pretrains or print("yes")')
+sweep: $(READY)  ## try the settings of SPACE (default: the demo, 6 short trials of finetuning the same checkpoint)
+	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(FINETUNES),--pretrained "$(PRETRAINED)" --register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)

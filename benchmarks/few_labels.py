@@ -1,12 +1,13 @@
-"""What pretraining is worth where labels are few: finetuned from it and from scratch, with the same steps and images.
+"""What pretraining is worth when labels are few: finetuning from it and from scratch, with the same steps and images.
 
-    python benchmarks/few_labels.py [--sets digits shapes] [--seeds 3] [--output runs/few_labels]
+    python benchmarks/few_labels.py [--sets digits shapes] [--seeds 0 1 2] [--output runs/few_labels]
 
-Runs the pipelines as a user does. Of each set a seed gives one pretraining on all training images, without their
-labels, and chooses the images that have a label; both arms then train on these and are judged on the validation set at
-their last step. Prints a table and writes table.md; the same command again goes on where it was interrupted.
+Runs the pipelines as a user does. Each seed makes one pretraining per set, on all training images without their
+labels, and chooses the images that keep their label. Both arms then train on these, and are compared by top-1 on the
+validation set at their last step. Prints a table and writes table.md; the same command again continues where it was
+interrupted.
 
-The arms share all settings but one: layer decay, which spares pretrained layers, has no sense from scratch.
+The arms share all settings but one: layer decay, which protects pretrained layers, makes no sense from scratch.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
 from mixmae.data.source import read_rows
 from mixmae.data.sources.open import open_train_and_held_out
-from pipelines.console import fail
+from pipelines.command import command
 from pipelines.make_shards import default_shapes
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
@@ -37,24 +37,24 @@ PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Finetuning from pretraining beside training from scratch, with few labels."""
+    """Finetuning from pretraining, beside training from scratch, with few labels."""
 
     sets: tuple[Literal["digits", "shapes"], ...] = ("digits", "shapes")
-    """scikit-learn's handwritten digits, the built-in shapes."""
+    """digits: scikit-learn's handwritten digits. shapes: the built-in set."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One pretraining, choice of labelled images, and run of each arm for each."""
+    """Each seed has its own pretraining, choice of labelled images, and run of each arm."""
     output: Path = Path("runs/few_labels")
     """Folder of the runs and the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """How a set is pretrained on and finetuned on."""
+    """How a set is used for pretraining and for finetuning."""
 
     labels: int
-    """Labelled images a class."""
+    """Labelled images per class."""
     size: Sequence[str]
-    """Flags of both pipelines: what an image becomes."""
+    """Flags of both pipelines: how images are resized and augmented."""
     pretrain: Sequence[str]
     """Flags of pretraining."""
     finetune: Sequence[str]
@@ -75,7 +75,7 @@ Images = list[tuple[bytes, int]]
 
 
 def read_set(name: str, output: Path) -> tuple[Images, Images]:
-    """Training and validation images as files, with their classes."""
+    """The training and the validation images of a set, each as an encoded file with its class."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -96,7 +96,7 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
 
 
 def write_folder(folder: Path, train: Images, validation: Images) -> Path:
-    """Write images as people keep them: train/CLASS/NUMBER and val/CLASS/NUMBER."""
+    """Write images as people keep them: train/CLASS/NUMBER.jpg (or .png), and val likewise.   Returns: the folder."""
     for split, images in (("train", train), ("val", validation)):
         for number, (data, label) in enumerate(images):
             suffix = "png" if data.startswith(b"\x89PNG") else "jpg"
@@ -107,7 +107,7 @@ def write_folder(folder: Path, train: Images, validation: Images) -> Path:
 
 
 def choose(images: Images, labels: int, seed: int) -> Images:
-    """As many images of every class, drawn by the seed."""
+    """Draw `labels` images of every class, by the seed."""
     rng = np.random.default_rng(seed)
     classes = np.array([label for _, label in images])
     rows = [rng.choice(np.flatnonzero(classes == label), labels, replace=False) for label in np.unique(classes)]
@@ -124,48 +124,49 @@ def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[
 
 
 def compare(name: str, seed: int, output: Path) -> tuple[float, float]:
-    """Top-1 on the validation set from pretraining and from scratch, 0..1."""
-    trial, place = TRIALS[name], output / name
+    """Run both arms on a set.   Returns: top-1 on its validation set, from pretraining and from scratch, 0..1."""
+    trial, folder = TRIALS[name], output / name
     train, validation = read_set(name, output)
-    everything = write_folder(place / "images", train, validation)
-    few = write_folder(place / f"images-{seed}", choose(train, trial.labels, seed), validation)
+    everything = write_folder(folder / "images", train, validation)
+    few = write_folder(folder / f"images-{seed}", choose(train, trial.labels, seed), validation)
     own = ["--loop.seed", str(seed), *trial.size]
-    start = place / f"pretrained-{seed}"
+    start = folder / f"pretrained-{seed}"
     run("pretrain", "demo", start, ["--data", str(everything), *own, *trial.pretrain])
-    # An epoch of so few images is a few steps: look at the validation set now and then, not after each.
+    # An epoch of so few images is a few steps: evaluate every 25 epochs, not after each.
     own += ["--data", str(few), *trial.finetune]
     own += ["--loop.panel-every-epochs", "25", "--loop.checkpoint-every-epochs", "25"]
-    first, second = place / f"from-pretraining-{seed}", place / f"from-scratch-{seed}"
+    first, second = folder / f"from-pretraining-{seed}", folder / f"from-scratch-{seed}"
     pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
     scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])
     return pretrained["final/top1"], scratch["final/top1"]
 
 
-def spread(shares: Sequence[float]) -> str:
-    """Mean and sample deviation, in per cent."""
-    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-    return f"{100 * statistics.mean(shares):.1f}{deviation}"
+def mean_and_std(shares: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, in per cent."""
+    std = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{std}"
+
+
+def few_labels(arguments: Arguments) -> int:
+    """Make all runs and the table.   Returns: the exit status.   Raises: ValueError if a run failed."""
+    output = arguments.output.resolve()
+    lines = [
+        "| set | labels per class | from pretraining, top-1, % | from scratch, top-1, % | gain of each seed |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name in arguments.sets:
+        pairs = [compare(name, seed, output) for seed in arguments.seeds]
+        pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
+        gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
+        lines.append(f"| {name} | {TRIALS[name].labels} | {pretrained} | {scratch} | {gains} |")
+    (output / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    arguments = tyro.cli(Arguments, args=argv, prog="few_labels.py", description=__doc__)
-    output = arguments.output.resolve()
-    lines = [
-        "| set | labels a class | from pretraining, top-1, % | from scratch, top-1, % | gain of each seed |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    try:
-        for name in arguments.sets:
-            pairs = [compare(name, seed, output) for seed in arguments.seeds]
-            pretrained, scratch = zip(*pairs, strict=True)
-            gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
-            lines.append(f"| {name} | {TRIALS[name].labels} | {spread(pretrained)} | {spread(scratch)} | {gains} |")
-    except ValueError as error:
-        fail(error)
-    (output / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    return 0
+    return command(few_labels, Arguments, argv, program="few_labels.py", about=__doc__)
 
 
 if __name__ == "__main__":

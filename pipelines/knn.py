@@ -20,10 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
-from mixmae.data.labels import read_labels
-from mixmae.data.order import Int64Array
-from mixmae.data.sources.open import Source
+from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
@@ -81,7 +80,7 @@ def knn(arguments: Arguments) -> int:
     train, validation = open_data(arguments.data, base / "data", HELDOUT_IMAGES)
     classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
-    check_voters(read_labels(train)[rows], read_labels(validation), config.k)
+    check_voters(train.read_labels()[rows], validation.read_labels(), config.k)
     name = run.name if run else arguments.weights.resolve().stem
     folder = writable_folder(arguments.output or Path("evaluations") / name)
 

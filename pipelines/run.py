@@ -21,7 +21,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from mixmae.data.sources.open import Source, open_train_and_held_out
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import RunConfig, differences, to_json

@@ -35,7 +35,8 @@ from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
 from pipelines.sweeping.tuner import join_cluster, make_tuner
 from tune_spaces import SPACES
-from tune_spaces.space import Space, get_field, set_fields
+from tune_spaces.fields import get_field, set_fields
+from tune_spaces.space import Space
 
 
 def sweep(arguments: Arguments, name: str) -> int:
@@ -122,7 +123,7 @@ def choose_space(arguments: Arguments, name: str) -> Space:
         raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
     usual = base_config(space)
     pretrains = isinstance(usual, PretrainConfig)
-    if pretrains != space.metric.startswith("probe/"):
+    if pretrains != space.pretrains:
         raise ValueError(
             f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
             "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss."

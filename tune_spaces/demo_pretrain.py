@@ -3,9 +3,9 @@
 from tune_spaces.space import Choice, Space
 
 SPACE = Space(
-    about="""Images a mix x unmixing in pretraining the demo's very small Swin: 4 short trials.
+    about="""Images per mix x unmixing in pretraining the demo's very small Swin: 4 short trials.
 
-    Minutes on two CPU cores. Trials this short show how an ablation is run, not what is best.""",
+    Minutes on two CPU cores. Such short trials show how an ablation is run, not what is best.""",
     recipe="demo",
     vary={"method.num_images": Choice((2, 4)), "method.unmixing": Choice(("attention", "none"))},
     change={"augment.image_size": 128, "loop.steps": 300},

@@ -1,4 +1,4 @@
-"""A wide space around the paper's settings, for random search and for search that learns."""
+"""A wide space around the paper's settings, for random search; wide_optuna searches the same with Optuna."""
 
 from tune_spaces.space import Asha, Choice, Space, Uniform
 

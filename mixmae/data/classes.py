@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixmae.data.labels import read_labels
 from mixmae.data.source import DataError, Source
 
 
@@ -17,7 +16,7 @@ def read_classes(source: Source, validation: Source) -> list[str]:
     remedy = "give images in a folder for each class, shards with an integer column `label`, or tars with .cls files"
     if not source.has_labels:
         raise DataError(f"{source.name} has no labels, and a classifier needs them: {remedy} (docs/data.md)")
-    labels, judged = read_labels(source), read_labels(validation)
+    labels, judged = source.read_labels(), validation.read_labels()
     known = labels[labels >= 0]
     if not len(known):
         raise DataError(f"no image of {source.name} has a class (all labels are -1): {remedy} (docs/data.md)")

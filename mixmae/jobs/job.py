@@ -140,13 +140,10 @@ class Job:
             self.source,
             plan,
             self.config.augment,
-            global_batch=share.batch_size,
-            micro_batch=share.micro_batch,
-            rank=rank,
-            world_size=num_workers,
+            share=share,
             start_step=start_step,
             stop_step=self.length.total_steps,
-            settings=self.config.stream,
+            config=self.config.stream,
         )
         with contextlib.closing(stream):
             yield iter(stream)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixmae.data.blocks import Batch, eval_batches
-from mixmae.data.labels import read_labels
-from mixmae.data.order import Int64Array
+from mixmae.data.blocks import ImageBatch, eval_batches
+from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
 from mixmae.jobs.config import RunConfig
@@ -86,7 +85,7 @@ class Probe:
 
 
 @lru_cache(maxsize=1)
-def _decoded(probe: Probe, size: tuple[int, int], rank: int, num_workers: int) -> list[Batch]:
+def _decoded(probe: Probe, size: tuple[int, int], rank: int, num_workers: int) -> list[ImageBatch]:
     """A worker's images, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all workers."""
     rows = np.array_split(probe.rows, num_workers)[rank]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_workers)) as pool:
@@ -104,7 +103,7 @@ def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> 
     best: Probe | None = None
     for part in (heldout, source):
         try:
-            labels = read_labels(part) if part.has_labels else np.full(part.num_rows, -1)
+            labels = part.read_labels() if part.has_labels else np.full(part.num_rows, -1)
         except (DataError, OSError) as error:
             print(f"note: no probe (the labels of {part.name} cannot be read: {error})")
             return None

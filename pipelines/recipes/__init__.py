@@ -79,7 +79,7 @@ RECIPE_GROUPS: dict[str, tuple[Recipe, ...]] = {
     ),
     "MAE (tables 2, 4, 5 and 17)": (mae_vit_base_1600ep, mae_vit_large_1600ep),
 }
-"""All recipes under the headings of the list."""
+"""The recipes of pretraining, by the headings of the list."""
 
 PRETRAIN_RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe for recipes in RECIPE_GROUPS.values() for recipe in recipes
@@ -90,7 +90,7 @@ RecipeT = TypeVar("RecipeT", bound=Callable[[], Any])
 
 
 def find_recipe(name: str, recipes: Mapping[str, RecipeT], kind: str = "recipe") -> RecipeT:
-    """The recipe of this name in a table.   Raises: ValueError that offers the nearest names."""
+    """The recipe of this name in a table.   Raises: ValueError, with the nearest names, if there is none."""
     if name in recipes:
         return recipes[name]
     near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
@@ -99,7 +99,7 @@ def find_recipe(name: str, recipes: Mapping[str, RecipeT], kind: str = "recipe")
 
 
 def list_recipes(recipes: Mapping[str, Callable[[], Any]]) -> str:
-    """A line a recipe, its name and the first sentence of its docstring; those of pretraining under headings."""
+    """One line per recipe: its name and the first line of its docstring. Those of pretraining are under headings."""
     groups: Mapping[str, Iterable[Callable[[], Any]]] = {"": recipes.values()}
     if recipes is PRETRAIN_RECIPES:
         groups = RECIPE_GROUPS

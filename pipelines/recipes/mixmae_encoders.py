@@ -1,6 +1,6 @@
 """MixMAE of encoders other than Swin: PVT and Twins (table 3), ViT (table 17), ResNet v2 (table 19).
 
-Hyperparameters are those of Swin (table 11): the paper names no others.
+Hyperparameters are those of Swin (paper_run): the paper names no others.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def mixmae_twins_svt_large_600ep() -> PretrainConfig:
 def mixmae_vit_base_600ep() -> PretrainConfig:
     """MixMAE, ViT-B/16, 600 epochs of ImageNet-1K.
 
-    The paper does not say how it mixes for a ViT: here in cells of 32 px, as for pyramids, and without a class token.
+    The paper does not say how it mixes for a ViT. Here: in cells of 32 px, as for pyramids, and without a class token.
 
-    Command and hardware: as mixmae_pvt_large_600ep; micro-batches of 64 images a GPU.
+    Command and hardware: as mixmae_pvt_large_600ep; micro-batches of 64 images per GPU.
     Expected: 83.8 % top-1 on ImageNet-1K after finetuning (paper, table 17). Ours: not yet run.
     """
     return paper_run(vit_base(), epochs=600, micro_batch_size=64)
@@ -46,10 +46,10 @@ def mixmae_vit_base_600ep() -> PretrainConfig:
 def mixmae_resnetv2_50x3_600ep() -> PretrainConfig:
     """MixMAE, ResNet-50x3 (v2), 600 epochs of ImageNet-1K.
 
-    The paper states no length for this encoder, so it is the default of section 4; of the input size it says that it is
-    half that of BiT, so it is the default of 224 px.
+    The paper states no length for this encoder: it is the default of section 4. The paper says that the input size is
+    half of BiT's: it is the default of 224 px.
 
-    Command and hardware: as mixmae_pvt_large_600ep; micro-batches of 16 images a GPU.
+    Command and hardware: as mixmae_pvt_large_600ep; micro-batches of 16 images per GPU.
     Expected: 81.8 % top-1 on ImageNet-1K after finetuning (paper, table 19). Ours: not yet run.
     """
     return paper_run(resnetv2_50x3(), epochs=600, micro_batch_size=16)

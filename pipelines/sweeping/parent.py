@@ -45,7 +45,8 @@ from pipelines.sweeping.results import (
 )
 from pipelines.sweeping.trial import Sweep, curve, result_of, trial_folder
 from pipelines.sweeping.tuner import TUNE_FOLDER
-from tune_spaces.space import Space, set_fields
+from tune_spaces.fields import set_fields
+from tune_spaces.space import Space
 
 
 def open_parent(run: Run, space: Space, job: Job) -> tuple[RunRef, dict[str, str]]:

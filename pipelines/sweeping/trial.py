@@ -22,7 +22,8 @@ from mixmae.training.run_folder import RunFolder
 from pipelines import finetune
 from pipelines.run import begin
 from pipelines.sweeping.results import TrialResult, label
-from tune_spaces.space import Space, final_name, set_fields
+from tune_spaces.fields import set_fields
+from tune_spaces.space import Space, final_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import Uint8Array
-from mixmae.data.order import Draw, Int64Array, uniforms
+from mixmae.data.order import Draw, uniforms
 
 _ATTEMPTS = 10
 _bicubic: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa
