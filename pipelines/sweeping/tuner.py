@@ -96,9 +96,14 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     )
 
 
+def know_former_modules() -> None:
+    """Let pickle find what the files of earlier sweeps name."""
+    for name, module in FORMER_MODULES.items():
+        sys.modules.setdefault(name, module)
+
+
 def _restore(folder: Path, trainable: Any, budget_s: float | None) -> tune.Tuner:
-    for former, module in FORMER_MODULES.items():
-        sys.modules.setdefault(former, module)
+    know_former_modules()
     tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, resume_errored=True)
     # What is kept is the budget of the first start; restore has no argument for another one.
     tuner._local_tuner._tune_config.time_budget_s = budget_s  # type: ignore[union-attr]
