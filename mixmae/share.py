@@ -53,5 +53,5 @@ class WorkerShare:
         return self.images // self.micro_batch
 
     def first_sample(self, index: int) -> int:
-        """Place in the global batch of the first image of this worker's micro-batch number `index` of a step."""
+        """Index in the global batch of the first image of this worker's micro-batch number `index` of a step."""
         return self.rank * self.images + index * self.micro_batch

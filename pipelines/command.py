@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 
 import tyro
 
+from mixmae.jobs.config import RunConfig
 from mixmae.training.loop import TrainingStopped
 from mixmae.training.worker import WorkersFailed
 from pipelines.console import fail
 from pipelines.recipes import find_recipe, list_recipes
 
 ArgumentsT = TypeVar("ArgumentsT")
+
+FORMER_FLAGS = {"--loop.panel-every-epochs": "--loop.evaluate-every-epochs", "--resize-share": "--crop-pct"}
+"""Flags that were renamed, by their names in earlier versions, which are still understood."""
 
 
 def command(
@@ -36,7 +40,7 @@ def command(
         program: name of the file.  about: the file's docstring, shown by --help.
     Returns: the exit status.   Raises: SystemExit, after the sentence was printed.
     """
-    arguments = _parse(arguments_type, argv, prog=program, description=about)
+    arguments = _parse(arguments_type, sys.argv[1:] if argv is None else argv, prog=program, description=about)
     return _run(lambda: action(arguments))
 
 
@@ -75,12 +79,30 @@ def recipe_command(
         # A recipe settles which encoder and which method: their fields are flags, not subcommands.
         config=(tyro.conf.AvoidSubcommands,),
     )
+    _refuse_unused_size(argv, arguments.config)  # type: ignore[attr-defined]
     return _run(lambda: action(arguments, recipe.__name__))
 
 
-def _parse(arguments_type: type[ArgumentsT], argv: list[str] | None, **options: Any) -> ArgumentsT:
+def _refuse_unused_size(argv: list[str], config: RunConfig) -> None:
+    """There is one size, that of the images: a flag for the encoder that says another one would have no effect."""
+    given = any(_flag(word) == "--encoder.image-size" for word in argv)
+    if given and config.encoder.image_sides != config.augment.size:
+        fail(
+            f"--encoder.image-size is {config.encoder.image_size}, but the images are of {config.augment.image_size} "
+            "px, which the encoder is built for: give --augment.image-size alone.",
+            code=2,
+        )
+
+
+def _flag(word: str) -> str:
+    """The flag of a command line's word as --help writes it."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _parse(arguments_type: type[ArgumentsT], argv: list[str], **options: Any) -> ArgumentsT:
+    words = [FORMER_FLAGS[flag] + word[len(flag) :] if (flag := _flag(word)) in FORMER_FLAGS else word for word in argv]
     try:
-        return tyro.cli(arguments_type, args=argv, **options)
+        return tyro.cli(arguments_type, args=words, **options)
     except ValueError as error:  # of a dataclass's own check
         fail(error, code=2)
 

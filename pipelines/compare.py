@@ -110,7 +110,7 @@ class _Silent:
     """The loop's Events: nothing is logged, drawn or saved."""
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None: ...
-    def panel(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, step: int) -> Mapping[str, float]:
         return {}
 
     def save(self, state: TrainState) -> None: ...

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a live bar for people, plain lines for logs, one sentence for an error."""
+"""What a run prints: a live progress bar on a terminal, plain lines in a log, one sentence for an error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mixmae.training.mailbox import Message
+from mixmae.training.run_folder import RunFolder
+
 
 def fail(sentence: object, *, code: int = 1) -> NoReturn:
     """Print one sentence on stderr and end the process."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def elapsed_since(start: float) -> str:
+    """Seconds since a time.monotonic(), as text."""
+    return f"{time.monotonic() - start:.0f} s"
 
 
 class ProgressView:
@@ -42,8 +50,27 @@ class ProgressView:
         if self._live:
             self._bar.stop()
 
+    def receive(self, message: Message, folder: RunFolder) -> None:
+        """Show a message of the workers, and keep what belongs in the run's folder."""
+        kind, content = message
+        if kind == "progress":
+            self.record(content)
+        elif kind == "evaluation":
+            self.evaluation(content)
+        elif kind == "panel":
+            folder.keep_panel(*content)
+        elif kind == "broken":
+            for entry in folder.add_broken(content)[:3]:
+                self.line(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
+        elif kind == "failed":
+            self.line(f"worker failed, {content}")
+        elif kind == "note":
+            self.line(f"note: {content}")
+        elif kind == "started" and content > 0:
+            self.line(f"continuing from step {content}")
+
     def record(self, record: Mapping[str, float]) -> None:
-        """One progress record of the loop, with its `step`."""
+        """Show a progress record of the loop, with its `step`."""
         step = int(record["step"])
         status = " · ".join(
             [
@@ -58,15 +85,15 @@ class ProgressView:
         if self._live:
             self._bar.update(self._task, completed=step, status=status)
         else:
-            self.say(f"step {step}/{self._total} · {status}")
+            self.line(f"step {step}/{self._total} · {status}")
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """What the validation set says after a `step`."""
+        """Show the metrics of an evaluation, with its `step`."""
         values = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
-        self.say(f"evaluation after step {int(metrics['step'])}: {values}")
+        self.line(f"evaluation after step {int(metrics['step'])}: {values}")
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+    def line(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
         if self._live:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:

@@ -236,12 +236,9 @@ def _on_ray(arguments: Arguments, source: Source) -> Iterator[pa.Table]:
     """The tables of all parts in their order, made by a pool of processes."""
     import ray.data
 
-    from mixmae.training.worker import choose_device, connect, require_resources
+    from mixmae.training.cluster import join
 
-    connect(arguments.ray_address, num_workers=arguments.workers)
-    use_gpu = choose_device(arguments.device)
-    is_own = not (arguments.ray_address or os.environ.get("RAY_ADDRESS"))
-    require_resources(num_workers=arguments.workers, use_gpu=use_gpu, is_own=is_own)
+    use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -31,11 +31,13 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources.open import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
 from mixmae.probing.features import predict_logits
+from mixmae.training.checkpoint import upgraded
+from mixmae.training.run_folder import run_around, weights_of
 from pipelines.console import fail
-from pipelines.finetune import HELDOUT_IMAGES
-from pipelines.runs import open_data, run_around, weights_of
+from pipelines.run import open_data
 
 SHOWN_CLASSES = 60
 """Classes whose names fit beside a picture of confusions."""
@@ -103,7 +105,7 @@ def load_classifier(path: Path, *, device: Literal["auto", "cpu", "gpu"], resize
         raise ValueError("there is no GPU here: leave --device out, or give --device cpu.")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     names = metadata.source.get("classes")
-    share = resize_share or metadata.source.get("config", {}).get("resize_share", 0.875)
+    share = resize_share or upgraded(metadata.source.get("config", {})).get("crop_pct", 0.875)
     return Classifier(
         model=model.to(place),
         metadata=metadata,

@@ -20,7 +20,7 @@ from mixmae.data.source import Source
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.probing.features import LabelledBatch, extract_features
-from pipelines.runs import weights_of
+from mixmae.training.run_folder import weights_of
 
 SAY_EVERY_S = 15.0
 

@@ -1,4 +1,7 @@
-"""The config of a whole run, of pretraining or of finetuning: the parts' dataclasses side by side."""
+"""The config of a whole run, of pretraining or of finetuning: the parts' dataclasses side by side.
+
+Legend: B images, C channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig, images_mixed
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.probing.ridge import OnlineProbeConfig
+from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
+from mixmae.training.schedule import RunLength, run_length
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,7 +34,7 @@ class RunConfig:
     """What all training runs have in common."""
 
     encoder: EncoderConfig
-    """The architecture, built for augment.image_size whatever its own image_size says."""
+    """The architecture. It is built for augment.image_size, so image_size need not be given here."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """What is done to the training images."""
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -39,12 +44,12 @@ class RunConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length, batch, precision and bookkeeping."""
     window_rows: int | None = None
-    """Images a shuffle window holds: what the data order mixes beyond whole row groups. None: 16384 where single images
-    can be read (prepared shards, tars, files), else 1024, because each block reads all row groups of its window."""
+    """Images per shuffle window, within which the data order mixes single images. None: 16384 where single images can
+    be read (prepared shards, tars, files), else 1024, because each block reads all row groups of its window."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean that pixels (0..1) are normalised with, a value a channel."""
+    """Mean that pixels (0..1) are normalised with, one value per channel."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
-    """Spread that pixels (0..1) are normalised with, a value a channel."""
+    """Std that pixels (0..1) are normalised with, one value per channel."""
 
     def __post_init__(self) -> None:
         if any(side % 32 or side < 64 for side in self.augment.size):
@@ -57,16 +62,27 @@ class RunConfig:
             raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
 
     def sized_encoder(self) -> EncoderConfig:
-        """The encoder's config for the size of the training images."""
+        """The encoder's config for the size of the training images: the one to build it from."""
         return replace(self.encoder, image_size=self.augment.image_size)
 
     def window_rows_for(self, exact_reads: bool) -> int:
-        """The window for a source that can, or cannot, read single images (docs/benchmarks/order_202611.md)."""
+        """The shuffle window for a source that can, or cannot, read single images (docs/benchmarks/order_202611.md)."""
         return self.window_rows or (16384 if exact_reads else 1024)
 
-    def micro_batch(self, num_workers: int) -> int:
-        """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
-        return self.loop.batch_size // num_workers // self.loop.accumulation(num_workers)
+    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
+        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so."""
+        return self.loop.share(num_workers=num_workers, rank=rank)
+
+    def length(self, num_images: int) -> RunLength:
+        """The run's length in steps on so many training images.   Raises: ValueError if they are less than a batch."""
+        loop = self.loop
+        return run_length(
+            num_images=num_images,
+            batch_size=loop.batch_size,
+            epochs=loop.epochs,
+            warmup_epochs=loop.warmup_epochs,
+            steps=loop.steps,
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> normalised float32, on the images' device."""
@@ -82,7 +98,7 @@ class PretrainConfig(RunConfig):
     method: MethodConfig = field(default_factory=MixMAEConfig)
     """The pretext task: MixMAE, SimMIM or MAE."""
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    """Classifying labelled images by the encoder's features along the way."""
+    """The evaluations during pretraining, of the encoder's features on labelled images."""
 
     def __post_init__(self) -> None:
         mixed = images_mixed(self.method)
@@ -93,16 +109,16 @@ class PretrainConfig(RunConfig):
             )
         super().__post_init__()
 
-    def micro_batch(self, num_workers: int) -> int:
-        """Images a worker puts through the model at once.   Raises: ValueError if the batch cannot be cut so."""
-        micro = super().micro_batch(num_workers)
+    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
+        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or not be mixed."""
+        share = super().share(num_workers=num_workers, rank=rank)
         mixed = images_mixed(self.method)
-        if micro % mixed:
+        if share.micro_batch % mixed:
             raise ValueError(
-                f"With {num_workers} workers the model sees {micro} images at once, which cannot be mixed "
+                f"With {num_workers} workers the model sees {share.micro_batch} images at once, which cannot be mixed "
                 f"{mixed} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
             )
-        return micro
+        return share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,43 +130,43 @@ class FinetuneConfig(RunConfig):
     mixup: MixupConfig = field(default_factory=MixupConfig)
     """Mixup, CutMix and label smoothing; images are mixed inside a micro-batch."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=5e-4, layer_decay=0.7, betas=(0.9, 0.999)))
-    """Optimiser; layer_decay lowers the rate from the head down to the stem."""
+    """Optimiser; layer_decay lowers the learning rate from the head down to the stem."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100, warmup_epochs=5))
-    """Length, batch, precision and bookkeeping; panel_every_epochs says how often the validation set is looked at."""
-    resize_share: float = 0.875
-    """Side of the validation images' central crop over that of the whole: 224 / 256; 1 for no margin."""
+    """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
+    crop_pct: float = 0.875
+    """Side of the validation images' central crop over that of the resized image: 224 / 256; 1 for no margin."""
     ema_decay: float | None = None
     """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
     divergence: float | None = 3.0
-    """Stop when the mean loss is above this many times that of a guess, the logarithm of the number of classes; None:
-    only when it is not a number."""
+    """Stop when the mean loss is above this many times log(num_classes), the loss of a uniform prediction; None: stop
+    only on NaN or infinity."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.resize_share <= 1:
-            raise ValueError(f"resize_share is {self.resize_share}: it must be in (0, 1], 0.875 is usual.")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}: it must be in (0, 1], 0.875 is usual.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
         if self.divergence is not None and not self.divergence > 1:
             raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
-#: Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
-#: not what is computed.
 RESUMABLE = frozenset(
     {
         "loop.compile",
         "loop.log_every_steps",
-        "loop.panel_every_epochs",
+        "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",
         "loop.max_broken_fraction",
         "loop.micro_batch_size",
     }
 )
+"""Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
+not what is computed."""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two configs (as from `to_json`) differ in a way that a continued run cannot."""
+    """The fields in which two configs (as from `to_json`) differ and a continued run must not."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
@@ -162,7 +178,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON values (tuples become lists); the encoder's and the method's say their type."""
+    """The config as JSON values (tuples become lists); the encoder's and the method's have their type."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

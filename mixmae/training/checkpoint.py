@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,14 @@ import torch
 from torch import nn
 
 from mixmae.training.ema import WeightAverage
+from mixmae.writing import writing
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 AVERAGE_FILE = "average.pt"
 STATE_FILE = "state.json"
+RENAMED_FIELDS = {"loop.panel_every_epochs": "loop.evaluate_every_epochs", "resize_share": "crop_pct"}
+"""Fields of a run's config that files of earlier versions have under another name."""
 
 
 class CheckpointError(ValueError):
@@ -44,35 +46,46 @@ def save_checkpoint(
         optimizer, average: left out of the folder when None.
         state: JSON values: step, config, versions, ...
     """
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with writing(Path(directory)) as folder:
+        folder.mkdir()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, partial / MODEL_FILE, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
         if optimizer is not None:
-            torch.save(optimizer.state_dict(), partial / OPTIMIZER_FILE)
+            torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
         if average is not None:
-            torch.save(average.state_dict(), partial / AVERAGE_FILE)
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
-        partial.chmod(0o755)  # mkdtemp makes it private; a checkpoint is for others to read
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            torch.save(average.state_dict(), folder / AVERAGE_FILE)
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checkpoint's state.json.   Raises: CheckpointError if the folder is not a checkpoint."""
+    """The checkpoint's state.json, with today's names of the config's fields.
+
+    Raises: CheckpointError if the folder is not a checkpoint.
+    """
     path = Path(directory) / STATE_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {STATE_FILE}.")
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint.") from error
+    return state | ({"config": upgraded(state["config"])} if "config" in state else {})
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config as JSON values, from a file of any version: renamed fields have today's names.
+
+    All that read a config from run.json, state.json or an exported file's metadata call it.
+    """
+    new = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    for before, now in RENAMED_FIELDS.items():
+        *parents, old = before.split(".")
+        place = new
+        for parent in parents:
+            place = place.get(parent, {})
+        if old in place:
+            place[now.rpartition(".")[2]] = place.pop(old)
+    return new
 
 
 def load_checkpoint(

@@ -1,4 +1,4 @@
-"""The training loop, in the order things happen: fetch, schedule, forward, backward, clip, step, log, save.
+"""The training loop, in the order things happen: fetch, schedule, forward, backward, clip, step, average, log, save.
 
 Plain torch: it runs in any process, alone or as one worker of an initialised torch.distributed group, and knows neither
 Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for
@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
+from mixmae.training.ema import WeightAverage
 from mixmae.training.schedule import RunLength, learning_rate
 
 
@@ -38,9 +40,9 @@ class LoopConfig:
     steps: int | None = None
     """Length in optimiser steps instead of epochs; the warmup keeps its share of the run."""
     batch_size: int = 1024
-    """Global batch: images an optimiser step, over all workers and micro-batches."""
+    """Global batch: images per optimiser step, over all workers and micro-batches."""
     micro_batch_size: int | None = None
-    """Images a worker puts through the model at once; None is its whole share of the batch (no accumulation)."""
+    """Images that a worker puts through the model at once; None is its whole share of the batch (no accumulation)."""
     seed: int = 0
     """Seed of initialisation, data order, crops and group maps."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -48,18 +50,18 @@ class LoopConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     log_every_steps: int = 20
-    """Steps between two progress lines and points of the curves."""
-    panel_every_epochs: float = 1.0
-    """Epochs between two looks at the held-out images, for a panel or an evaluation (at least four a run)."""
+    """Steps between progress lines, and between the points of the curves."""
+    evaluate_every_epochs: float = 1.0
+    """Epochs between evaluations; at least four per run."""
     checkpoint_every_epochs: float = 1.0
-    """Epochs between two checkpoints (at least four a run)."""
+    """Epochs between checkpoints; at least four per run."""
     max_broken_fraction: float = 0.01
     """Share of images that may fail to decode before the run stops."""
     max_loss: float | None = None
-    """Mean loss between two progress lines above which the run stops as diverged; None: only if it is no number."""
+    """Stop as diverged when the mean loss since the last log is above it; None: only on NaN or infinity."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "log_every_steps", "panel_every_epochs", "checkpoint_every_epochs")
+        positive = ("epochs", "batch_size", "log_every_steps", "evaluate_every_epochs", "checkpoint_every_epochs")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
@@ -72,21 +74,11 @@ class LoopConfig:
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction is {self.max_broken_fraction}: it must lie between 0 and 1.")
 
-    def accumulation(self, num_workers: int) -> int:
-        """Micro-batches a worker runs for each optimiser step.   Raises: ValueError if the batch cannot be cut so."""
-        if self.batch_size % num_workers:
-            raise ValueError(
-                f"A batch of {self.batch_size} images cannot be shared equally by {num_workers} workers: make "
-                "--loop.batch-size a multiple of --workers."
-            )
-        share = self.batch_size // num_workers
-        micro = self.micro_batch_size or share
-        if share % micro:
-            raise ValueError(
-                f"A worker's share of the batch is {share} images ({self.batch_size} / {num_workers} workers), not a "
-                f"multiple of the micro-batch of {micro}: change --loop.micro-batch-size."
-            )
-        return share // micro
+    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
+        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so."""
+        return WorkerShare(
+            batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, rank=rank, num_workers=num_workers
+        )
 
 
 class BrokenImage(Protocol):
@@ -115,11 +107,11 @@ class Events(Protocol):
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         """Progress after `step` finished steps: averages since the last call, and images newly found broken."""
 
-    def panel(self, step: int) -> Mapping[str, float]:
-        """Draw the task's pictures; returns metrics of the held-out images, if any."""
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Evaluate after `step` finished steps; returns the metrics, if any. The model may be left in eval mode."""
 
     def save(self, state: TrainState) -> None:
-        """Keep a checkpoint."""
+        """Write a checkpoint."""
 
 
 @dataclass(kw_only=True)
@@ -131,9 +123,9 @@ class TrainState:
     images_seen: int = 0
     """The position in the data order: global batch x step."""
     broken_images: int = 0
-    """Images met that could not be decoded, repeats in later epochs included."""
+    """Images that could not be decoded so far, repeats in later epochs included."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last logged averages."""
+    """The last logged averages, and the metrics of the last evaluation."""
 
 
 StepFunction = Callable[[nn.Module, Any, torch.Generator, int], StepOutput]
@@ -150,6 +142,7 @@ def train(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
     peak_lr: float,
     clip_grad_norm: float | None,
     step_function: StepFunction,
@@ -164,16 +157,25 @@ def train(
 
     Args:
         model: the module to train, wrapped by DistributedDataParallel when there are several workers.
+        optimizer: over the model's parameters; each group's rate is the schedule's times its "lr_scale", if it has one.
+        average: of the bare model's weights, updated after each step; None: no average.
+        peak_lr: learning rate at the end of the warmup.
+        clip_grad_norm: largest norm of the whole gradient; None: it is not clipped.
         step_function: runs the task's forward on one micro-batch.
-        batches: this worker's micro-batches from step `state.step` on, `config.accumulation(workers)` for each step.
-        state: updated in place. events: hears of progress. Others: see their types.
+        batches: this worker's micro-batches from step `state.step` on, `accumulation` of its share for each step.
+        state: updated in place.
+        config: batch, seed, precision and how often to log, evaluate and save.
+        length: steps of the run and of its warmup.
+        events: told of progress; it evaluates and saves.
+        device: where the model is.
     Returns: the state after the last step.
-    Raises: TrainingStopped if the loss is not finite or too many images are broken (on all workers alike).
+    Raises: TrainingStopped, on all workers alike, if the loss or the gradient is not finite, the loss is above
+        config.max_loss, or too many images are broken.
     """
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    accumulation = config.accumulation(num_workers)
-    micro_batch = config.batch_size // num_workers // accumulation
-    panel_every = length.every(config.panel_every_epochs)
+    share = config.share(num_workers=num_workers, rank=rank)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    evaluate_every = length.every(config.evaluate_every_epochs)
     checkpoint_every = length.every(config.checkpoint_every_epochs)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
@@ -185,7 +187,7 @@ def train(
         lr = learning_rate(state.step, peak=peak_lr, length=length)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        for index in range(accumulation):
+        for index in range(share.accumulation):
             fetch_start = time.perf_counter()
             batch = next(batches)
             wait_s += time.perf_counter() - fetch_start
@@ -193,22 +195,24 @@ def train(
 
             # The same generator for all micro-batches and workers: they share the step's group map.
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
-            first_sample = (rank * accumulation + index) * micro_batch
-            # Drop path and the like draw from the global generator: make it a function of the images' place too.
+            first_sample = share.first_sample(index)
+            # Drop path and the like draw from the global generator: make it a function of the images' index too.
             torch.manual_seed(step_seed(config.seed, "modules", state.step, first_sample))
-            last = index == accumulation - 1
+            last = index == share.accumulation - 1
             with contextlib.ExitStack() as stack:
                 if isinstance(model, DistributedDataParallel) and not last:
-                    stack.enter_context(model.no_sync())  # gradients are added up once a step, with the last
+                    stack.enter_context(model.no_sync())  # gradients are summed once per step, with the last
                 with autocast:
                     output = step_function(model, batch, generator, first_sample)
-                (output.loss / accumulation).backward()
+                (output.loss / share.accumulation).backward()
             averages.add({"loss": output.loss.detach(), **output.metrics})
 
         norm = _clip(model, clip_grad_norm)
         averages.add({"grad_norm": norm})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update(bare)
         state.step += 1
         state.images_seen = state.step * config.batch_size
         finished = state.step == length.total_steps
@@ -234,12 +238,13 @@ def train(
             since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
 
         pause_start = time.perf_counter()
-        if state.step % panel_every == 0 or finished:
-            state.metrics |= events.panel(state.step)
+        if state.step % evaluate_every == 0 or finished:
+            state.metrics |= events.evaluate(state.step)
             model.train()
         if state.step % checkpoint_every == 0 or finished:
+            _refuse_bad_weights(norm, state.step)
             events.save(state)
-        since_log += time.perf_counter() - pause_start  # throughput is of training, not of drawing and saving
+        since_log += time.perf_counter() - pause_start  # throughput is of training, not of evaluating and saving
     return state
 
 
@@ -248,28 +253,40 @@ def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
 
 
+DIVERGED = (
+    "the run has diverged. Lower --optim.base-lr, lengthen --loop.warmup-epochs or set --optim.clip-grad-norm, and "
+    "start from an older checkpoint or anew."
+)
+
+
+def _refuse_bad_weights(norm: Tensor, step: int) -> None:
+    """Stop before weights that are not finite are saved: a gradient that is not finite makes them so, for good.
+
+    Args: norm: of the last step's gradient, the same on all workers.
+    """
+    if not norm.isfinite():
+        raise TrainingStopped(f"The norm of the gradient is {norm.item()} at step {step}: {DIVERGED}")
+
+
 def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLength) -> None:
     """Stop a run that has diverged or that mostly sees substitutes. All inputs are the same on every worker."""
     loss = state.metrics["loss"]
     largest = float("inf") if config.max_loss is None else config.max_loss
     if loss != loss or abs(loss) == float("inf") or loss > largest:
-        raise TrainingStopped(
-            f"The loss is {loss} at step {state.step}: the run has diverged. Lower --optim.base-lr, lengthen "
-            "--loop.warmup-epochs or set --optim.clip-grad-norm, and start from an older checkpoint or anew."
-        )
+        raise TrainingStopped(f"The loss is {loss} at step {state.step}: {DIVERGED}")
     # Wait for enough images to judge: a thousand, or one epoch of a smaller set.
     enough = state.images_seen >= min(1000, length.steps_per_epoch * config.batch_size)
     fraction = state.broken_images / state.images_seen
     if enough and fraction > config.max_broken_fraction:
         raise TrainingStopped(
             f"{state.broken_images} of {state.images_seen} images could not be decoded ({fraction:.1%}, more than "
-            f"{config.max_broken_fraction:.1%}): look at the ledger of broken images, mend the data set, or raise "
+            f"{config.max_broken_fraction:.1%}): look at the ledger of broken images, repair the data set, or raise "
             "--loop.max-broken-fraction."
         )
 
 
 class _Averages:
-    """Sums of scalars on the device; nothing is read back before `reduce`."""
+    """Sums of scalars on the device; nothing is copied to the CPU before `reduce`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -283,7 +300,7 @@ class _Averages:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def reduce(self) -> dict[str, float]:
-        """Means over time and workers; forgets what was added."""
+        """Means over steps and workers; the sums start anew."""
         names = sorted(self._sums)
         means = torch.stack([self._sums[name].to(self._device) / self._counts[name] for name in names])
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,6 +1,6 @@
-"""The Ray Train shell around the plain loop: cluster, worker group, checkpoints through Ray, messages to the driver.
+"""The Ray Train shell around the plain loop: worker group, checkpoints through Ray, messages to the driver.
 
-A pipeline hands over a TrainingJob; everything that is particular to a task or to MLflow is behind it.
+A pipeline passes a TrainingJob; everything that is particular to a task or to MLflow is behind it.
 """
 
 from __future__ import annotations
@@ -8,15 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import queue
-import socket
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -30,17 +26,9 @@ from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainingStopped, TrainState, step_seed, train
+from mixmae.training.mailbox import Message, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
-
-Message = tuple[str, Any]
-"""(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("evaluation", dict),
-("note", one line), ("saved", step), ("started", step that training starts from), ("failed", one line; the worker group
-restarts if it may)."""
-
-
-class ClusterError(ValueError):
-    """The cluster cannot run what was asked for; the message says why and what to do."""
 
 
 class WorkersFailed(RuntimeError):
@@ -48,7 +36,7 @@ class WorkersFailed(RuntimeError):
 
 
 class EvaluationSkipped(RuntimeError):
-    """What `evaluate` raises, on all workers alike, where training shall go on without its metrics; said once."""
+    """Raised by `evaluate` on every rank to skip this evaluation; training continues and the reason is logged once."""
 
 
 class Tracker(Protocol):
@@ -60,7 +48,7 @@ class Tracker(Protocol):
 
 
 class TrainingJob(Protocol):
-    """All that a worker needs to know of a task; travels to the workers by pickle."""
+    """All that a worker needs to know of a task; pickled to the workers. mixmae.jobs has those that there are."""
 
     @property
     def loop(self) -> LoopConfig: ...
@@ -90,95 +78,19 @@ class TrainingJob(Protocol):
         """One micro-batch through the task's forward."""
 
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
-        """Metrics that all workers measure together, alike on all of them: every rank calls it at the same steps."""
+        """Metrics that all workers measure together, the same on all of them: every rank calls it at the same steps.
+
+        Raises: EvaluationSkipped, on every rank, where there are none this time.
+        """
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
-        """Pictures and metrics of the held-out images, on rank 0 alone."""
+        """A picture of held-out images and the metrics that come with it, on rank 0 alone; None: nothing to draw."""
 
     def open_tracker(self) -> Tracker:
         """The tracker of rank 0."""
 
     def describe(self) -> dict[str, Any]:
         """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
-
-
-def connect(
-    address: str | None, *, num_workers: int, slots: Mapping[str, float] | None = None, dashboard: bool = False
-) -> None:
-    """Join a Ray cluster, or start one on this machine that ends with this process.
-
-    Args:
-        address: of a cluster; None takes RAY_ADDRESS, which `ray job submit` sets, else starts a local one.
-        num_workers: a local cluster gets logical CPUs for these beside one a core for decoding.
-        slots, dashboard: a local cluster's own kinds of resources, and whether it has a dashboard.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
-        num_cpus = (os.cpu_count() or 1) + num_workers
-        # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
-        # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-        ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
-        return
-    try:
-        _knock(address)
-        ray.init(address=address, **quiet)
-    except OSError as error:  # ConnectionError is one
-        raise ClusterError(
-            f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
-            "correct --ray-address, or leave it out to run on this machine alone."
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """See that somebody listens at HOST:PORT, which ray.init alone would try for minutes.   Raises: OSError."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "//" not in host:
-        socket.create_connection((host, int(port)), timeout=5).close()
-
-
-def choose_device(device: Literal["auto", "cpu", "gpu"]) -> bool:
-    """Whether the workers use a GPU each."""
-    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-
-
-def require_resources(*, num_workers: int, use_gpu: bool, is_own: bool = False, wait_s: float = 30.0) -> None:
-    """Refuse a run that the cluster cannot hold, after giving an autoscaler `wait_s` seconds to bring nodes.
-
-    Args: is_own: the cluster was started by `connect` for this run: it does not grow, and its CPUs are logical ones.
-    Raises: ClusterError with what is there and what is needed.
-    """
-    # Decoding runs on CPUs too: the workers, one CPU each, must leave it one.
-    needs = {"GPU": num_workers, "CPU": num_workers + 1} if use_gpu else {"CPU": num_workers + 1}
-    deadline = time.monotonic() + (0.0 if is_own else wait_s)
-    while True:
-        there = {kind: int(ray.cluster_resources().get(kind, 0)) for kind in needs}
-        short = [kind for kind in needs if there[kind] < needs[kind]]
-        if not short:
-            break
-        if time.monotonic() > deadline:
-            kind = short[0]
-            most = there[kind] - (needs[kind] - num_workers)
-            fix = f"lower --workers to {most} or add nodes" if most >= 1 else "add nodes"
-            spare = " (one a worker and one for decoding)" if kind == "CPU" else ""
-            raise ClusterError(
-                f"{num_workers} workers need {needs[kind]} {kind}s{spare} but the cluster has {there[kind]}: "
-                f"{fix}{', or give --device cpu' if kind == 'GPU' else ''}."
-            )
-        time.sleep(1.0)
-    cores = os.cpu_count() or 1
-    if is_own and not use_gpu and num_workers > cores:
-        raise ClusterError(
-            f"{num_workers} workers on a machine of {cores} cores would only wait for each other: lower --workers to "
-            f"{cores} or less."
-        )
 
 
 def fit(
@@ -198,7 +110,7 @@ def fit(
     Args:
         folder, name: checkpoints go to folder/name/; the same pair again continues from the last one there.
         max_failures: restarts of the worker group before giving up.
-        on_message: called in this process, from another thread, with what rank 0 says.
+        on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
     Returns: the final state and the path of the last checkpoint.
     Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; WorkersFailed.
@@ -209,7 +121,7 @@ def fit(
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    mailbox = open_mailbox()
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
     trainer = ray.train.torch.TorchTrainer(
         run_worker,  # type: ignore[arg-type]
@@ -228,7 +140,7 @@ def fit(
             callbacks=list(callbacks),
         ),
     )
-    with _reading(mailbox, on_message):
+    with reading(mailbox, on_message):
         try:
             result = trainer.fit()
         except SystemExit as stop:  # how Ray Train ends the driver after Ctrl-C
@@ -279,8 +191,6 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
             saved = load_checkpoint(directory, model=model, optimizer=optimizer, average=average)
         state = TrainState(**saved["position"])
 
-    if average is not None:
-        optimizer.register_step_post_hook(lambda *_: average.update(model))
     trained: nn.Module = model
     if job.loop.compile:
         model.compile()  # in place: names in checkpoints stay as they are
@@ -293,12 +203,13 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
         if job.evaluates_untrained and state.step == 0:
-            events.evaluate(0)
+            events.measure(0)
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
         try:
             train(
                 model=trained,
                 optimizer=optimizer,
+                average=average,
                 peak_lr=job.optim.peak_lr(job.loop.batch_size),
                 clip_grad_norm=job.optim.clip_grad_norm,
                 step_function=job.step,
@@ -315,7 +226,7 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
 
 
 class _WorkerEvents:
-    """The loop's Events inside a Ray Train worker: rank 0 speaks, every rank takes part in Ray's barriers."""
+    """The loop's Events inside a Ray Train worker: rank 0 logs and sends, every rank takes part in Ray's barriers."""
 
     def __init__(
         self,
@@ -331,7 +242,7 @@ class _WorkerEvents:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
-        self._said_skipped = False
+        self._reported_skip = False
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -342,8 +253,8 @@ class _WorkerEvents:
             entries = [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
             self._mailbox.put.remote(("broken", entries))
 
-    def panel(self, step: int) -> Mapping[str, float]:
-        measured = self.evaluate(step)
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        measured = self.measure(step)
         if self._tracker is None:
             return measured
         with torch.no_grad():
@@ -357,14 +268,14 @@ class _WorkerEvents:
             self._mailbox.put.remote(("panel", (step, png.getvalue())))
         return {**measured, **metrics}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Measure, log and tell. The model is left in evaluation mode."""
+    def measure(self, step: int) -> dict[str, float]:
+        """What all workers measure together: logged, and sent to the driver. The model is left in eval mode."""
         self._model.eval()
         try:
-            measured = self._measure(step)
+            measured = self._measure_both(step)
         except EvaluationSkipped as skipped:
-            if self._rank == 0 and not self._said_skipped:
-                self._said_skipped = True
+            if self._rank == 0 and not self._reported_skip:
+                self._reported_skip = True
                 self._mailbox.put.remote(("note", str(skipped)))
             return {}
         if self._tracker is not None and measured:
@@ -372,7 +283,7 @@ class _WorkerEvents:
             self._tracker.log_metrics(curve_names(measured), step)
         return measured
 
-    def _measure(self, step: int) -> dict[str, float]:
+    def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
         metrics = dict(self._job.evaluate(self._model, **share))
@@ -444,43 +355,3 @@ def curve_names(record: Mapping[str, float]) -> dict[str, float]:
     return {
         name if "/" in name else f"{_CURVE_GROUPS.get(name, 'train')}/{name}": value for name, value in record.items()
     }
-
-
-@ray.remote
-class _Mailbox:
-    """Messages from rank 0 to the driver, whatever node each is on; survives restarts of the worker group."""
-
-    def __init__(self) -> None:
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-
-    def put(self, message: Message) -> None:
-        self._messages.put(message)
-
-    def take(self) -> list[Message]:
-        """All messages since the last call."""
-        return [self._messages.get() for _ in range(self._messages.qsize())]
-
-
-@contextlib.contextmanager
-def _reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[None]:
-    """Hand the mailbox's messages to `on_message` from a thread while the context is open, the last ones at its end."""
-    done = threading.Event()
-
-    def read() -> None:
-        last = False
-        while not last:
-            last = done.wait(interval_s)
-            try:
-                messages = ray.get(mailbox.take.remote(), timeout=30)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                continue
-            for message in messages:
-                on_message(message)
-
-    thread = threading.Thread(target=read, name="messages", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=60)

@@ -43,12 +43,12 @@ def paper_finetune(
     drop_path: float,
     image_size: int = 224,
     micro_batch_size: int | None = None,
-    resize_share: float = 0.875,
+    crop_pct: float = 0.875,
 ) -> FinetuneConfig:
     """All settings of the paper's finetuning.
 
     Args: micro_batch_size: images per GPU at once, as memory allows; None: the GPU's whole share of the batch.
-        resize_share: side of the validation images' central crop over that of the whole.
+        crop_pct: side of the validation images' central crop over that of the whole.
     Source: paper, table 12; random erasing and the base rate of 5e-4 from the official script.
     """
     return FinetuneConfig(
@@ -77,7 +77,7 @@ def paper_finetune(
             micro_batch_size=micro_batch_size,
             precision="bfloat16",
         ),
-        resize_share=resize_share,
+        crop_pct=crop_pct,
     )
 
 
@@ -121,9 +121,7 @@ def mixmae_swin_base_384px_finetune_100ep() -> FinetuneConfig:
     Expected: the paper gives neither a figure nor settings for this size. Ours: not yet run.
     Source:   windows and the crop without a margin: the official code.
     """
-    return paper_finetune(
-        swin_base(), epochs=100, drop_path=0.15, image_size=384, micro_batch_size=32, resize_share=1.0
-    )
+    return paper_finetune(swin_base(), epochs=100, drop_path=0.15, image_size=384, micro_batch_size=32, crop_pct=1.0)
 
 
 def _transfer(transfer: Transfer, *, large: bool) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a sweep under way says on the terminal."""
+"""What a sweep prints while it runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from ray import tune
 from rich.live import Live
 from rich.table import Table
 
-from pipelines.runs import RunFolder
+from mixmae.jobs.record import read_record
+from mixmae.training.run_folder import RunFolder
 from pipelines.sweeping.results import label, texts_of
 from pipelines.sweeping.trial import last_line, trial_folder
 
 
 class Progress(tune.Callback):
-    """What happens to the trials: a table that changes in place on a terminal, otherwise a line for each event."""
+    """Shows what happens to the trials: a table that changes in place on a terminal, otherwise one line per event.
+
+    Tune pickles it with a sweep's state: fields, class and module are part of a file format (tuner.FORMER_MODULES).
+    """
 
     def __init__(self, total: int, folder: Path, metric: str) -> None:
         self._total, self._folder, self._metric = total, folder, metric
         self._said: dict[str, str] = {}
-        self._live: Live | None = None  # made at the first event: Tune pickles this object, to continue with
+        self._live: Live | None = None  # made at the first event: it cannot be pickled
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trials, trial, "starts")
@@ -34,10 +38,10 @@ class Progress(tune.Callback):
             self._say(trials, trial, f"epoch {result['epoch']:.2f} · {self._metric} {result[self._metric]:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        before = RunFolder(trial_folder(self._folder, trial.trial_id)).read() or {}
-        ended = {"finished": "finished", "stopped": f"stopped: {before.get('reason')}"}
+        record = read_record(RunFolder(trial_folder(self._folder, trial.trial_id)))
+        ended = {"finished": "finished", "stopped": f"stopped: {record.reason if record else ''}"}
+        how = ended.get(record.status if record else "", "halted")
         count = sum(other.is_finished() or other is trial for other in trials)
-        how = ended.get(before.get("status", ""), "halted")
         self._say(trials, trial, f"{how} ({count} of {self._total} trials ended)")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

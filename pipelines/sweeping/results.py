@@ -1,4 +1,4 @@
-"""What came of a sweep: its trials in order of merit, as a table, a heat map and learning curves."""
+"""The results of a sweep: its trials ranked, as a table, a note, a heat map and learning curves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rank(results: Sequence[TrialResult], metric: str, mode: Literal["max", "min"
 
 
 def rows_of(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
-    """A row a trial, all with the same columns; "" where a trial has no value."""
+    """One row per trial, all with the same columns; "" where a trial has no value."""
     metrics = sorted({name for result in results for name in result.metrics})
     return [
         {
@@ -83,30 +83,30 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def link_line(links: Mapping[str, str]) -> str:
-    """Links by their words, as Markdown."""
+    """Links by their text, as Markdown in one line."""
     return " · ".join(f"[{words}]({link})" for words, link in links.items())
 
 
 def write_note(results: Sequence[TrialResult], metric: str, parent: RunRef, links: Mapping[str, str]) -> str:
-    """The sweep's description on MLflow's page, as Markdown: the best trial, where to look, the ten best.
+    """The sweep's description on MLflow's page, as Markdown: the best trial, the links, a table of the ten best.
 
-    Args: results: ranked.  links: by their words.
+    Args: results: ranked.  links: by their text.
     """
     pages = {result.trial: replace(parent, run_id=result.run_id).link for result in results if result.run_id}
     first = "**No trial finished.**"
     if results[0].status == "finished":
-        number = _number(results[0].metrics[metric], "loss" not in metric)
-        first = f"**Best: [{label(results[0].values)}]({pages[results[0].trial]}), {metric} {number}**"
+        best = _number(results[0].metrics[metric], "loss" not in metric)
+        first = f"**Best: [{label(results[0].values)}]({pages[results[0].trial]}), {metric} {best}**"
     names = [name.rpartition(".")[2] for name in results[0].values]
     keys = [metric, *({metric.replace("final/", "best/")} & results[0].metrics.keys())]
     head = ["", *names, *keys, "run"]
     table = [head, ["---"] * len(head)]
-    for place, result in enumerate(results[:10], start=1):
+    for number, result in enumerate(results[:10], start=1):
         finished = result.status == "finished"
         numbers = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
         link = f"[{result.trial}]({pages[result.trial]})" if result.run_id else ""
-        table.append([str(place) if finished else result.status, *texts_of(result.values), *numbers, link])
-    # One paragraph of two lines: what is below them is covered until a visitor asks for more.
+        table.append([str(number) if finished else result.status, *texts_of(result.values), *numbers, link])
+    # One paragraph of two lines: MLflow folds what is below them until a visitor opens it.
     return f"{first}  \n{link_line(links)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
@@ -116,18 +116,18 @@ def texts_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def print_table(results: Sequence[TrialResult]) -> None:
-    """The ranked trials on the terminal."""
+    """Print the ranked trials."""
     names = [name.rpartition(".")[2] for name in results[0].values]
     known = {name for result in results for name in result.metrics}
     keys = [key for key in SHOWN if key in known]
     table = Table("", *names, *(SHOWN[key] for key in keys), "trial", "")
     for number, result in enumerate(results, start=1):
         metrics = [_number(result.metrics.get(key), "loss" not in key) for key in keys]
-        place = str(number) if result.status == "finished" else "-"
+        position = str(number) if result.status == "finished" else "-"
         remark = "" if result.status == "finished" else f"{result.status}: {result.reason.partition('. ')[0]}"
-        table.add_row(place, *texts_of(result.values), *metrics, result.trial, remark)
+        table.add_row(position, *texts_of(result.values), *metrics, result.trial, remark)
     console = Console()
-    # A log file has no width of its own: do not fold there.
+    # A log file has no width of its own: lines are not folded there.
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
@@ -136,18 +136,14 @@ def _number(value: float | None, share: bool) -> str:
 
 
 def draw_heat_map(results: Sequence[TrialResult], metric: str, path: Path) -> None:
-    """The metric over the two fields that vary, a cell a combination; trials without a result are crossed out.
+    """Draw the metric over the two fields that vary, one cell per combination; cells without a result are crossed out.
 
     Args: results: of a grid over two fields.
     """
     from matplotlib.figure import Figure
 
     down, across = list(results[0].values)
-    rows, columns = (sorted({result.values[name] for result in results}, key=_order) for name in (down, across))
-    table = [[float("nan")] * len(columns) for _ in rows]
-    for result in results:
-        value = result.metrics.get(metric, float("nan")) if result.status == "finished" else float("nan")
-        table[rows.index(result.values[down])][columns.index(result.values[across])] = value
+    rows, columns, table = heat_map_table(results, metric)
     figure = Figure(figsize=(2.6 + 1.1 * len(columns), 1.8 + 0.8 * len(rows)), layout="constrained")
     axes = figure.add_subplot(xlabel=across.rpartition(".")[2], ylabel=down.rpartition(".")[2])
     image = axes.imshow(table, cmap="viridis", aspect="auto")
@@ -164,6 +160,22 @@ def draw_heat_map(results: Sequence[TrialResult], metric: str, path: Path) -> No
     figure.savefig(path, dpi=120)
 
 
+def heat_map_table(results: Sequence[TrialResult], metric: str) -> tuple[list[Any], list[Any], list[list[float]]]:
+    """The metric over the two fields that vary.
+
+    Returns: the values of the first field, from low to high, those of the second, and one row of numbers per value of
+        the first; NaN where no trial finished.
+    """
+    down, across = list(results[0].values)
+    rows, columns = (sorted({result.values[name] for result in results}, key=_order) for name in (down, across))
+    table = [[float("nan")] * len(columns) for _ in rows]
+    for result in results:
+        if result.status == "finished":
+            value = result.metrics.get(metric, float("nan"))
+            table[rows.index(result.values[down])][columns.index(result.values[across])] = value
+    return rows, columns, table
+
+
 def _order(value: Any) -> tuple[int, Any]:
     """Numbers by their size, then words and None."""
     return (0, value) if isinstance(value, (int, float)) else (1, str(value))
@@ -172,7 +184,7 @@ def _order(value: Any) -> tuple[int, Any]:
 def draw_curves(
     results: Sequence[TrialResult], curves: Mapping[str, Sequence[tuple[int, float]]], metric: str, path: Path
 ) -> None:
-    """The metric of all trials over their steps, the best one thick.
+    """Draw the metric of all trials over their steps, the best one thick.
 
     Args: results: ranked.  curves: the points (step, value) by trial.
     """

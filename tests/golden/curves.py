@@ -36,20 +36,20 @@ from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_source
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.swin import SwinConfig
 from mixmae.encoders.vit import ViTConfig
+from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig
+from mixmae.jobs.pretraining import PretrainJob
+from mixmae.jobs.record import DataRecord
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
-from mixmae.share import WorkerShare
-from mixmae.tracking import RunRef
 from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
-from pipelines.finetune import FinetuneJob
-from pipelines.pretrain import PretrainJob
 
 FILE = Path(__file__).with_name("curves.json")
 
@@ -144,7 +144,7 @@ def _jpeg(row: int) -> bytes:
     return data[: len(data) // 2] if row == BROKEN_ROW else data
 
 
-def _job(settings: Settings, source: Source) -> PretrainJob | FinetuneJob:
+def _job(settings: Settings, source: Source) -> PretrainJob | ClassificationJob:
     """The settings as the library's own job."""
     task = settings["task"]
     image_px, drop_path = settings["image_px"], settings.get("drop_path", 0.0)
@@ -178,21 +178,22 @@ def _job(settings: Settings, source: Source) -> PretrainJob | FinetuneJob:
             max_broken_fraction=0.1,
         ),
     }
-    run = RunRef(uri="", experiment_id="", run_id="")
+    data = DataRecord(name="", digest="", source="", window_rows=settings["window_rows"])
     if task == "finetuning":
         config = FinetuneConfig(
             augment=FinetuneAugmentConfig(**crop),
             mixup=MixupConfig(mixup=settings["mixup"], cutmix=settings["cutmix"]),
             **common,
         )
-        return FinetuneJob(
+        return ClassificationJob(
             config=config,
             source=source,
-            validation=source,
-            num_classes=len(CLASSES),
+            data=data,
             folder=Path(),
+            validation=source,
+            classes=CLASSES,
+            pretrained=None,
             initial=None,
-            run=run,
         )
     methods = {
         "mixmae": lambda: MixMAEConfig(num_images=settings["num_images"], decoder=decoder),
@@ -200,7 +201,7 @@ def _job(settings: Settings, source: Source) -> PretrainJob | FinetuneJob:
         "mae": lambda: MAEConfig(decoder=decoder),
     }
     pretraining = PretrainConfig(augment=AugmentConfig(**crop), method=methods[task](), **common)
-    return PretrainJob(config=pretraining, source=source, heldout=source, run=run)
+    return PretrainJob(config=pretraining, source=source, data=data, folder=Path(), heldout=source)
 
 
 def record(settings: Settings, shards: Path, *, nudge: float = 0.0) -> Curve:
@@ -228,7 +229,7 @@ def record(settings: Settings, shards: Path, *, nudge: float = 0.0) -> Curve:
             source,
             plan,
             job.config.augment,
-            share=WorkerShare(batch_size=job.loop.batch_size, micro_batch_size=job.loop.micro_batch_size),
+            share=job.config.share(num_workers=1),
             stop_step=job.length.total_steps,
         ),
         state=TrainState(),
@@ -241,7 +242,7 @@ def record(settings: Settings, shards: Path, *, nudge: float = 0.0) -> Curve:
 
 
 class _Events:
-    """Keeps what the loop says of each step."""
+    """Keeps what the loop logs of each step."""
 
     def __init__(self) -> None:
         self.curve: Curve = {"grad_norm": [], "loss": []}
@@ -250,7 +251,7 @@ class _Events:
         for name, values in self.curve.items():
             values.append(record[name])
 
-    def panel(self, step: int) -> Mapping[str, float]:
+    def evaluate(self, step: int) -> Mapping[str, float]:
         return {}
 
     def save(self, state: TrainState) -> None:

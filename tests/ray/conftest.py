@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
+
+from mixmae.encoders.swin import SwinConfig
 
 ROOT = Path(__file__).parents[2]
 
-#: The demo recipe, cut down to seconds.
+ENCODER = SwinConfig(
+    image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
+)
 TINY = [
-    *("--encoder.image-size", "64", "--augment.image-size", "64", "--encoder.embed-dim", "16"),
+    *("--augment.image-size", "64", "--encoder.embed-dim", "16"),
     *("--encoder.depths", "1", "1", "1", "1", "--encoder.window-sizes", "8", "8", "4", "2"),
     *("--encoder.num-heads", "1", "2", "4", "8", "--method.decoder.dim", "32", "--method.decoder.depth", "1"),
     *("--loop.batch-size", "16", "--loop.steps", "60", "--loop.log-every-steps", "5", "--optim.base-lr", "0.05"),
 ]
+"""The demo recipe with ENCODER, cut down to seconds."""
 
 
 def free_port() -> int:
@@ -55,6 +65,56 @@ def run(
         timeout=timeout_s,
         check=False,
     )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was started as a user does, and what it left."""
+
+    output: Path
+    server: str
+    arguments: list[str]
+    text: str
+    """What it printed."""
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.output / "run.json").read_text())
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.state["checkpoint"])
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.checkpoint / "model.safetensors")
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """The points (step, value) that MLflow has of a metric, in the order of their steps."""
+        from mlflow import MlflowClient
+
+        history = MlflowClient(tracking_uri=self.server).get_metric_history(self.state["mlflow"]["run_id"], name)
+        return sorted((point.step, point.value) for point in history)
+
+
+def interrupt(
+    program: list[str], when: Callable[[], bool], *, how: signal.Signals = signal.SIGINT, cwd: Path
+) -> tuple[int, str]:
+    """Start a program and send it a signal as soon as `when` is true.   Returns: exit status and what it printed."""
+    with subprocess.Popen(
+        program, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while not when():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(how)
+        text, _ = process.communicate(timeout=200)
+        return process.returncode, text
+
+
+def has_checkpoint(run: Path, count: int = 1) -> bool:
+    """Whether a run's folder has so many checkpoints."""
+    return len(list(run.glob("checkpoints/step_*/state.json"))) >= count
 
 
 @pytest.fixture(scope="session")

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-from tests.ray.conftest import TINY, command, environment, run
+from tests.ray.conftest import TINY, Finished, command, has_checkpoint, interrupt, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 LOOSE = ["--loop.max-broken-fraction", "0.2"]
-
-
-@dataclass
-class Finished:
-    output: Path
-    server: str
-    arguments: list[str]
-    text: str
-
-    @property
-    def state(self) -> dict:
-        return json.loads((self.output / "run.json").read_text())
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(Path(self.state["checkpoint"]) / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +36,7 @@ def test_the_run_says_what_it_did(finished):
 
 
 def test_loss_falls(finished):
-    steps = [line for line in finished.text.splitlines() if line.startswith("step ")]
-    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in steps]
+    losses = [value for _, value in finished.curve("train/loss")]
     assert losses[-1] < losses[0] - 0.02  # noise, a model of a few thousand weights, 60 steps
 
 
@@ -137,30 +116,17 @@ def test_another_model_in_the_same_output_is_refused(finished):
 def test_interrupted_and_continued_equals_uninterrupted(finished):
     """Ctrl-C in the middle, then the same command: the same weights, bit for bit, and one MLflow run."""
     output = finished.output.parent / "interrupted"
-    arguments = command("demo", "--output", output, *finished.arguments)
-    first = subprocess.Popen(
-        arguments, cwd=output.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert first.stdout is not None
-    for line in first.stdout:
-        if (
-            line.startswith("step ") and int(line.split()[1].split("/")[0]) >= 15
-        ):  # the first checkpoint is step 5 or so
-            first.send_signal(signal.SIGINT)
-            break
-    rest, errors = first.communicate(timeout=200)
-    assert first.returncode == 130, rest + errors
-    assert "The same command continues" in rest
+    program = command("demo", "--output", output, *finished.arguments)
+    status, text = interrupt(program, lambda: has_checkpoint(output), cwd=output.parent)
+    assert status == 130, text
+    assert "The same command continues" in text
     assert json.loads((output / "run.json").read_text())["status"] == "running"
 
     second = run("demo", "--output", output, *finished.arguments, cwd=output.parent)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "Continuing" in second.stdout
-    first_step = next(
-        int(line.split()[1].split("/")[0]) for line in second.stdout.splitlines() if line.startswith("step ")
-    )
-    assert first_step > 1
     continued = Finished(output, finished.server, finished.arguments, second.stdout)
+    assert [step for step, _ in continued.curve("train/loss")].count(1) == 1  # it did not begin anew
     for name, value in finished.weights.items():
         assert torch.equal(value, continued.weights[name]), name
 
@@ -177,13 +143,5 @@ def test_two_workers_compute_what_one_does(finished):
     two = Finished(output, finished.server, finished.arguments, done.stdout)
     assert two.state["metrics"]["loss"] == pytest.approx(finished.state["metrics"]["loss"], rel=1e-3)
     assert two.state["metrics"]["broken_images"] == finished.state["metrics"]["broken_images"]
-
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=finished.server)
-
-    def first_loss(run: Finished) -> float:
-        history = client.get_metric_history(run.state["mlflow"]["run_id"], "train/loss")
-        return min(history, key=lambda point: point.step).value
-
-    assert first_loss(two) == pytest.approx(first_loss(finished), rel=1e-5)
+    first, other = (run.curve("train/loss")[0][1] for run in (finished, two))
+    assert other == pytest.approx(first, rel=1e-5)

@@ -14,16 +14,13 @@ import pytest
 import torch
 
 from mixmae.convert import Preprocessing, read_weights, save_encoder
-from mixmae.encoders.swin import SwinConfig, SwinEncoder
-from pipelines.runs import weights_of
-from tests.ray.conftest import ROOT, TINY, environment, run
+from mixmae.encoders.swin import SwinEncoder
+from mixmae.training.run_folder import weights_of
+from tests.ray.conftest import ENCODER, ROOT, TINY, environment, has_checkpoint, interrupt, run
 from tests.ray.sweeps import SHORT, sweep_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-ENCODER = SwinConfig(
-    image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
-)
 NUMBERS = (
     *("layer_decay", "drop_path", "lr", "weight_decay", "epochs", "batch_size", "image_size", "seed"),
     *("params_m", "gmacs"),
@@ -31,15 +28,15 @@ NUMBERS = (
 METRICS = [f"{group}/{name}" for group in ("final", "best") for name in ("top1", "top5", "loss")]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Swept:
     output: Path
     server: str
     arguments: list[str]
-    killed: str
-    """What the first start said before it was killed."""
+    kept: dict[Path, int]
+    """When the weights of the trials were written that were finished before the kill."""
     text: str
-    """What the second one said."""
+    """What the second start printed."""
 
     @property
     def state(self) -> dict:
@@ -55,19 +52,26 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *SHORT]
     arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
     arguments += ["--register-model", "tiny"]
-    options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.STDOUT, "text": True}
-    killed = ""
-    with subprocess.Popen(sweep_command(*arguments), stdout=subprocess.PIPE, **options) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
-            killed += line
-            if "finished (1 of 4" in killed and ") epoch" in line.split("finished (1 of 4")[-1] and "00001" in line:
-                break
-        first.send_signal(signal.SIGKILL)
-    assert "finished (1 of 4" in killed, killed
-    again = subprocess.run(sweep_command(*arguments), stdout=subprocess.PIPE, timeout=900, check=False, **options)
-    assert again.returncode == 0, killed + again.stdout
-    return Swept(base / "sweep", mlflow_server, arguments, killed, again.stdout)
+    program = sweep_command(*arguments)
+    status, killed = interrupt(program, lambda: one_and_a_half(base / "sweep"), how=signal.SIGKILL, cwd=ROOT)
+    assert status == -signal.SIGKILL, killed
+    kept = {file: file.stat().st_mtime_ns for file in weights_of_finished(base / "sweep")}
+    again = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, killed + again.stdout + again.stderr
+    return Swept(base / "sweep", mlflow_server, arguments, kept, again.stdout)
+
+
+def weights_of_finished(sweep: Path) -> list[Path]:
+    """The last weights of the trials that are finished."""
+    records = [json.loads(file.read_text()) for file in (sweep / "trials").glob("*/run.json")]
+    return [Path(record["checkpoint"]) / "model.safetensors" for record in records if record["status"] == "finished"]
+
+
+def one_and_a_half(sweep: Path) -> bool:
+    """Whether one trial is finished and the next one has a checkpoint."""
+    trials = sorted((sweep / "trials").glob("*/run.json"))
+    done = [json.loads(file.read_text())["status"] == "finished" for file in trials]
+    return done == [True, False] and has_checkpoint(trials[1].parent)
 
 
 def children(swept: Swept) -> list:
@@ -81,8 +85,8 @@ def children(swept: Swept) -> list:
 def test_every_trial_is_there_exactly_once(swept):
     assert "Continuing tiny: 4 trials" in swept.text
     assert "finished (4 of 4" in swept.text
-    first = next(line.split()[1] for line in swept.killed.splitlines() if "finished (1 of 4" in line)
-    assert f"trial {first}" not in swept.text
+    assert len(swept.kept) == 1
+    assert swept.kept.items() <= {file: file.stat().st_mtime_ns for file in weights_of_finished(swept.output)}.items()
     found = children(swept)
     settings = sorted((float(run.data.params["layer_decay"]), float(run.data.params["drop_path"])) for run in found)
     assert settings == [(0.7, 0.0), (0.7, 0.1), (0.8, 0.0), (0.8, 0.1)]

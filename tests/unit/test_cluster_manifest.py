@@ -21,7 +21,7 @@ def test_the_entry_point_is_a_valid_command_line_that_the_cluster_can_hold():
     python, script, recipe, *rest = shlex.split(manifest["spec"]["entrypoint"])
     assert (python, script) == ("python", "pipelines/pretrain.py")
     arguments = tyro.cli(Arguments, args=rest, default=Arguments(config=find_recipe(recipe, PRETRAIN_RECIPES)()))
-    arguments.config.micro_batch(arguments.workers)
+    arguments.config.share(num_workers=arguments.workers)
     groups = {group["groupName"]: group for group in manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     gpus = groups["gpu-train"]["replicas"] * int(_requests(groups["gpu-train"])["nvidia.com/gpu"])
     assert gpus == arguments.workers

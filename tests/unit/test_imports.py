@@ -30,7 +30,7 @@ ANYONE = {
     "mixmae",
     *(f"mixmae.{name}" for name in ("masking", "metrics", "mixing", "panels", "patches", "share", "step", "writing")),
 }
-RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/worker.py", "pipelines/", "tune_spaces/")
+RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/", "pipelines/", "tune_spaces/")
 SOURCES = sorted(path for folder in ("mixmae", "pipelines", "tune_spaces") for path in (ROOT / folder).rglob("*.py"))
 
 

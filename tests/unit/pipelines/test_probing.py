@@ -1,69 +1,30 @@
-"""kNN, linear probe and embeddings as pipelines, and the probe of pretraining: numbers, and what users get wrong."""
+"""kNN, linear probe and embeddings as pipelines: numbers, and what users get wrong."""
 
 from __future__ import annotations
 
-import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 
 from mixmae.convert import Preprocessing, digest_of, load_encoder, save_encoder
 from mixmae.data.blocks import eval_batches
 from mixmae.data.sources.open import open_source
-from mixmae.jobs.config import differences, to_json
+from mixmae.jobs.config import to_json
 from mixmae.probing.features import extract_features
 from mixmae.probing.knn import KnnConfig, knn_classify
-from mixmae.probing.ridge import OnlineProbeConfig, probe_features
-from mixmae.training.worker import EvaluationSkipped
-from pipelines import embed, evaluate, knn, linear_probe, predict, pretrain, runs
+from pipelines import embed, evaluate, knn, linear_probe, predict
 from pipelines.features import load_frozen
-from pipelines.pretrain import PretrainJob, choose_probe
 from pipelines.recipes import LINEAR_PROBE_RECIPES, PRETRAIN_RECIPES
 from tests.factories import tiny_swin
+from tests.unit.conftest import coloured_jpeg
 
 MEAN = (0.4, 0.5, 0.6)
 LABELS = [row % 4 for row in range(60)]
-
-
-def _jpeg(seed: int, label: int) -> bytes:
-    """Noise on a ground whose colour tells the class, so that neighbours are not a matter of luck."""
-    out, rng = io.BytesIO(), np.random.default_rng(seed)
-    pixels = rng.integers(0, 120, (70, 80, 3)) + 40 * label * np.array([1, 0, -1]) + 60
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG")
-    return out.getvalue()
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """Writes a set of given labels, or without a label column for None, and returns its folder."""
-
-    def write(name: str, labels: list[int] | None, validation: list[int] | None = None, broken: int = 0) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for split, values in (("train", labels), ("validation", validation)):
-            if split == "train" or values is not None:
-                count = len(values or LABELS)
-                images = [
-                    {
-                        "bytes": b"no image" if row < broken else _jpeg(row, (values or LABELS)[row]),
-                        "path": f"{row}.jpg",
-                    }
-                    for row in range(count)
-                ]
-                columns = {"image": images, **({} if values is None else {"label": values})}
-                pq.write_table(pa.table(columns), folder / f"{split}-0.parquet", row_group_size=16)
-        return folder
-
-    return write
 
 
 @pytest.fixture
@@ -86,85 +47,68 @@ def here(monkeypatch, tmp_path, store) -> Path:
     return tmp_path
 
 
-def _error(capsys, main, *argv: object, code: int = 1) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([str(item) for item in argv])
-    assert stop.value.code == code
-    text = capsys.readouterr().err
-    assert "Traceback" not in text
-    return " ".join(text.replace("│", " ").split())
-
-
+@pytest.mark.usefixtures("no_cluster")
 class TestMistakes:
-    @pytest.fixture(autouse=True)
-    def _no_store(self, monkeypatch, here):
-        def refuse(*_: object, **__: object) -> None:
-            pytest.fail("reached MLflow or the cluster")
-
-        for module in (runs, knn):
-            monkeypatch.setattr(module, "create_run", refuse)
-        monkeypatch.setattr(runs, "connect", refuse)
-
     @pytest.fixture(params=["knn", "linear_probe", "linear_probe --cached"])
-    def error(self, request, capsys):
+    def refused(self, request, error):
         """The command on these weights and data, whose message it returns."""
 
         def run(path: Path, data: Path, *more: object) -> str:
             if request.param == "knn":
-                return _error(capsys, knn.main, path, "--data", data, *more)
+                return error(knn.main, path, "--data", data, *more)
             flags = ["--cached"] * ("--cached" in request.param)
             common = ("demo_linear", "--pretrained", path, "--data", data, "--augment.image-size", 64)
-            return _error(capsys, linear_probe.main, *common, *flags, *more)
+            return error(linear_probe.main, *common, *flags, *more)
 
         return run
 
-    def test_images_without_labels(self, error, weights, shards):
-        assert "has no labels" in error(weights, shards("set", None))
+    def test_images_without_labels(self, refused, weights, shards):
+        assert "has no labels" in refused(weights, shards("set", None))
 
-    def test_labels_with_gaps(self, error, weights, shards):
-        text = error(weights, shards("set", [label * 30 for label in LABELS]))
+    def test_labels_with_gaps(self, refused, weights, shards):
+        text = refused(weights, shards("set", [label * 30 for label in LABELS]))
         assert "go up to 90, but only 4 of these numbers are used" in text
 
-    def test_a_validation_split_without_rows(self, error, weights, shards):
+    def test_a_validation_split_without_rows(self, refused, weights, shards):
         folder = shards("set", LABELS)
         table = pq.read_table(folder / "train-0.parquet")
         pq.write_table(table.slice(0, 0), folder / "validation-0.parquet")
-        assert "set/validation" in error(weights, folder)
+        assert "set/validation" in refused(weights, folder)
 
-    def test_a_validation_split_without_labels(self, error, weights, shards):
-        text = error(weights, shards("set", LABELS, [-1, -1]))
+    def test_a_validation_split_without_labels(self, refused, weights, shards):
+        text = refused(weights, shards("set", LABELS, [-1, -1]))
         assert "validation set set/validation has no image with a class" in text
 
-    def test_weights_that_are_none(self, error, weights, shards, tmp_path):
+    def test_weights_that_are_none(self, refused, weights, shards, tmp_path):
         data = shards("set", LABELS)
-        assert "does not exist" in error(tmp_path / "no.pth", data)
+        assert "does not exist" in refused(tmp_path / "no.pth", data)
         torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-        assert "no known format" in error(tmp_path / "other.pth", data)
+        assert "no known format" in refused(tmp_path / "other.pth", data)
 
-    def test_a_damaged_file(self, error, weights, shards):
+    def test_a_damaged_file(self, refused, weights, shards):
         content = bytearray(weights.read_bytes())
         content[-3] ^= 0xFF
         weights.write_bytes(content)
-        assert "is damaged or was changed" in error(weights, shards("set", LABELS))
+        assert "is damaged or was changed" in refused(weights, shards("set", LABELS))
 
-    def test_a_run_without_a_checkpoint(self, error, shards, tmp_path):
+    def test_a_run_without_a_checkpoint(self, refused, shards, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "run.json").write_text("{}")
-        assert "without a checkpoint" in error(tmp_path / "run", shards("set", LABELS))
+        assert "without a checkpoint" in refused(tmp_path / "run", shards("set", LABELS))
 
-    def test_weights_of_another_encoder_than_the_flags_say(self, capsys, weights, shards):
+    def test_weights_of_another_encoder_than_the_flags_say(self, error, weights, shards):
         arguments = ("demo_linear", "--pretrained", weights, "--data", shards("set", LABELS), "--cached")
-        text = _error(capsys, linear_probe.main, *arguments, "--encoder.embed-dim", 64)
+        text = error(linear_probe.main, *arguments, "--encoder.embed-dim", 64)
         assert "holds weights of a Swin of width 16 with 1-1-2-1 blocks; the model has a Swin of width 64" in text
 
-    def test_a_folder_of_the_other_way(self, capsys, tmp_path):
+    def test_a_folder_of_the_other_way(self, error, tmp_path):
         begun = {"status": "running", "config": to_json(LINEAR_PROBE_RECIPES["demo_linear"]()), "cached": True}
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "run.json").write_text(json.dumps(begun))
-        text = _error(capsys, linear_probe.main, "demo_linear", "--output", tmp_path / "run")
+        text = error(linear_probe.main, "demo_linear", "--output", tmp_path / "run")
         assert "holds a probe with --cached" in text
 
-    def test_numbers(self, capsys, weights, shards):
+    def test_numbers(self, error, weights, shards):
         data = shards("set", LABELS)
         for flags, sentence in (
             (("--k", 0), "k is 0"),
@@ -175,24 +119,24 @@ class TestMistakes:
             (("--batch-size", 0), "--batch-size is 0"),
             (("--resize-share", 2), "--resize-share is 2"),
         ):
-            assert sentence in _error(capsys, knn.main, weights, "--data", data, *flags)
+            assert sentence in error(knn.main, weights, "--data", data, *flags)
 
-    def test_what_a_cached_probe_cannot_do(self, capsys):
+    def test_what_a_cached_probe_cannot_do(self, error):
         for flags in (("--loop.steps", 3), ("--ema-decay", 0.9), ("--workers", 2)):
-            text = _error(capsys, linear_probe.main, "demo_linear", "--cached", *flags)
+            text = error(linear_probe.main, "demo_linear", "--cached", *flags)
             assert "--cached trains whole epochs in this process" in text
 
-    def test_embedding(self, capsys, weights, shards, tmp_path):
+    def test_embedding(self, error, weights, shards, tmp_path):
         data = shards("set", LABELS, [0, 1])
         out = tmp_path / "out.parquet"
-        assert "several splits" in _error(capsys, embed.main, weights, "--data", data, "--output", out)
+        assert "several splits" in error(embed.main, weights, "--data", data, "--output", out)
         out.write_text("mine")
         arguments = (weights, "--data", data, "--output", out, "--split", "train")
-        assert "is there already" in _error(capsys, embed.main, *arguments)
-        assert "--workers is 0" in _error(capsys, embed.main, *arguments, "--workers", 0)
+        assert "is there already" in error(embed.main, *arguments)
+        assert "--workers is 0" in error(embed.main, *arguments, "--workers", 0)
         assert out.read_text() == "mine"
         below = (weights, "--data", data, "--output", out / "features")
-        assert "cannot write to" in _error(capsys, embed.main, *below)
+        assert "cannot write to" in error(embed.main, *below)
 
 
 def _features(weights: Path, data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,7 +197,7 @@ class TestEmbed:
     def test_a_folder_of_files_keeps_their_names(self, tmp_path, weights):
         for name in ("a.jpg", "deep/b.jpg"):
             (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
-            (tmp_path / "photos" / name).write_bytes(_jpeg(1, 0))
+            (tmp_path / "photos" / name).write_bytes(coloured_jpeg(1, 0))
         out = tmp_path / "out.parquet"
         assert embed.main([str(weights), "--data", str(tmp_path / "photos"), "--output", str(out)]) == 0
         table = pq.read_table(out)
@@ -307,87 +251,4 @@ def test_the_papers_probe_is_maes():
     assert (config.augment.num_operations, config.augment.erasing, config.augment.flip) == (0, 0, 0.5)
     assert (config.mixup.mixup, config.mixup.cutmix, config.mixup.label_smoothing) == (0, 0, 0)
     assert config.encoder == PRETRAIN_RECIPES["mixmae_swin_base_600ep"]().encoder
-    assert config.micro_batch(8) == 512
-
-
-class TestOnlineProbe:
-    def _job(self, probe) -> PretrainJob:
-        config = PRETRAIN_RECIPES["demo"]()
-        encoder = replace(config.encoder, image_size=64, window_sizes=(8, 8, 4, 2), embed_dim=8)
-        config = replace(config, augment=replace(config.augment, image_size=64), encoder=encoder)
-        return PretrainJob(config=config, source=None, heldout=None, run=None, probe=probe)  # type: ignore[arg-type]
-
-    def test_it_is_the_librarys_and_leaves_the_model_and_the_generators_as_they_were(self, shards):
-        source = open_source(shards("set", LABELS))
-        probe = choose_probe(OnlineProbeConfig(images=60, k=5), source, source)
-        assert probe is not None
-        job = self._job(probe)
-        torch.manual_seed(0)
-        model = job.build_model().train()
-        weights = {name: value.clone() for name, value in model.state_dict().items()}
-        modes = [module.training for module in model.modules()]
-        drawn_from = torch.get_rng_state()
-        metrics = job.evaluate(model, rank=0, num_workers=1)
-        assert torch.equal(drawn_from, torch.get_rng_state())
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        assert [module.training for module in model.modules()] == modes
-        assert all(parameter.grad is None for parameter in model.parameters())
-        batches = eval_batches(source, 64, batch_size=64, rows=probe.rows)
-        config = job.config
-        features, labels = extract_features(model.encoder, batches, mean=config.pixel_mean, std=config.pixel_std)
-        assert metrics.pop("perf/probe_s") > 0
-        assert metrics == pytest.approx(probe_features(features, labels, 5))
-        assert metrics["probe/linear_top1"] > 0.4  # colour
-
-    def test_shares_of_three_workers_are_those_of_one(self, shards, monkeypatch):
-        source = open_source(shards("set", LABELS))
-        job = self._job(choose_probe(OnlineProbeConfig(images=50, k=5), source, source))
-        torch.manual_seed(0)
-        model = job.build_model()
-        whole = job.evaluate(model, rank=0, num_workers=1)
-        shares: dict[int, object] = {}
-
-        def gather(into: list, share: object) -> None:
-            shares[len(shares)] = share
-            into[:] = [shares.get(rank, share) for rank in range(3)]
-
-        monkeypatch.setattr(pretrain.dist, "all_gather_object", gather)
-        for rank in range(3):
-            metrics = job.evaluate(model, rank=rank, num_workers=3)
-        assert {**metrics, "perf/probe_s": 0} == {**whole, "perf/probe_s": 0}
-
-    def test_a_failure_is_said_by_all_and_ends_nothing(self, shards, monkeypatch):
-        source = open_source(shards("set", LABELS))
-        job = self._job(choose_probe(OnlineProbeConfig(images=50, k=5), source, source))
-        model = job.build_model()
-        nn.init.constant_(model.encoder.norm.weight, float("nan"))
-        with pytest.raises(EvaluationSkipped, match=r"no probe .*not finite"):
-            job.evaluate(model, rank=0, num_workers=1)
-        # One worker cannot read its images; the other must hear of it and not wait.
-        monkeypatch.setattr(pretrain, "_probe_batches", lambda *_: (_ for _ in ()).throw(OSError("no route")))
-        monkeypatch.setattr(
-            pretrain.dist, "all_gather_object", lambda into, share: into.__setitem__(slice(None), [share] * 2)
-        )
-        with pytest.raises(EvaluationSkipped, match="OSError: no route"):
-            job.evaluate(model, rank=0, num_workers=2)
-
-    def test_which_images(self, shards, capsys):
-        config = OnlineProbeConfig(images=40, k=5)
-        train, few = open_source(shards("set", LABELS)), open_source(shards("few", LABELS[:8]))
-        assert choose_probe(config, few, train).source is train  # type: ignore[union-attr]
-        assert "few" not in capsys.readouterr().out
-        assert choose_probe(config, train, few).source is train  # type: ignore[union-attr]
-        assert "30 images of 2 classes of set/train (a guess: 50.0%)" in capsys.readouterr().out
-        none = open_source(shards("none", None))
-        assert choose_probe(config, none, none) is None
-        assert "no probe" in capsys.readouterr().out
-        assert choose_probe(OnlineProbeConfig(images=40, k=20), few, few) is None
-        assert "only 4 images" in capsys.readouterr().out
-        assert choose_probe(OnlineProbeConfig(images=0), train, train) is None
-        assert capsys.readouterr().out == ""
-
-    def test_a_run_begun_before_there_was_a_probe_goes_on(self):
-        now = to_json(PRETRAIN_RECIPES["demo"]())
-        before = {name: value for name, value in now.items() if name != "probe"}
-        assert differences(before, now) == []
-        assert differences({**now, "probe": {"images": 0, "k": 1}}, now) == []
+    assert config.share(num_workers=8).micro_batch == 512

@@ -96,7 +96,7 @@ def test_a_name_says_method_and_epochs_and_the_docstring_what_to_expect(name):
     assert type(config.method) is METHODS[name.split("_")[0]]
     assert f"_{config.loop.epochs}ep" in name
     assert config.loop.precision == "bfloat16"
-    config.micro_batch(8)  # eight workers can share the batch
+    config.share(num_workers=8)  # eight workers can share the batch
     assert text.endswith("Ours: not yet run.")
     assert "paper" in text
     told = re.search(r"Command:? .*?(pretrain\.py|hardware: as) (\w+)", text)

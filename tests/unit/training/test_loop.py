@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
+from mixmae.training.ema import WeightAverage
 from mixmae.training.loop import LoopConfig, TrainingStopped, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import run_length
@@ -22,19 +23,19 @@ NUM_IMAGES = 40
 
 @dataclass
 class Seen:
-    """Events that keep what they hear."""
+    """Events that keep what they are told."""
 
     logs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
-    panels: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence) -> None:
         self.logs.append((step, dict(record)))
         self.broken += [item.row for item in broken]
 
-    def panel(self, step: int) -> Mapping[str, float]:
-        self.panels.append(step)
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        self.evaluations.append(step)
         return {"heldout/loss": 1.0}
 
     def save(self, state: TrainState) -> None:
@@ -75,7 +76,18 @@ def _step(model: nn.Module, batch, generator: torch.Generator, first_sample: int
     return model(batch.images.float() / 255, generator)
 
 
-def _run(config=CONFIG, *, state=None, model=None, optimizer=None, stop=None, dropout=True, broken_every=0):
+def _run(
+    config=CONFIG,
+    *,
+    state=None,
+    model=None,
+    optimizer=None,
+    stop=None,
+    dropout=True,
+    broken_every=0,
+    average=None,
+    events=None,
+):
     torch.manual_seed(0)
     model = model or Net()
     if not dropout:
@@ -85,10 +97,11 @@ def _run(config=CONFIG, *, state=None, model=None, optimizer=None, stop=None, dr
     length = run_length(
         num_images=NUM_IMAGES, batch_size=config.batch_size, epochs=config.epochs, warmup_epochs=config.warmup_epochs
     )
-    events = Seen()
+    events = events or Seen()
     train(
         model=model,
         optimizer=optimizer,
+        average=average,
         peak_lr=0.01,
         clip_grad_norm=None,
         step_function=_step,
@@ -163,7 +176,7 @@ def test_accumulation_does_not_change_the_result():
 def test_events_and_records():
     *_, state, events = _run()
     assert [step for step, _ in events.logs] == [1, 3, 6, 9, 10]
-    assert events.panels == events.saves == [3, 6, 9, 10]  # an epoch is 5 steps, but at least four a run
+    assert events.evaluations == events.saves == [3, 6, 9, 10]  # an epoch is 5 steps, but at least four a run
     record = events.logs[-1][1]
     assert record["epoch"] == 2.0
     assert record["lr"] == pytest.approx(0.000432272712)  # 0.01 (1 + cos(6.5 pi / 7.5)) / 2
@@ -183,6 +196,43 @@ def test_divergence_stops_with_a_sentence():
         _run(model=Diverges())
 
 
+def test_weights_that_are_not_finite_are_never_saved():
+    """A gradient of NaN behind a loss that is fine, at a checkpoint between two log steps."""
+
+    class Fails(Net):
+        steps = 0
+
+        def forward(self, images, generator):
+            output = super().forward(images, generator)
+            self.steps += 1
+            if self.steps == 4:  # its backward pass alone has no value
+                output.loss.register_hook(lambda gradient: gradient * float("nan"))
+            return output
+
+    saved = []
+
+    class Saves(Seen):
+        def save(self, state: TrainState) -> None:
+            saved.append(state.step)
+
+    with pytest.raises(TrainingStopped, match=r"gradient is nan at step 4.*base-lr"):
+        _run(replace(CONFIG, log_every_steps=50, checkpoint_every_epochs=0.2), model=Fails(), events=Saves())
+    assert saved == [1, 2, 3]
+
+
+def test_the_average_follows_every_step():
+    """The loop's average against one that is updated by hand after each optimiser step."""
+    model = Net()
+    optimizer = build_optimizer(model, OptimConfig(base_lr=0.3))
+    by_hand = WeightAverage(model, 0.9)
+    optimizer.register_step_post_hook(lambda *_: by_hand.update(model))
+    average = WeightAverage(model, 0.9)
+    _run(model=model, optimizer=optimizer, average=average)
+    assert average.state_dict()["updates"] == 10
+    for name, value in by_hand.state_dict()["averages"].items():
+        assert torch.equal(value, average.state_dict()["averages"][name]), name
+
+
 def test_broken_images_are_reported_and_too_many_stop_the_run():
     *_, state, events = _run(replace(CONFIG, max_broken_fraction=0.2), broken_every=5)
     assert events.broken == [0, 5]
@@ -193,10 +243,10 @@ def test_broken_images_are_reported_and_too_many_stop_the_run():
 
 def test_batches_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="shared equally by 3 workers"):
-        LoopConfig(batch_size=8, warmup_epochs=0).accumulation(3)
+        LoopConfig(batch_size=8, warmup_epochs=0).share(num_workers=3)
     with pytest.raises(ValueError, match="multiple of the micro-batch of 3"):
-        LoopConfig(batch_size=8, micro_batch_size=3, warmup_epochs=0).accumulation(1)
-    assert LoopConfig(batch_size=8, micro_batch_size=2, warmup_epochs=0).accumulation(2) == 2
+        LoopConfig(batch_size=8, micro_batch_size=3, warmup_epochs=0).share(num_workers=1)
+    assert LoopConfig(batch_size=8, micro_batch_size=2, warmup_epochs=0).share(num_workers=2).accumulation == 2
 
 
 @pytest.mark.parametrize(
@@ -216,7 +266,7 @@ def test_a_loss_above_the_limit_stops_the_run():
         _run(replace(CONFIG, max_loss=losses[0] - 0.01))
 
 
-def test_what_drops_out_depends_on_the_place_in_the_batch_alone():
+def test_what_drops_out_depends_on_the_index_in_the_batch_alone():
     """Micro-batches draw one by one, so that two workers of one draw what one worker of two does."""
     drawn: list[tuple[int, float]] = []
 
@@ -240,6 +290,6 @@ def test_what_drops_out_depends_on_the_place_in_the_batch_alone():
             device=torch.device("cpu"),
         )
     first, second = drawn[:8], drawn[8:]
-    assert [place for place, _ in first] == [0, 2, 4, 6] * 2
+    assert [index for index, _ in first] == [0, 2, 4, 6] * 2
     assert len({value for _, value in first}) == 8
     assert [first[0], first[2], first[4], first[6]] == second

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from mixmae.data.classes import read_classes
 from mixmae.data.source import DataError, read_rows
 from mixmae.data.sources.open import layout_of, list_splits, open_source
-from pipelines.finetune import take_classes
 from pipelines.make_shards import make_shards
-from pipelines.runs import open_data
+from pipelines.run import open_data
 
 Contents = dict[str, tuple[int, str]]
 """Of every image, by its path in the set: its number, from which its pixels come, and the name of its class."""
@@ -154,7 +154,7 @@ def test_a_set_as_it_is_unpacked_becomes_shards(name, write, make_jpeg, tmp_path
                 path.removeprefix(below): (make_jpeg(number), label) for path, (number, label) in part.items()
             }
     train, validation = (open_source(made.folder, split) for split in ("train", "validation"))
-    assert take_classes(train, validation) == list(CLASSES[name])
+    assert read_classes(train, validation) == list(CLASSES[name])
 
 
 def test_training_takes_the_folder_itself(write, tmp_path):

@@ -1,0 +1,78 @@
+"""The weights that a run starts from: read once by the driver, and kept in the run's folder for its workers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixmae.convert import Preprocessing, Weights, describe, digest_of, load_checked, read_weights, save_encoder
+from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
+from mixmae.jobs.classification import INITIAL_FILE
+from mixmae.jobs.config import FinetuneConfig
+from mixmae.jobs.record import Pretrained, RunRecord
+from mixmae.training.run_folder import weights_of
+
+
+def read_pretrained(
+    path: Path, config: FinetuneConfig, usual: FinetuneConfig, before: RunRecord | None
+) -> tuple[Pretrained, Weights | None, FinetuneConfig]:
+    """Read pretrained weights, and let their architecture take the place of the recipe's.
+
+    The architecture, and the pixel normalisation, are those of the file where it has them and the command line does
+    not; drop path and image size stay the recipe's.
+
+    Args:
+        path: a run's folder or checkpoint, or a file or folder of any format of docs/weights.md.
+        config: what the command line asks for.  usual: the recipe's own.
+        before: the interrupted run that is continued, if there is one.
+    Returns: the record of the weights; the weights, or None for a run that was begun with them and has them in its own
+        folder; and the config with the encoder that they are for.
+    Raises: ValueError if weights and encoder do not fit; FileNotFoundError.
+    """
+    free = [name for name in ("pixel_mean", "pixel_std") if getattr(config, name) == getattr(usual, name)]
+    # Flags of drop path and size do not name an architecture.
+    own_size = replace(usual.encoder, drop_path=config.encoder.drop_path, image_size=config.encoder.image_size)
+    keeps_encoder = config.encoder != own_size
+
+    path = path.expanduser().resolve()
+    if before is not None and before.pretrained is not None and before.pretrained.path == str(path):
+        # As it was begun, whatever has become of the file since.
+        changes: dict[str, Any] = {name: tuple(before.config[name]) for name in free}
+        if not keeps_encoder:
+            encoder = config_from_json(before.config["encoder"])
+            changes["encoder"] = replace(encoder, drop_path=config.encoder.drop_path)
+        return before.pretrained, None, replace(config, **changes)
+
+    weights = read_weights(weights_of(path))
+    metadata = weights.metadata
+    run_id = metadata.source.get("run_id") if metadata else None
+    pretrained = Pretrained(path=str(path), digest=digest_of(weights.state), run_id=str(run_id) if run_id else None)
+    if metadata is None:
+        print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
+        return pretrained, weights, config
+    changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
+    if not keeps_encoder:
+        theirs = replace(metadata.encoder, drop_path=config.encoder.drop_path)
+        changes["encoder"] = config_at_size(theirs, config.augment.image_size)
+        if changes["encoder"] != config.sized_encoder():
+            print(
+                f"note: the encoder is the one of {path}, {describe(weights.state)}; the recipe's is "
+                f"{size_name(config.encoder) or 'another one'}. Rates, drop path and length stay the recipe's."
+            )
+    return pretrained, weights, replace(config, **changes)
+
+
+def keep_initial(pretrained: Pretrained, weights: Weights, config: FinetuneConfig, folder: Path) -> None:
+    """Fit the weights to the encoder and keep it in the run's folder, where every worker and every restart finds it.
+
+    Raises: ValueError if they do not fit.
+    """
+    encoder = build_encoder(config.sized_encoder())
+    assert isinstance(encoder, nn.Module)
+    own = {name: value for name, value in weights.state.items() if name.startswith("encoder.")}
+    load_checked(encoder, replace(weights, state=own), weights_of(Path(pretrained.path)))
+    preprocessing = Preprocessing(image_size=config.augment.size, mean=config.pixel_mean, std=config.pixel_std)
+    save_encoder(folder / INITIAL_FILE, encoder, preprocessing, source=asdict(pretrained), overwrite=True)

@@ -1,0 +1,123 @@
+"""A pretraining run as its workers see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mixmae.data.blocks import eval_batches
+from mixmae.data.source import Source
+from mixmae.encoders.build import build_encoder
+from mixmae.jobs.config import PretrainConfig
+from mixmae.jobs.job import Job
+from mixmae.jobs.probe import Probe, choose_probe
+from mixmae.jobs.record import DataRecord
+from mixmae.methods.build import build_method, images_mixed
+from mixmae.mixing import cyclic_partners
+from mixmae.panels import reconstruction_panel
+from mixmae.step import StepOutput
+from mixmae.training.loop import TrainState, step_seed
+
+PANEL_ROWS = 3
+"""Mixes that a panel shows, each of other images."""
+HELDOUT_IMAGES = 60
+"""Held-out images that the reconstruction loss is measured on; a multiple of 2, 3, 4 and 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob(Job):
+    """MixMAE, SimMIM or MAE on an encoder; judged by the loss of held-out images and by a probe."""
+
+    stage = "pretrain"
+    doing = "Pretraining"
+
+    config: PretrainConfig
+    heldout: Source
+    probe: Probe | None = None
+
+    @classmethod
+    def of(
+        cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path
+    ) -> PretrainJob:
+        """The job on these images; prints what it cannot measure on them.   Args: data: what --data was."""
+        if heldout.num_rows < images_mixed(config.method):
+            print(
+                f"note: {heldout.num_rows} held-out images are fewer than a mix takes: no panels and no held-out loss"
+            )
+        return cls(
+            config=config,
+            source=source,
+            heldout=heldout,
+            data=DataRecord.of(source, data, config),
+            folder=folder,
+            probe=choose_probe(config.probe, source, heldout),
+        )
+
+    @property
+    def evaluates_untrained(self) -> bool:
+        return self.probe is not None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {**super().tags, "probe": self.probe.description if self.probe else "none"}
+
+    def build_model(self) -> nn.Module:
+        return build_method(build_encoder(self.config.sized_encoder()), self.config.method)
+
+    def step(self, model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
+        return model(self.images_on_device(model, batch.images), generator=generator, first_sample=first_sample)
+
+    def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
+        """The probe. (The loss of the held-out images comes with the panel, from rank 0 alone.)"""
+        if self.probe is None:
+            return {}
+        return self.probe.measure(model, self.config, rank=rank, num_workers=num_workers)
+
+    def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
+        """Some mixes of held-out images with their reconstructions, and heldout/loss; nothing without such images."""
+        images = self.images_on_device(model, self._heldout_images)
+        if not len(images):
+            return None, {}
+        generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
+        loss = model(images, generator=generator).loss.item()
+        num_images = images_mixed(self.config.method)
+        shown = images[: PANEL_ROWS * num_images]
+        generator = torch.Generator().manual_seed(step_seed(0, "panel"))
+        # One mix per row, each of other images.
+        mixes = cyclic_partners(len(shown), num_images)[::num_images].to(images.device)
+        chosen = {"partners": mixes} if num_images > 1 else {}
+        pictures = model(shown, generator=generator, with_pictures=True, **chosen).pictures
+        caption = "Outlined cells are shown to the model; in reconstructions they are the original's pixels."
+        if self.config.method.normalise_targets:
+            caption += " Hidden cells are un-normalised with the mean and std of the original's patch."
+        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std, caption=caption)
+        return panel, {"heldout/loss": loss}
+
+    def final_metrics(self, state: TrainState) -> dict[str, float]:
+        """final/loss and, where measured, final/heldout_loss, final/knn_top1 and final/linear_top1."""
+        names = {"loss": "loss", "heldout/loss": "heldout_loss"}
+        names |= {"probe/knn_top1": "knn_top1", "probe/linear_top1": "linear_top1"}
+        return {f"final/{name}": state.metrics[key] for key, name in names.items() if key in state.metrics}
+
+    @cached_property
+    def _heldout_images(self) -> Tensor:
+        """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images per mix."""
+        num_images = images_mixed(self.config.method)
+        rows = np.arange(min(HELDOUT_IMAGES, self.heldout.num_rows))
+        batch = next(eval_batches(self.heldout, self.config.augment.image_size, batch_size=len(rows), rows=rows))
+        broken = [record.row for record in batch.broken]
+        images = batch.images[torch.from_numpy(~np.isin(rows, broken))]
+        return images[: len(images) // num_images * num_images]
+
+
+def check_method(config: PretrainConfig) -> None:
+    """See that the encoder can do what the method needs.   Raises: ValueError."""
+    with torch.device("meta"):
+        build_method(build_encoder(config.sized_encoder()), config.method)

@@ -1,0 +1,128 @@
+"""The record of a run, run.json in its folder: what it is, what it was begun with, and how it ended."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+
+import mixmae
+from mixmae.data.source import Source
+from mixmae.data.sources.storage import plain_place
+from mixmae.jobs.config import RunConfig
+from mixmae.tracking import RunRef
+from mixmae.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """The training set of a run."""
+
+    name: str
+    digest: str
+    source: str
+    """What --data was, as an absolute path where it is one; "built-in" without it."""
+    window_rows: int
+    """Images per shuffle window; decided once: a lost index file must not change the order of a continued run."""
+
+    @classmethod
+    def of(cls, source: Source, data: str | None, config: RunConfig) -> DataRecord:
+        """The record of a source.   Args: data: what --data was."""
+        return cls(
+            name=source.name,
+            digest=source.digest,
+            source=plain_place(data) if data else "built-in",
+            window_rows=config.window_rows_for(source.exact_reads),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """The weights that a run starts from."""
+
+    path: str
+    digest: str
+    run_id: str | None
+    """The MLflow run that they come from, if they name one."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags of an MLflow run that starts from them."""
+        return {"pretrained": self.path, **({"pretrained.run_id": self.run_id} if self.run_id else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What run.json holds; fields that a run does not have are None or empty, and not in the file."""
+
+    status: Literal["preparing", "running", "finished", "stopped"]
+    """preparing: it has not trained yet, and its folder may be used anew. stopped: training could not go on."""
+    recipe: str = ""
+    """Name of the recipe, of a sweep that of the space."""
+    config: Mapping[str, Any]
+    """The config as JSON values (mixmae.jobs.config.to_json)."""
+    pretrained: Pretrained | None = None
+    classes: Sequence[str] | None = None
+    """Names of the classes, of a run that trains a classifier."""
+    cached: bool = False
+    """Whether it is a linear probe on cached features."""
+    space: Mapping[str, Any] | None = None
+    """The search space, of a sweep."""
+    trial: Mapping[str, Any] | None = None
+    """The values of the fields that vary, of a sweep's trial."""
+    data: DataRecord | None = None
+    mlflow: RunRef | None = None
+    checkpoint: str | None = None
+    """The last checkpoint, of a finished run; of a sweep and of a cached probe the best weights."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of a finished run: those of its last log and evaluation, and the final ones."""
+    reason: str = ""
+    """Why it was stopped."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it may have trained: a run that never did binds nobody."""
+        return self.status != "preparing"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of run.json."""
+        content = {name: value for name, value in vars(self).items() if value is not None}
+        parts = {name: asdict(content[name]) for name in ("pretrained", "data", "mlflow") if name in content}
+        unused = [name for name in ("cached", "metrics", "reason") if not content[name]]
+        return {name: value for name, value in {**content, **parts}.items() if name not in unused}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
+        """Read what to_json wrote, now or in an earlier version."""
+        known = {item.name for item in fields(cls)}
+        values = {name: value for name, value in content.items() if name in known and value is not None}
+        for name, kind in (("pretrained", Pretrained), ("data", DataRecord), ("mlflow", RunRef)):
+            if name in values:
+                values[name] = kind(**values[name])
+        return cls(**values)
+
+
+def read_record(folder: RunFolder) -> RunRecord | None:
+    """The record in a folder, or None in a new one.   Raises: as RunFolder.read."""
+    content = folder.read()
+    return None if content is None else RunRecord.from_json(content)
+
+
+def read_begun(folder: RunFolder) -> RunRecord | None:
+    """As read_record, but None also for a run that never trained."""
+    record = read_record(folder)
+    return record if record is not None and record.is_begun else None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's numbers depend on."""
+    return {
+        "mixmae": mixmae.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("ray", "numpy", "pyarrow")},
+    }

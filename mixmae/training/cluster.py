@@ -1,0 +1,124 @@
+"""Joining a Ray cluster, or starting one on this machine: the same way for all pipelines."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ray
+
+Device = Literal["auto", "cpu", "gpu"]
+"""Where workers compute; auto takes GPUs if the cluster has any."""
+
+
+class ClusterError(ValueError):
+    """The cluster cannot run what was asked for; the message says why and what to do."""
+
+
+def join(
+    address: str | None,
+    *,
+    num_workers: int,
+    device: Device = "auto",
+    num_trials: int | None = None,
+    slots: Mapping[str, float] | None = None,
+    dashboard: bool = False,
+) -> bool:
+    """Join or start Ray and check that it can hold the workers.
+
+    Args:
+        address: of a cluster; None takes RAY_ADDRESS, which `ray job submit` sets, else starts a local one.
+        num_workers: processes of one run, one CPU each, or one CPU and one GPU each.
+        num_trials: runs at once, each with a process of its own beside its workers; None for a single run.
+        slots, dashboard: as in `connect`.
+    Returns: whether the workers use a GPU each.
+    Raises: ClusterError.
+    """
+    is_own = not (address or os.environ.get("RAY_ADDRESS"))
+    total = num_workers * (num_trials or 1)
+    connect(address, num_workers=total + (num_trials or 0), slots=slots, dashboard=dashboard)
+    use_gpu = choose_device(device)
+    require_resources(num_workers=total, use_gpu=use_gpu, wait_s=0.0 if is_own else 30.0)  # one of our own cannot grow
+    cores = os.cpu_count() or 1
+    if is_own and not use_gpu and num_workers > cores:  # its CPUs are logical ones: Ray would not refuse
+        raise ClusterError(
+            f"{num_workers} workers on a machine of {cores} cores would only wait for each other: lower --workers to "
+            f"{cores} or less."
+        )
+    return use_gpu
+
+
+def connect(
+    address: str | None, *, num_workers: int = 0, slots: Mapping[str, float] | None = None, dashboard: bool = False
+) -> None:
+    """Join a Ray cluster, or start one on this machine that ends with this process; nothing if that was done before.
+
+    Args:
+        address: as in `join`.
+        num_workers: a local cluster gets logical CPUs for these beside one per core for decoding.
+        slots, dashboard: a local cluster's own kinds of resources, and whether it has a dashboard.
+    Raises: ClusterError if no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
+        num_cpus = (os.cpu_count() or 1) + num_workers
+        # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
+        # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+        return
+    try:
+        _check_listening(address)
+        ray.init(address=address, **quiet)
+    except OSError as error:  # ConnectionError is one
+        raise ClusterError(
+            f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
+            "correct --ray-address, or leave it out to run on this machine alone."
+        ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Open a connection to HOST:PORT; ray.init alone would try for minutes.   Raises: OSError."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def choose_device(device: Device) -> bool:
+    """Whether the workers use a GPU each."""
+    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def require_resources(*, num_workers: int, use_gpu: bool, wait_s: float) -> None:
+    """Refuse what the cluster cannot hold, after giving an autoscaler `wait_s` seconds to bring nodes.
+
+    Raises: ClusterError with what is there and what is needed.
+    """
+    # Decoding runs on CPUs too: the workers, one CPU each, must leave it one.
+    needs = {"GPU": num_workers, "CPU": num_workers + 1} if use_gpu else {"CPU": num_workers + 1}
+    deadline = time.monotonic() + wait_s
+    while True:
+        there = {kind: int(ray.cluster_resources().get(kind, 0)) for kind in needs}
+        short = [kind for kind in needs if there[kind] < needs[kind]]
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            kind = short[0]
+            most = there[kind] - (needs[kind] - num_workers)
+            fix = f"lower --workers to {most} or add nodes" if most >= 1 else "add nodes"
+            spare = " (one per worker and one for decoding)" if kind == "CPU" else ""
+            raise ClusterError(
+                f"{num_workers} workers need {needs[kind]} {kind}s{spare} but the cluster has {there[kind]}: "
+                f"{fix}{', or give --device cpu' if kind == 'GPU' else ''}."
+            )
+        time.sleep(1.0)

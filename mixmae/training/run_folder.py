@@ -1,0 +1,105 @@
+"""The folder that a training run writes: where its parts are, and what to load from it.
+
+run.json                what the run is, and whether it is finished (mixmae.jobs.record has its fields)
+checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
+best/                   the weights that did best on the validation set, where a run keeps them
+panels/step_N.png       pictures of held-out images
+broken_images.jsonl     the ledger: images that could not be decoded
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mixmae.training.checkpoint import STATE_FILE, upgraded
+from mixmae.writing import write_json
+
+RUN_FILE = "run.json"
+
+
+class RunFolder:
+    """The output folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+
+    def read(self) -> dict[str, Any] | None:
+        """run.json with today's names of the config's fields, or None in a new folder.
+
+        Raises: ValueError if the folder is something else's, or the file is damaged.
+        """
+        file = self.path / RUN_FILE
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}): put it back from a copy, or choose another --output."
+                ) from error
+            return content | {"config": upgraded(content.get("config", {}))}
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and not a run of this program: choose another --output.")
+        return None
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace run.json.   Raises: ValueError if the folder cannot be written."""
+        try:
+            write_json(self.path / RUN_FILE, content)
+        except OSError as error:
+            raise ValueError(
+                f"The output folder {self.path} cannot be written ({error.strerror}): choose another --output."
+            ) from error
+
+    def add_broken(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add images to the ledger, each row once; returns those that are new."""
+        known = {entry["row"] for entry in self.broken()}
+        new = list({entry["row"]: entry for entry in entries if entry["row"] not in known}.values())
+        with self.ledger.open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in new)
+        return new
+
+    def broken(self) -> list[dict[str, Any]]:
+        """The ledger's entries: row, where, reason."""
+        return [json.loads(line) for line in self.ledger.read_text().splitlines()] if self.ledger.exists() else []
+
+    @property
+    def ledger(self) -> Path:
+        """The list of images that could not be decoded."""
+        return self.path / "broken_images.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """The weights that did best on the validation set."""
+        return self.path / "best"
+
+    def keep_panel(self, step: int, png: bytes) -> None:
+        """Write the panel drawn after a step."""
+        (self.path / "panels").mkdir(exist_ok=True)
+        (self.path / "panels" / f"step_{step:07d}.png").write_bytes(png)
+
+    def last_panel(self) -> Path | None:
+        """The newest panel's file."""
+        return max((self.path / "panels").glob("step_*.png"), default=None)
+
+
+def run_around(path: Path) -> Path | None:
+    """The folder of the run that a path is, or is in; None if there is none."""
+    path = path.resolve()
+    return next((folder for folder in (path, *path.parents) if (folder / RUN_FILE).is_file()), None)
+
+
+def weights_of(path: Path) -> Path:
+    """What to load when a user names a run's folder: its best weights, else its last checkpoint; other paths stay.
+
+    Raises: ValueError for a run without a checkpoint.
+    """
+    if not (path / RUN_FILE).is_file():
+        return path
+    if (path / "best" / STATE_FILE).is_file():
+        return path / "best"
+    last = max(path.glob("checkpoints/step_*"), default=None)
+    if last is None:
+        raise ValueError(f"{path} is a run without a checkpoint yet: let it train on, or choose another one.")
+    return last

@@ -1,0 +1,314 @@
+"""A run between its command line and its end: folder, record, MLflow, workers. All pipelines that train use it.
+
+    run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
+    job = run.settle(job)                 # the training set is recorded, or refused if it is another one than before
+    run.join_cluster(job)
+    job = run.track(job)                  # MLflow's run is open
+    done = run.train(job)                 # the workers train, the record is closed
+
+What is trained is the job's: see mixmae.jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_train_and_held_out
+from mixmae.data.sources.storage import plain_place
+from mixmae.jobs.classification import ClassificationJob
+from mixmae.jobs.config import RunConfig, differences, to_json
+from mixmae.jobs.job import Job
+from mixmae.jobs.record import RunRecord, read_begun, versions
+from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
+from mixmae.training.cluster import Device, join
+from mixmae.training.loop import TrainState, step_seed
+from mixmae.training.run_folder import RunFolder
+from mixmae.training.worker import fit
+from pipelines.console import ProgressView
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """The command line of a run: where to read, where to write, on what to run."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """The recipe's fields; any of them can be changed."""
+    data: str | None = None
+    """Parquet shards, tars, a glob, a file list or a URI such as s3://BUCKET/PREFIX (docs/data.md), or a folder of
+    image files, which is packed once into shards beside the output. Without it: the built-in set of shapes."""
+    output: Path | None = None
+    """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
+    must be one that all nodes share."""
+    workers: int = 1
+    """Training processes: one per GPU, or some on CPU."""
+    device: Device = "auto"
+    """Where workers train; auto takes GPUs if the cluster has any."""
+    resume: bool = False
+    """Insist on continuing: fail if the output holds no interrupted run. (It is continued anyway if it does.)"""
+    mlflow_uri: str | None = None
+    """Tracking server, such as http://HOST:5000. Default: MLFLOW_TRACKING_URI, else mlflow.db beside the output."""
+    experiment: str
+    """MLflow experiment."""
+    run_name: str | None = None
+    """Name of the MLflow run. Default: the output folder's name."""
+    ray_address: str | None = None
+    """Ray cluster. Default: RAY_ADDRESS (set by `ray job submit`), else one on this machine for this run."""
+    max_failures: int = 3
+    """Restarts from the last checkpoint, after a worker died, before giving up."""
+    checkpoints_to_keep: int = 3
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}: it must be at least 1.")
+        if self.output is not None and re.match(r"[a-z0-9]+:/", str(self.output)):
+            raise ValueError(f"--output is {self.output}: runs are written to a folder, on a cluster to a shared one.")
+
+
+def output_folder(arguments: RunArguments, recipe: str) -> RunFolder:
+    """The output folder that was asked for, or the default one."""
+    data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
+    return RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run under way. Make it with `begin`, then call the methods in their order."""
+
+    arguments: RunArguments
+    folder: RunFolder
+    before: RunRecord | None
+    """The record of the interrupted run that is continued, or None for a new one."""
+    record: RunRecord
+    """The record of this one."""
+    uri: str
+    """MLflow's store."""
+    use_gpu: bool = False
+
+    @property
+    def data_folder(self) -> Path:
+        """Where image folders and built-in sets are packed into shards, shared with the runs beside this one."""
+        return self.folder.path.parent / "data"
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether steps of it may have been trained before."""
+        return self.before is not None and self.before.mlflow is not None
+
+    def settle(self, job: JobT) -> JobT:
+        """Record the training set and the classes; returns the job with the data as they were recorded at first.
+
+        Raises: ValueError if the run was begun on others.
+        """
+        classes = job.classes if isinstance(job, ClassificationJob) else None
+        self.record = replace(self.record, data=job.data, classes=classes)
+        refuse_changes(self.before, self.record, self.folder.path)
+        if self.before is not None and self.before.data is not None:
+            self.record = replace(self.record, data=self.before.data)
+            job = replace(job, data=self.before.data)
+        return job
+
+    def join_cluster(self, job: Job) -> None:
+        """Join or start Ray.
+
+        Raises: ValueError if the job's set is smaller than a batch, before that; ClusterError if Ray cannot hold the
+            workers.
+        """
+        arguments, _ = self.arguments, job.length
+        self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
+        if self.use_gpu and arguments.config.loop.precision == "float32":
+            print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
+
+    def track(self, job: JobT, *, tags: Mapping[str, str] | None = None, parent_run_id: str | None = None) -> JobT:
+        """Open the MLflow run: the interrupted run's own, or a new one with all that is known before training.
+
+        Args: tags: beside the job's own.
+        Returns: the job that logs to it.   Raises: TrackingError.
+        """
+        params = {
+            **job.params,
+            "recipe": self.record.recipe,
+            "workers": self.arguments.workers,
+            "gpu": int(self.use_gpu),
+        }
+        return replace(job, run=self.open(params, {**job.tags, **(tags or {})}, parent_run_id))
+
+    def open(self, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> RunRef:
+        """The MLflow run, and a record that it is under way."""
+        data = self.record.data
+        assert data is not None, "settle comes first"
+        ref = self._reopen() or create_run(
+            uri=self.uri,
+            experiment=self.arguments.experiment,
+            name=self.name,
+            params=params,
+            tags={
+                **tags,
+                "output": str(self.folder.path),
+                **{f"version.{name}": number for name, number in versions().items()},
+            },
+            dataset={"name": data.name, "digest": data.digest, "source": data.source},
+            parent_run_id=parent_run_id,
+        )
+        self.write(status="running", mlflow=ref)
+        return ref
+
+    @property
+    def name(self) -> str:
+        """Of the MLflow run."""
+        return self.arguments.run_name or self.folder.path.name
+
+    def _reopen(self) -> RunRef | None:
+        """The MLflow run of the interrupted run, set running again; None if there is none."""
+        if self.before is None or self.before.mlflow is None:
+            return None
+        ref = self.before.mlflow
+        if self.arguments.mlflow_uri in (None, ref.uri) and reopen_run(ref):
+            return ref
+        print(f"note: the interrupted run {ref.run_id} is not in {self.uri}; its curves go on in a new one")
+        return None
+
+    def write(self, **changes: Any) -> None:
+        """Write the record with changed fields.   Raises: ValueError if the folder cannot be written."""
+        self.record = replace(self.record, **changes)
+        self.folder.write(self.record.to_json())
+
+    def train(self, job: Job, callbacks: Sequence[Any] = ()) -> Finished | None:
+        """Train to the end and close the record.
+
+        Args: callbacks: of Ray Train.
+        Returns: how it ended, or None after Ctrl-C.
+        Raises: TrainingStopped, WorkersFailed.
+        """
+        arguments, folder, start = self.arguments, self.folder, time.monotonic()
+        assert job.run is not None, "track comes first"
+        status, tags, metrics = "FAILED", {}, {}
+        try:
+            with ProgressView(job.length.total_steps) as view:
+                state, checkpoint = fit(
+                    job,
+                    folder=folder.path,
+                    name="checkpoints",
+                    num_workers=arguments.workers,
+                    use_gpu=self.use_gpu,
+                    max_failures=arguments.max_failures,
+                    checkpoints_to_keep=arguments.checkpoints_to_keep,
+                    on_message=lambda message: view.receive(message, folder),
+                    callbacks=callbacks,
+                )
+            status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
+            return None
+        finally:
+            with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
+                if folder.broken():
+                    log_file(job.run, folder.ledger)
+                finish_run(job.run, status=status, tags=tags, metrics=metrics)
+        self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
+        return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
+
+    def headline(self, job: Job) -> str:
+        """What is trained, for how many steps, on what, where to."""
+        doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.workers
+        workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count > 1)}"
+        assert job.run is not None
+        return (
+            f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
+            f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
+            f"output {self.folder.path}\nMLflow {job.run.uri}"
+        )
+
+    def print_broken(self) -> None:
+        """Print how many images could not be decoded, if any."""
+        if broken := self.folder.broken():
+            print(f"{len(broken)} images could not be decoded and were replaced by others: {self.folder.ledger}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a run ended."""
+
+    state: TrainState
+    checkpoint: str
+    """Path of the last one."""
+    metrics: Mapping[str, float]
+    """The job's final ones."""
+    seconds: float
+
+
+def begin(arguments: RunArguments, recipe: str, **known: Any) -> Run | None:
+    """Take the output folder for a run, new or continued.
+
+    Args: known: fields of the RunRecord beside recipe and config, which a continued run must have alike.
+    Returns: the run, or None if it is finished, which is printed.
+    Raises: ValueError if the folder holds another run, or none to resume.
+    """
+    folder = output_folder(arguments, recipe)
+    before = read_begun(folder)
+    if before is None and arguments.resume:
+        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
+    refuse_changes(before, record, folder.path)
+    if before is not None and before.status == "finished":
+        print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
+        return None
+    uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
+    if before is None:
+        folder.write(record.to_json())
+    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri)
+
+
+def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:
+    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now."""
+    if before is None:
+        return
+    changed = differences(before.config, now.config)
+    if before.data and now.data and before.data.digest != now.data.digest:
+        changed.append(f"data was {before.data.name} ({before.data.digest}) and is {now.data.name}")
+    digests = [record.pretrained.digest if record.pretrained else None for record in (before, now)]
+    if digests[0] != digests[1]:
+        was, is_now = (record.pretrained.path if record.pretrained else "none" for record in (before, now))
+        changed.append(f"pretrained was {was} and is {is_now if was != is_now else 'another file there'}")
+    if before.classes is not None and now.classes is not None and list(before.classes) != list(now.classes):
+        changed.append(f"the head has {len(before.classes)} classes and the data {len(now.classes)} or others")
+    if before.space != now.space:
+        both = before.space and now.space
+        changed.append("the search space is another one" if both else "only one of the two is a sweep")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(
+            f"{path} holds a run begun with other settings ({'; '.join(changed[:3])}{more}): continue it with the "
+            "ones it was begun with, or choose another --output."
+        )
+
+
+def open_data(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source, Source]:
+    """The training and the held-out source; image folders and the built-in set become shards in `folder` first.
+
+    Args: holdout_rows: most images that are held out of a set without a validation split.
+    Raises: DataError.
+    """
+    from pipelines.make_shards import default_shapes, is_image_folder, make_shards
+
+    if data is None:
+        place = str(default_shapes(folder / "shapes"))
+    elif is_image_folder(data):
+        path = Path(data).expanduser().resolve()
+        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
+        place = str(make_shards(path, shards, overwrite=True).folder)  # what has changed since is packed anew
+    else:
+        place = data
+    return open_train_and_held_out(place, holdout_rows)
