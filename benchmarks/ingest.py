@@ -45,8 +45,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 from benchmarks.photographs import make_jpegs
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.share import WorkerShare
 from pipelines.make_shards import make_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -304,10 +306,9 @@ def _consume(config: dict[str, Any]) -> dict[str, Any]:
         source,
         plan,
         AugmentConfig(),
-        global_batch=BATCH,
-        micro_batch=BATCH,
+        share=WorkerShare(batch_size=BATCH),
         stop_step=10**6,
-        settings=options.stream,
+        config=options.stream,
     )
     scale = (1 / (255 * torch.tensor(STD))).view(3, 1, 1)
     shift = (torch.tensor(MEAN) / torch.tensor(STD)).view(3, 1, 1)

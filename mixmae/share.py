@@ -31,7 +31,7 @@ class WorkerShare:
                 f"A batch of {self.batch_size} images cannot be shared equally by {self.num_workers} workers: make "
                 "--loop.batch-size a multiple of --workers."
             )
-        if self.images % self.micro_batch or self.micro_batch < 1:
+        if self.micro_batch < 1 or self.images % self.micro_batch:
             raise ValueError(
                 f"A worker's share of the batch is {self.images} images ({self.batch_size} / {self.num_workers} "
                 f"workers), not a multiple of the micro-batch of {self.micro_batch}: change --loop.micro-batch-size."

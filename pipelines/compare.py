@@ -27,7 +27,8 @@ from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import Source, open_train_and_held_out
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
@@ -37,6 +38,7 @@ from mixmae.probing.features import extract_features
 from mixmae.probing.fit import small_set_probe, train_probe
 from mixmae.probing.knn import KnnConfig, knn_classify
 from mixmae.probing.linear import LinearHead
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.loop import TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
@@ -135,9 +137,8 @@ def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Modul
     model = build_method(build_encoder(config.sized_encoder()), config.method)
     state = TrainState()
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=loop.seed, window_rows=config.window_rows_for(source.exact_reads))
-    batches = local_batches(
-        source, plan, config.augment, global_batch=loop.batch_size, micro_batch=loop.batch_size, stop_step=steps
-    )
+    share = WorkerShare(batch_size=loop.batch_size)
+    batches = local_batches(source, plan, config.augment, share=share, stop_step=steps)
 
     def step(model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
         return model(_normalise(config, batch.images), generator=generator, first_sample=first_sample)

@@ -26,10 +26,11 @@ import torch
 import tyro
 
 from mixmae.convert import writing
+from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
-from mixmae.data.images.decode import BrokenImage, Uint8Array, decode_rgb
-from mixmae.data.order import Int64Array
-from mixmae.data.sources.open import Sample, Source, list_splits, open_source, read_rows
+from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb
+from mixmae.data.source import Sample, Source, read_rows
+from mixmae.data.sources.open import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
 from pipelines.console import fail
 from pipelines.features import SAY_EVERY_S, FrozenEncoder, ahead, load_frozen
@@ -117,7 +118,7 @@ class Embedder:
             return centre_crop(
                 decode_rgb(sample.data), self._frozen.preprocessing.image_size, self._frozen.resize_share
             )
-        except BrokenImage:
+        except DecodeError:
             return None
 
     def _encoded(self, batches: Iterable[_Pictures]) -> Iterator[pa.Table]:

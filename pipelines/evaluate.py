@@ -27,9 +27,8 @@ from torch.nn import functional as F
 from mixmae.convert import EncoderMetadata, build_model, read_weights
 from mixmae.convert.files import NOT_STATED
 from mixmae.data.blocks import eval_batches
-from mixmae.data.labels import read_labels
-from mixmae.data.source import DataError
-from mixmae.data.sources.open import Source, list_splits, open_source
+from mixmae.data.source import DataError, Source
+from mixmae.data.sources.open import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
@@ -150,7 +149,7 @@ def evaluate(arguments: Arguments) -> int:
 def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
     """The images to judge on.   Raises: DataError if they have no classes, or others than the model."""
     source = _open(arguments)
-    labels = read_labels(source)
+    labels = source.read_labels()
     if not (labels >= 0).any():
         raise DataError(f"{source.name} has no labels to judge by: give labelled images, or use pipelines/predict.py.")
     if labels.max() >= classifier.num_classes:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mixmae.convert import Preprocessing, build_model, digest_of, read_weights
-from mixmae.data.blocks import Batch, eval_batches
-from mixmae.data.order import Int64Array
-from mixmae.data.sources.open import Source
+from mixmae.data.blocks import ImageBatch, eval_batches
+from mixmae.data.chunks import Int64Array
+from mixmae.data.source import Source
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.probing.features import LabelledBatch, extract_features
@@ -46,7 +46,7 @@ class FrozenEncoder:
     def width(self) -> int:
         return self.encoder.channels[-1]
 
-    def batches(self, source: Source, rows: Int64Array | None = None) -> Iterator[Batch]:
+    def batches(self, source: Source, rows: Int64Array | None = None) -> Iterator[ImageBatch]:
         """All images, or these rows, decoded by threads one batch ahead of the encoder."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             size, share = self.preprocessing.image_size, self.resize_share
@@ -106,7 +106,7 @@ def choose_place(device: Literal["auto", "cpu", "gpu"]) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def saying(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
+def saying(batches: Iterable[ImageBatch], total: int, what: str) -> Iterator[ImageBatch]:
     """Pass batches on, with a line now and then and at the end of what took long enough for one."""
     start = said = time.monotonic()
     count = broken = 0

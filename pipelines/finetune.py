@@ -34,16 +34,15 @@ from torch.nn import functional as F
 from mixmae.convert import Preprocessing, Weights, describe, digest_of, load_checked, read_weights, save_encoder
 from mixmae.data.blocks import eval_batches
 from mixmae.data.images.mixup import mix_batch
-from mixmae.data.labels import read_labels
 from mixmae.data.order import Plan
-from mixmae.data.source import DataError
-from mixmae.data.sources.open import Source
+from mixmae.data.source import DataError, Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
 from mixmae.finetune.classification import ImageClassifier, Mix, classification_step
 from mixmae.jobs.config import FinetuneConfig, to_json
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.probing.features import predict_logits
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef, tag_run
 from mixmae.training.checkpoint import read_state
@@ -147,13 +146,15 @@ class FinetuneJob:
             self.source,
             plan,
             self.config.augment,
-            global_batch=self.loop.batch_size,
-            micro_batch=self.config.micro_batch(num_workers),
-            rank=rank,
-            world_size=num_workers,
+            share=WorkerShare(
+                batch_size=self.loop.batch_size,
+                micro_batch_size=self.config.micro_batch(num_workers),
+                rank=rank,
+                num_workers=num_workers,
+            ),
             start_step=start_step,
             stop_step=self.length.total_steps,
-            settings=self.config.stream,
+            config=self.config.stream,
         )
         with contextlib.closing(stream):
             yield iter(stream)
@@ -385,7 +386,7 @@ def take_classes(source: Source, validation: Source) -> list[str]:
     remedy = "give images in a folder for each class, shards with an integer column `label`, or tars with .cls files"
     if not source.has_labels:
         raise DataError(f"{source.name} has no labels, and a classifier needs them: {remedy} (docs/data.md)")
-    labels, judged = read_labels(source), read_labels(validation)
+    labels, judged = source.read_labels(), validation.read_labels()
     known = labels[labels >= 0]
     if not len(known):
         raise DataError(f"no image of {source.name} has a class (all labels are -1): {remedy} (docs/data.md)")

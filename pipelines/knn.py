@@ -20,9 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from mixmae.data.labels import read_labels
-from mixmae.data.order import Int64Array
-from mixmae.data.sources.open import Source
+from mixmae.data.chunks import Int64Array
+from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import create_run, finish_run, resolve_uri, tag_run
@@ -79,7 +78,7 @@ def knn(arguments: Arguments) -> int:
     train, validation = open_data(arguments.data, base / "data", HELDOUT_IMAGES)
     classes = take_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
-    check_voters(read_labels(train)[rows], read_labels(validation), config.k)
+    check_voters(train.read_labels()[rows], validation.read_labels(), config.k)
     name = run.name if run else arguments.weights.resolve().stem
     folder = writable_folder(arguments.output or Path("evaluations") / name)
 

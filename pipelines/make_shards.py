@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
-from mixmae.data.images.decode import BrokenImage, decode_rgb, image_size
+from mixmae.data.chunks import Int64Array
+from mixmae.data.images.decode import DecodeError, decode_rgb, image_size
 from mixmae.data.images.summary import Summary
-from mixmae.data.order import Draw, Int64Array, Plan, permutation
+from mixmae.data.order import Draw, Plan, permutation
 from mixmae.data.shards import shapes
 from mixmae.data.shards.write import (
     MANIFEST_FORMAT,
@@ -47,19 +48,11 @@ from mixmae.data.shards.write import (
     write_manifest,
     write_shard,
 )
+from mixmae.data.source import DataError, Sample, Source, read_rows
 from mixmae.data.sources.folders import FilesSource
-from mixmae.data.sources.open import (
-    MANIFEST_NAME,
-    DataError,
-    JoinedSource,
-    ParquetSource,
-    Sample,
-    Source,
-    layout_of,
-    list_splits,
-    open_source,
-    read_rows,
-)
+from mixmae.data.sources.joined import JoinedSource
+from mixmae.data.sources.open import MANIFEST_NAME, layout_of, list_splits, open_source
+from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import plain_place, writable_folder
 
@@ -416,7 +409,7 @@ def _shrink(data: bytes, longer_side: int) -> bytes | None:
         if scale >= 1:
             return None
         pixels = np.ascontiguousarray(decode_rgb(data))
-    except BrokenImage:
+    except DecodeError:
         return None
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     out = io.BytesIO()

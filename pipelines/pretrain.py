@@ -27,10 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixmae.data.blocks import eval_batches
-from mixmae.data.labels import read_labels
-from mixmae.data.order import Int64Array, Plan
-from mixmae.data.source import DataError
-from mixmae.data.sources.open import Source
+from mixmae.data.chunks import Int64Array
+from mixmae.data.order import Plan
+from mixmae.data.source import DataError, Source
 from mixmae.data.streams import TrainStream
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import build_encoder
@@ -40,6 +39,7 @@ from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.probing.features import extract_features
 from mixmae.probing.ridge import OnlineProbeConfig, choose_images, probe_features
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import MlflowTracker, RunRef
 from mixmae.training.loop import Batch, LoopConfig, TrainState, step_seed
@@ -128,13 +128,15 @@ class PretrainJob:
             self.source,
             plan,
             self.config.augment,
-            global_batch=self.loop.batch_size,
-            micro_batch=self.config.micro_batch(num_workers),
-            rank=rank,
-            world_size=num_workers,
+            share=WorkerShare(
+                batch_size=self.loop.batch_size,
+                micro_batch_size=self.config.micro_batch(num_workers),
+                rank=rank,
+                num_workers=num_workers,
+            ),
             start_step=start_step,
             stop_step=self.length.total_steps,
-            settings=self.config.stream,
+            config=self.config.stream,
         )
         with contextlib.closing(stream):
             yield iter(stream)
@@ -239,7 +241,7 @@ def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> 
     best: Probe | None = None
     for part in (heldout, source):
         try:
-            labels = read_labels(part) if part.has_labels else np.full(part.num_rows, -1)
+            labels = part.read_labels() if part.has_labels else np.full(part.num_rows, -1)
         except (DataError, OSError) as error:
             print(f"note: no probe (the labels of {part.name} cannot be read: {error})")
             return None

@@ -22,7 +22,8 @@ import tyro
 from torch import nn
 
 import mixmae
-from mixmae.data.sources.open import Source, open_train_and_held_out
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.data.sources.storage import plain_place
 from mixmae.encoders.build import build_encoder
 from mixmae.flops import count_macs, count_parameters

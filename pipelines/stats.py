@@ -21,11 +21,13 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.images.summary import Summary
-from mixmae.data.order import Draw, Int64Array, permutation
+from mixmae.data.order import Draw, permutation
 from mixmae.data.shards.write import write_json
-from mixmae.data.sources.open import DataError, Source, layout_of, list_splits, open_source
+from mixmae.data.source import DataError, Source
+from mixmae.data.sources.open import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import plain_place, writable_folder
 
 SHEET_SIDE = 8

@@ -1,7 +1,7 @@
 """From a list of rows to a finished block of training images: the unit of work that a stream hands out.
 
-A block is a pure function of (source, augment, seed, rows, epochs): whoever makes it, wherever, it comes out the same.
-This module knows no Ray; `local_batches` is the whole data plane in one process, for tests and small things.
+A block is a pure function of (source, augment, seed, rows, epochs): it comes out the same on every process and machine.
+This module does not know Ray; `local_batches` is the whole data plane in one process, for tests and small runs.
 Legend: n images of a block, H W output size.
 """
 
@@ -15,23 +15,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mixmae.data.chunks import Int64Array, group_by_chunk
 from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
-from mixmae.data.images.decode import BrokenImage, Header, Uint8Array, decode_box, decode_rgb, read_header
+from mixmae.data.images.decode import DecodeError, Header, Uint8Array, decode_box, decode_rgb, read_header
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
-from mixmae.data.order import Int64Array, Plan, worker_positions
-from mixmae.data.sources.open import Sample, Source, chunk_of
+from mixmae.data.order import Plan, worker_positions
+from mixmae.data.source import Sample, Source, read_rows
 from mixmae.patches import image_sides
+from mixmae.share import WorkerShare
 
 _GREY = 128
 _MAX_TRIES = 64
-"""Images that are tried in the place of a broken one; where none of so many decodes, trying on would only cost time."""
+"""Images of a chunk that are tried as the substitute of a broken one; more would only cost time."""
 _MIN_PARTS = 8
 """Parts of a block, at least, that threads share; a few per thread even out their ends."""
 
 
 @dataclass(frozen=True)
 class BrokenRecord:
-    """A row that could not be decoded and what was found there: one line of the ledger."""
+    """A row that could not be decoded and why: one line of the ledger."""
 
     row: int
     where: str
@@ -51,11 +53,39 @@ class Block:
     epochs: Int64Array
     """(n,) int64."""
     broken: dict[int, BrokenRecord]
-    """What could not be decoded, by its place in the block."""
+    """What could not be decoded, by its index in the block."""
+
+    @classmethod
+    def join(cls, blocks: Sequence[Block]) -> Block:
+        """Several blocks as one, with a copy; a single one as it is."""
+        if len(blocks) == 1:
+            return blocks[0]
+        starts = np.cumsum([0] + [len(block.rows) for block in blocks]).tolist()
+        return cls(
+            images=np.concatenate([block.images for block in blocks]),
+            rows=np.concatenate([block.rows for block in blocks]),
+            labels=np.concatenate([block.labels for block in blocks]),
+            epochs=np.concatenate([block.epochs for block in blocks]),
+            broken={
+                start + index: record
+                for start, block in zip(starts, blocks, strict=False)
+                for index, record in block.broken.items()
+            },
+        )
+
+    def part(self, start: int, stop: int) -> Block:
+        """The images [start, stop), without a copy."""
+        return Block(
+            images=self.images[start:stop],
+            rows=self.rows[start:stop],
+            labels=self.labels[start:stop],
+            epochs=self.epochs[start:stop],
+            broken={index - start: record for index, record in self.broken.items() if start <= index < stop},
+        )
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """One worker's micro-batch."""
 
     images: torch.Tensor
@@ -81,66 +111,65 @@ def load_block(
 ) -> Block:
     """Read, decode, crop, resize and flip.
 
+    A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the broken
+    row's own random numbers, so that the substitute too depends on the row alone; grey if the next 63 do not decode.
+
     Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  pool: threads that share the work;
-            decoder and resize let go of Python's lock.
-    A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the
-    broken row's own random numbers, so that the substitute too depends on the row alone; grey if the next 63 do not.
+        decoding and resizing release the GIL.
+    Returns: the block of these rows, in their order.   Raises: DataError as Source.read does.
     """
     rows, epochs = np.asarray(rows, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
     images: Uint8Array = np.empty((len(rows), 3, *augment.size), dtype=np.uint8)
     canvas = torch.from_numpy(images)
     labels = np.full(len(rows), -1, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
-    chunks = np.searchsorted(starts, rows, side="right") - 1
+    chunks, within = source.chunks.locate(rows)
 
-    def load(places: Int64Array) -> dict[int, BrokenRecord]:
-        chunk = int(chunks[places[0]])
-        samples = source.read(chunk, rows[places] - starts[chunk])
+    def load(part: Int64Array) -> dict[int, BrokenRecord]:
+        samples = source.read(int(chunks[part[0]]), within[part])
         headers: list[Header | None] = []
         reasons: dict[int, str] = {}
         for i, sample in enumerate(samples):
             try:
                 headers.append(read_header(sample.data))
-            except BrokenImage as error:
+            except DecodeError as error:
                 headers.append(None)
                 reasons[i] = str(error)
         sizes = np.array([header[:2] if header else (1, 1) for header in headers], dtype=np.int64)
-        boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=epochs[places], rows=rows[places])
-        drawn = zip(samples, headers, places.tolist(), boxes.tolist(), flips.tolist(), strict=True)
-        for i, (sample, header, place, box, flip) in enumerate(drawn):
+        boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=epochs[part], rows=rows[part])
+        drawn = zip(samples, headers, part.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+        for i, (sample, header, index, box, flip) in enumerate(drawn):
             if header is not None:
                 try:
-                    resize(decode_box(sample.data, header, box, sample.restart_offsets), flip, canvas[place])
-                    labels[place] = sample.label
-                except BrokenImage as error:
+                    resize(decode_box(sample.data, header, box, sample.restart_offsets), flip, canvas[index])
+                    labels[index] = sample.label
+                except DecodeError as error:
                     reasons[i] = str(error)
         broken = {}
         for i, reason in reasons.items():
-            place = int(places[i])
-            row = int(rows[place])
-            broken[place] = BrokenRecord(row, samples[i].where, reason)
-            labels[place] = _substitute(source, augment, row, int(epochs[place]), seed, images[place])
+            index = int(part[i])
+            row = int(rows[index])
+            broken[index] = BrokenRecord(row, samples[i].where, reason)
+            labels[index] = _substitute(source, augment, row, int(epochs[index]), seed, images[index])
         if isinstance(augment, FinetuneAugmentConfig):
-            for place in places.tolist():
-                augment_further(augment, images[place], seed=seed, epoch=int(epochs[place]), row=int(rows[place]))
+            for index in part.tolist():
+                augment_further(augment, images[index], seed=seed, epoch=int(epochs[index]), row=int(rows[index]))
         return broken
 
     # The rows of one chunk are read at once.
-    order = np.argsort(chunks, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1)
+    parts = group_by_chunk(chunks)
     if pool is not None and len(parts) < _MIN_PARTS:  # too few to keep several threads busy to the end
         parts = [piece for part in parts for piece in np.array_split(part, min(len(part), _MIN_PARTS))]
-    broken = {place: record for found in (pool.map if pool else map)(load, parts) for place, record in found.items()}
+    broken = {index: record for found in (pool.map if pool else map)(load, parts) for index, record in found.items()}
     return Block(images, rows, labels, epochs, broken)
 
 
 def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, seed: int, out: Uint8Array) -> int:
-    """Show the next image of the chunk that decodes in the place of a broken one; returns its label."""
-    chunk, inside = chunk_of(source, row)
+    """Write the next image of the chunk that decodes to `out`, in place of a broken row; returns its label."""
+    (chunk,), (within,) = source.chunks.locate([row])
     size = int(source.chunk_sizes[chunk])
     for step in range(1, min(size, _MAX_TRIES)):
-        (sample,) = source.read(chunk, [(inside + step) % size])
-        with contextlib.suppress(BrokenImage):
+        (sample,) = source.read(int(chunk), [int(within + step) % size])
+        with contextlib.suppress(DecodeError):
             pixels = decode_rgb(sample.data)
             sizes = np.array([pixels.shape[:2]], dtype=np.int64)
             boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=np.array([epoch]), rows=np.array([row]))
@@ -155,50 +184,38 @@ def local_batches(
     plan: Plan,
     augment: AugmentConfig,
     *,
-    global_batch: int,
-    micro_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
+    share: WorkerShare,
     start_step: int = 0,
     stop_step: int,
-) -> Iterator[Batch]:
-    """The batches of streams.TrainStream, made here and now without Ray."""
-    share = check_batch(global_batch, micro_batch, rank, world_size)
-    for start in range(start_step * share, stop_step * share, micro_batch):
-        positions = worker_positions(start, start + micro_batch, rank, world_size, global_batch)
+) -> Iterator[ImageBatch]:
+    """The batches of streams.TrainStream, made in this process without Ray.
+
+    Args: as TrainStream.
+    Yields: the worker's micro-batches of the steps [start_step, stop_step).
+    """
+    for start in range(start_step * share.images, stop_step * share.images, share.micro_batch):
+        positions = worker_positions(start, start + share.micro_batch, share)
         yield as_batch(load_block(source, augment, *plan.rows_of(positions), seed=plan.seed))
 
 
-def check_batch(global_batch: int, micro_batch: int, rank: int, world_size: int) -> int:
-    """One worker's share of the global batch.   Raises: ValueError if the batch cannot be cut so."""
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers does not exist: ranks go from 0 to world_size - 1")
-    if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world_size):
-        raise ValueError(
-            f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch} x {world_size} workers: "
-            f"change one of them"
-        )
-    return global_batch // world_size
-
-
-def as_batch(block: Block) -> Batch:
+def as_batch(block: Block) -> ImageBatch:
     """A block as a batch, without a copy."""
-    return Batch(
+    return ImageBatch(
         images=torch.from_numpy(block.images),
         rows=torch.from_numpy(block.rows),
         labels=torch.from_numpy(block.labels),
         epochs=torch.from_numpy(block.epochs),
-        broken=tuple(block.broken[place] for place in sorted(block.broken)),
+        broken=tuple(block.broken[index] for index in sorted(block.broken)),
     )
 
 
 def eval_batch(
     source: Source, rows: Sequence[int], image_size: int | tuple[int, int], *, resize_share: float = 0.875
 ) -> torch.Tensor:
-    """Fixed images without randomness, for panels and evaluation: (n, 3, H, W) uint8.
+    """Images in evaluation's fixed transform, for panels: (n, 3, H, W) uint8.
 
-    Args: rows: of the source.  image_size: side, or (H, W).  resize_share: see augment.centre_crop.
-    An image that does not decode comes out grey.
+    Args: rows: (n,) of the source.  image_size: side, or (H, W).  resize_share: see augment.centre_crop.
+    An image that does not decode is grey.
     """
     wanted = np.asarray(rows, dtype=np.int64)
     (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, resize_share=resize_share)
@@ -213,44 +230,32 @@ def eval_batches(
     rows: Int64Array | None = None,
     resize_share: float = 0.875,
     pool: Executor | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Images with their labels in evaluation's fixed transform, in batches.
 
     Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
-            the decoding.  Others: as eval_batch.
-    Yields: batches of batch_size images, the last one shorter. An image that does not decode comes out grey, with label
-        -1 so that nobody judges a model by it, and is among the batch's broken ones.
+        the decoding.  image_size, resize_share: as eval_batch.
+    Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
+        that no model is judged by it, and is among the batch's broken ones.
     """
     size = image_sides(image_size)
     rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
 
     def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:
         try:
             return centre_crop(decode_rgb(sample.data), size, resize_share), sample.label, None
-        except BrokenImage as error:
+        except DecodeError as error:
             grey = np.full((3, *size), _GREY, dtype=np.uint8)
             return grey, -1, BrokenRecord(row, sample.where, str(error))
 
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        chunks = np.searchsorted(starts, part, side="right") - 1
-        samples: dict[int, Sample] = {}  # by row
-        for chunk in np.unique(chunks):
-            wanted = part[chunks == chunk]
-            samples |= zip(wanted.tolist(), source.read(int(chunk), wanted - starts[chunk]), strict=True)
-        loaded = (pool.map if pool else map)(load, part.tolist(), [samples[row] for row in part.tolist()])
+        loaded = (pool.map if pool else map)(load, part.tolist(), read_rows(source, part))
         images, labels, broken = zip(*loaded, strict=True)
-        yield Batch(
+        yield ImageBatch(
             images=torch.from_numpy(np.stack(images)),
             rows=torch.from_numpy(part),
             labels=torch.tensor(labels),
             epochs=torch.zeros(len(part), dtype=torch.int64),
             broken=tuple(record for record in broken if record),
         )
-
-
-def read_row(source: Source, row: int) -> Sample:
-    """One stored image by its row."""
-    chunk, inside = chunk_of(source, row)
-    return source.read(chunk, [inside])[0]

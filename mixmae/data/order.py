@@ -21,7 +21,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Int64Array = NDArray[np.int64]
+from mixmae.data.chunks import ChunkIndex, Int64Array
+from mixmae.share import WorkerShare
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -108,14 +109,14 @@ class Plan:
         object.__setattr__(self, "chunk_sizes", sizes)
 
     @cached_property
-    def row_starts(self) -> Int64Array:
-        """First row of every chunk, and the number of rows at the end: (num_chunks + 1,) int64."""
-        return np.concatenate([[0], np.cumsum(self.chunk_sizes)]).astype(np.int64)
+    def chunks(self) -> ChunkIndex:
+        """Where the rows of every chunk begin."""
+        return ChunkIndex(self.chunk_sizes)
 
     @property
     def num_rows(self) -> int:
         """Rows in the source, which is the length of an epoch."""
-        return int(self.row_starts[-1])
+        return self.chunks.num_rows
 
     def rows_at(self, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
         """The images at positions [start, stop) of the run: (rows, epochs), each (stop - start,) int64."""
@@ -166,17 +167,16 @@ def _shuffle_window(plan: Plan, epoch: int, window: int) -> Int64Array:
     """Rows of one window in the order in which they are seen: (rows of the window,) int64."""
     layout = _lay_out(plan, epoch)
     chunks = layout.chunks[layout.window_chunk[window] : layout.window_chunk[window + 1]]
-    starts, sizes = plan.row_starts[chunks], plan.chunk_sizes[chunks]
+    starts, sizes = plan.chunks.starts[chunks], plan.chunk_sizes[chunks]
     within = np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     rows = np.repeat(starts, sizes) + within
     return rows[np.argsort(hash64(Draw.ROWS, plan.seed, epoch, rows), kind="stable")]
 
 
-def worker_positions(start: int, stop: int, rank: int, world_size: int, global_batch: int) -> Int64Array:
+def worker_positions(start: int, stop: int, share: WorkerShare) -> Int64Array:
     """Positions of the images [start, stop) of one worker's own stream, counted from step 0: (stop - start,) int64.
 
     The global batch of a step is the same for any number of workers; each takes a contiguous slice of it.
     """
-    share = global_batch // world_size
-    step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share)
-    return step * global_batch + rank * share + inside
+    step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share.images)
+    return step * share.batch_size + share.rank * share.images + inside

@@ -1,4 +1,8 @@
-"""What a collection of images is to everything else: chunks of rows, and bytes with a label for every row."""
+"""The Source protocol: chunks of rows; each row has an image file's bytes and a label.
+
+A source knows how many rows each of its chunks has and reads any rows of one chunk. Who reads which rows, and when, is
+decided by order.py.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmae.data.order import Int64Array
-
-CHUNK_ROWS = 64
-"""Rows of a chunk where the layout has none of its own: files in folders, members of tars."""
+from mixmae.data.chunks import ChunkIndex, Int64Array, group_by_chunk
 
 
 class DataError(ValueError):
-    """The data that a user handed over cannot be used as it is; the message says what to do."""
+    """The data that a user named cannot be used as it is; the message has the remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Sample:
     where: str
     """Where it is stored, for people: the file, or the shard with the row inside it and the file's original path."""
     restart_offsets: NDArray[np.uint32] | None = field(default=None, compare=False)
-    """(num_intervals,) uint32: where the intervals of a restart-tile JPEG begin in `data`; None: a plain file."""
+    """(num_intervals + 1,) uint32: where the intervals of a restart-tile JPEG begin in `data` (tiles.py); None: a plain
+    file."""
     path: str = ""
     """The image file's path below the root of its collection, or its name in the shard; empty if it was not kept."""
 
 
 class Source(Protocol):
-    """A collection of images in a fixed storage order."""
+    """A collection of images in a fixed storage order. Every source can be pickled; connections are per process."""
 
     @property
     def name(self) -> str:
@@ -46,11 +48,15 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over names, sizes and row counts: another digest is other data."""
+        """16 hex digits over names, sizes and row counts: another digest means other data."""
 
     @property
     def chunk_sizes(self) -> Int64Array:
-        """Rows of every chunk in storage order: (num_chunks,) int64."""
+        """(num_chunks,) int64, rows per chunk in storage order."""
+
+    @property
+    def chunks(self) -> ChunkIndex:
+        """Finds rows in chunks."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -73,14 +79,39 @@ class Source(Protocol):
         """Whether `read` fetches only the rows asked for, and not the whole chunk."""
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        """The samples at these places of one chunk, in the order asked for."""
+        """Read rows of one chunk.
+
+        Args: chunk: in [0, num_chunks).  rows_in_chunk: (n,) indices inside the chunk, in any order.
+        Returns: n samples in the order asked for. An image file that cannot be read has empty data.
+        Raises: DataError if a shard or tar is gone, or has changed since the source was opened.
+        """
+
+    def read_labels(self) -> Int64Array:
+        """The class index of every row: (num_rows,) int64, below 0 where there is none. No image is read.
+
+        Raises: DataError if a shard is gone.
+        """
 
     def where(self, row: int) -> str:
-        """Where a row, counted over the whole source, is stored; for people."""
+        """Where a row of the source is stored, for people: as in its Sample."""
+
+
+class Chunked:
+    """What a source derives from its chunk_sizes."""
+
+    chunk_sizes: Int64Array
+
+    @cached_property
+    def chunks(self) -> ChunkIndex:
+        return ChunkIndex(self.chunk_sizes)
+
+    @property
+    def num_rows(self) -> int:
+        return self.chunks.num_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RowRange:
+class RowRange(Chunked):
     """The rows [start, stop) of another source, as a source."""
 
     base: Source
@@ -110,10 +141,6 @@ class RowRange:
         return self.base.has_labels
 
     @property
-    def num_rows(self) -> int:
-        return self.stop - self.start
-
-    @property
     def num_bytes(self) -> int:
         return self.base.num_bytes * self.num_rows // self.base.num_rows
 
@@ -122,52 +149,35 @@ class RowRange:
         return self.base.exact_reads
 
     @cached_property
-    def _first_chunk(self) -> int:
-        return chunk_of(self.base, self.start)[0]
+    def _ends(self) -> tuple[Int64Array, Int64Array]:
+        """Chunk and index inside it of the first row and of the last."""
+        return self.base.chunks.locate([self.start, self.stop - 1])
 
     @cached_property
-    def _skipped(self) -> int:
-        """Rows of the first chunk that come before the range."""
-        return chunk_of(self.base, self.start)[1]
-
-    @cached_property
-    def chunk_sizes(self) -> Int64Array:
-        last = chunk_of(self.base, self.stop - 1)[0]
-        ends = np.cumsum(self.base.chunk_sizes[: last + 1])[self._first_chunk :]
-        edges = np.concatenate([[self.start], np.minimum(ends, self.stop)])
-        return np.diff(edges).astype(np.int64)
+    def chunk_sizes(self) -> Int64Array:  # type: ignore[override]
+        (first, last), _ = self._ends
+        edges = np.clip(self.base.chunks.starts[first : last + 2], self.start, self.stop)
+        return np.diff(edges)
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
         rows = np.asarray(rows_in_chunk, dtype=np.int64)
-        return self.base.read(self._first_chunk + chunk, rows + self._skipped if chunk == 0 else rows)
+        (first, _), (skipped, _) = self._ends
+        return self.base.read(int(first) + chunk, rows + skipped if chunk == 0 else rows)
+
+    def read_labels(self) -> Int64Array:
+        return self.base.read_labels()[self.start : self.stop]
 
     def where(self, row: int) -> str:
         return self.base.where(self.start + row)
 
 
-def chunk_of(source: Source, row: int) -> tuple[int, int]:
-    """The chunk that holds a row of the source, and the row's place in it."""
-    ends = np.cumsum(source.chunk_sizes)
-    chunk = int(np.searchsorted(ends, row, side="right"))
-    return chunk, int(row - (ends[chunk] - source.chunk_sizes[chunk]))
-
-
 def read_rows(source: Source, rows: Sequence[int] | Int64Array) -> list[Sample]:
-    """Any rows of a source in the order asked for, each chunk read once."""
-    wanted = np.asarray(rows, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
-    chunks = np.searchsorted(starts, wanted, side="right") - 1
-    samples: list[Sample | None] = [None] * len(wanted)
-    for chunk in np.unique(chunks):
-        places = np.flatnonzero(chunks == chunk)
-        for place, sample in zip(places, source.read(int(chunk), wanted[places] - starts[chunk]), strict=True):
-            samples[place] = sample
-    return [sample for sample in samples if sample is not None]
-
-
-def cut_chunks(num_rows: int) -> Int64Array:
-    """Sizes of chunks of CHUNK_ROWS rows, the last one shorter."""
-    return np.diff(np.append(np.arange(0, num_rows, CHUNK_ROWS), num_rows)).astype(np.int64)
+    """Any rows of a source in the order asked for, each chunk read once.   Raises: DataError as Source.read does."""
+    chunks, within = source.chunks.locate(rows)
+    samples: dict[int, Sample] = {}
+    for group in group_by_chunk(chunks):
+        samples |= zip(group.tolist(), source.read(int(chunks[group[0]]), within[group]), strict=True)
+    return [samples[index] for index in range(len(chunks))]
 
 
 def short_digest(text: str) -> str:

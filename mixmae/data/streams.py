@@ -37,10 +37,11 @@ from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.blocks import Batch, Block, BrokenRecord, as_batch, check_batch, load_block
+from mixmae.data.blocks import Block, BrokenRecord, ImageBatch, as_batch, load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan, worker_positions
-from mixmae.data.sources.open import Source
+from mixmae.data.source import Source
+from mixmae.share import WorkerShare
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
@@ -80,11 +81,10 @@ class TrainStream:
 
     Args:
         source, plan, augment: what is seen, when, and how it is cropped; the plan is of this source.
-        global_batch: images a step over all workers: micro_batch x accumulation x world_size.
-        micro_batch: images in one Batch.
-        rank, world_size: which worker this is.
+        share: which images of each global batch are this worker's, and how many are in one Batch.
         start_step, stop_step: steps of the run, the last exclusive.
-    Raises: ValueError if the batch cannot be cut so.
+        config: how it is executed.
+    Raises: ValueError if the plan is of another source.
     """
 
     def __init__(
@@ -93,46 +93,41 @@ class TrainStream:
         plan: Plan,
         augment: AugmentConfig,
         *,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        share: WorkerShare,
         start_step: int = 0,
         stop_step: int,
-        settings: StreamConfig | None = None,
+        config: StreamConfig | None = None,
     ) -> None:
-        share = check_batch(global_batch, micro_batch, rank, world_size)
         if not np.array_equal(plan.chunk_sizes, source.chunk_sizes):
             raise ValueError("the plan was made for another source: build it from this source's chunk_sizes")
         self._plan = plan
-        self._position = (rank, world_size, global_batch)
-        self._settings = settings or StreamConfig()
-        self._micro_batch = micro_batch
+        self._share = share
+        self._config = config or StreamConfig()
         # The worker's images are numbered from step 0; a block is a range of these numbers.
-        store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / world_size)
+        store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / share.num_workers)
         image_bytes = 3 * augment.size[0] * augment.size[1]
-        target = _block_images(self._settings, image_bytes, store_bytes)
-        self._edges = _block_edges(start_step * share, stop_step * share, micro_batch, target)
-        self._concurrency, self._task_cpus, threads = _task_shape(self._settings, world_size)
+        target = _block_images(self._config, image_bytes, store_bytes)
+        self._edges = _block_edges(start_step * share.images, stop_step * share.images, share.micro_batch, target)
+        self._concurrency, self._task_cpus, threads = _task_shape(self._config, share.num_workers)
         self._load = _loader(source, augment, plan.seed, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
-        self._prefetch, budget = _store_shares(self._settings, block_bytes, self._concurrency, store_bytes)
+        self._prefetch, budget = _store_shares(self._config, block_bytes, self._concurrency, store_bytes)
         self._context = _data_context(block_bytes, budget)
         self._segments: list[_Segment] = []
         self._closed = False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         waiting: list[Block] = []
         try:
             for block in self._blocks():
                 waiting.append(block)
                 count = sum(len(held.rows) for held in waiting)
-                if count % self._micro_batch:
+                if count % self._share.micro_batch:
                     continue  # a micro-batch larger than a block comes in parts
-                whole = _join(waiting)
+                whole = Block.join(waiting)
                 waiting = []
-                for start in range(0, count, self._micro_batch):
-                    yield _as_read_only_batch(_part(whole, start, start + self._micro_batch))
+                for start in range(0, count, self._share.micro_batch):
+                    yield _as_read_only_batch(whole.part(start, start + self._share.micro_batch))
         finally:
             self.close()
 
@@ -148,7 +143,7 @@ class TrainStream:
 
     def _blocks(self) -> Iterator[Block]:
         num_blocks = len(self._edges) - 1
-        size = self._settings.segment_blocks
+        size = self._config.segment_blocks
         # Starting an execution takes about a second; half a segment or 64 blocks of lead cover it.
         lead = max(1, min(64, size // 2))
         started = 0
@@ -170,7 +165,7 @@ class TrainStream:
     def _start_segment(self, start: int, stop: int) -> _Segment:
         descriptors = []
         for index in range(start, stop):
-            positions = worker_positions(int(self._edges[index]), int(self._edges[index + 1]), *self._position)
+            positions = worker_positions(int(self._edges[index]), int(self._edges[index + 1]), self._share)
             rows, epochs = self._plan.rows_of(positions)
             descriptors.append({"index": index, "rows": rows.tobytes(), "epochs": epochs.tobytes()})
         with DataContext.current(self._context):
@@ -231,10 +226,10 @@ class _Segment:
                 continue
 
 
-def _block_images(settings: StreamConfig, image_bytes: int, store_bytes: float) -> int:
-    """Images to aim for in a block: what the settings say, and less where a dozen blocks would not fit in the store."""
-    most_bytes = min(settings.target_block_mb * 1e6, store_bytes / 12)
-    return max(1, min(settings.target_block_images, int(most_bytes / image_bytes)))
+def _block_images(config: StreamConfig, image_bytes: int, store_bytes: float) -> int:
+    """Images to aim for in a block: what the config says, and less where a dozen blocks would not fit in the store."""
+    most_bytes = min(config.target_block_mb * 1e6, store_bytes / 12)
+    return max(1, min(config.target_block_images, int(most_bytes / image_bytes)))
 
 
 def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArray[np.int64]:
@@ -309,65 +304,36 @@ def _unpack(table: pa.Table) -> tuple[int, Block]:
     return table["index"][0].as_py(), block
 
 
-def _join(blocks: list[Block]) -> Block:
-    """Several blocks as one, with a copy."""
-    if len(blocks) == 1:
-        return blocks[0]
-    starts = np.cumsum([0] + [len(block.rows) for block in blocks])
-    return Block(
-        images=np.concatenate([block.images for block in blocks]),
-        rows=np.concatenate([block.rows for block in blocks]),
-        labels=np.concatenate([block.labels for block in blocks]),
-        epochs=np.concatenate([block.epochs for block in blocks]),
-        broken={
-            int(start) + place: record
-            for start, block in zip(starts, blocks, strict=False)
-            for place, record in block.broken.items()
-        },
-    )
-
-
-def _part(block: Block, start: int, stop: int) -> Block:
-    """The images [start, stop) of a block, without a copy."""
-    return Block(
-        images=block.images[start:stop],
-        rows=block.rows[start:stop],
-        labels=block.labels[start:stop],
-        epochs=block.epochs[start:stop],
-        broken={place - start: record for place, record in block.broken.items() if start <= place < stop},
-    )
-
-
-def _as_read_only_batch(block: Block) -> Batch:
+def _as_read_only_batch(block: Block) -> ImageBatch:
     with warnings.catch_warnings():
-        # torch has no read-only tensors; Batch says that its images are not to be written to.
+        # torch has no read-only tensors; ImageBatch documents that its images must not be written to.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return as_batch(block)
 
 
-def _task_shape(settings: StreamConfig, world_size: int) -> tuple[int, float, int]:
+def _task_shape(config: StreamConfig, num_workers: int) -> tuple[int, float, int]:
     """Decode tasks at once for one worker, the CPUs that each of them books, and its threads.
 
     The tasks of all workers together book what the workers, taken to hold one CPU each, leave free: more would make
     one worker's tasks wait for another's, and Ray start processes beyond the cores.
     """
     total = ray.cluster_resources().get("CPU", 1)
-    free = total - world_size
-    concurrency = settings.decode_concurrency or max(1, int(free // world_size))
-    cpus = settings.decode_cpus or min(1.0, max(0.1, free / (world_size * concurrency)))
-    threads = settings.decode_threads or max(1, round(total / (world_size * concurrency)))
+    free = total - num_workers
+    concurrency = config.decode_concurrency or max(1, int(free // num_workers))
+    cpus = config.decode_cpus or min(1.0, max(0.1, free / (num_workers * concurrency)))
+    threads = config.decode_threads or max(1, round(total / (num_workers * concurrency)))
     return concurrency, math.floor(cpus * 100) / 100, threads
 
 
-def _store_shares(settings: StreamConfig, block_bytes: int, concurrency: int, store_bytes: float) -> tuple[int, int]:
+def _store_shares(config: StreamConfig, block_bytes: int, concurrency: int, store_bytes: float) -> tuple[int, int]:
     """Blocks that wait in the worker, and bytes in the object store for the execution behind them.
 
     What one worker holds, these two and the blocks in the hands of its thread and of its loop, fits into its part of
     the store: Ray would spill the rest to disk. Where the part is small, less is decoded ahead.
     """
     room = int(0.8 * store_bytes // block_bytes)
-    prefetch = max(1, min(settings.prefetch_blocks, room // 3))
-    wanted = int((settings.object_store_mb or 0) * 1e6) or (2 * concurrency + prefetch + 2) * block_bytes
+    prefetch = max(1, min(config.prefetch_blocks, room // 3))
+    wanted = int((config.object_store_mb or 0) * 1e6) or (2 * concurrency + prefetch + 2) * block_bytes
     return prefetch, min(wanted, max(2, room - prefetch - 2) * block_bytes)
 
 

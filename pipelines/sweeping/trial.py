@@ -12,7 +12,7 @@ import tyro
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mixmae.data.sources.open import Source
+from mixmae.data.source import Source
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.tracking import RunRef, finish_run, metric_history
 from mixmae.training.checkpoint import read_state

@@ -30,16 +30,17 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from mixmae.data.augment import AugmentConfig
 from mixmae.data.blocks import local_batches
-from mixmae.data.finetune_augment import FinetuneAugmentConfig
-from mixmae.data.mixup import MixupConfig
+from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
+from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.order import Plan
-from mixmae.data.shards import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources import Source, open_source
+from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
+from mixmae.data.sources.open import Source, open_source
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.swin import SwinConfig
 from mixmae.encoders.vit import ViTConfig
+from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
@@ -48,7 +49,6 @@ from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from pipelines.finetune import FinetuneJob
 from pipelines.pretrain import PretrainJob
-from pipelines.recipes.config import FinetuneConfig, PretrainConfig
 
 FILE = Path(__file__).with_name("curves.json")
 

@@ -21,12 +21,14 @@ from PIL import Image
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from mixmae.data.blocks import Batch, local_batches
+from mixmae.data.blocks import ImageBatch, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources.open import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.share import WorkerShare
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -60,11 +62,12 @@ def plan(source: Source) -> Plan:
     return Plan(chunk_sizes=source.chunk_sizes, seed=4, window_rows=64)
 
 
-def images_of(batches: list[Batch]) -> torch.Tensor:
+def images_of(batches: list[ImageBatch]) -> torch.Tensor:
     return torch.cat([batch.images for batch in batches])
 
 
 ONE_SEGMENT = StreamConfig(target_block_images=16, segment_blocks=200, prefetch_blocks=2)
+SIXTEEN = WorkerShare(batch_size=16)
 SMALL = StreamConfig(target_block_images=16, segment_blocks=5, prefetch_blocks=2)
 
 
@@ -73,7 +76,7 @@ class TestStream:
     def test_the_scheduling_loop_rests_while_nobody_reads(self, source, plan):
         """Blocks are made ahead and no task runs: the loop must not take a core, as it did."""
         with contextlib.closing(
-            TrainStream(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=200, settings=ONE_SEGMENT)
+            TrainStream(source, plan, AUGMENT, share=SIXTEEN, stop_step=200, config=ONE_SEGMENT)
         ) as stream:
             batches = iter(stream)  # kept: dropping it would end the stream
             next(batches)
@@ -91,8 +94,8 @@ class TestStream:
 
     def test_it_delivers_what_the_plan_says(self, source, plan):
         """Over three epochs and many segments, with accumulation: identical to the plain loop without Ray."""
-        options = {"global_batch": 32, "micro_batch": 8, "stop_step": 15}
-        streamed = list(TrainStream(source, plan, AUGMENT, settings=SMALL, **options))
+        options = {"share": WorkerShare(batch_size=32, micro_batch_size=8), "stop_step": 15}
+        streamed = list(TrainStream(source, plan, AUGMENT, config=SMALL, **options))
         expected = list(local_batches(source, plan, AUGMENT, **options))
         assert len(streamed) == 60
         assert torch.equal(images_of(streamed), images_of(expected))
@@ -109,48 +112,35 @@ class TestStream:
         assert found[0].where.endswith(f"train-00000-of-00001.parquet#{BROKEN_ROW} / {BROKEN_ROW}.jpg")
 
     def test_two_workers_at_once_see_what_one_would(self, source, plan):
-        def worker(rank: int) -> list[Batch]:
-            return list(
-                TrainStream(
-                    source,
-                    plan,
-                    AUGMENT,
-                    global_batch=24,
-                    micro_batch=12,
-                    rank=rank,
-                    world_size=2,
-                    stop_step=12,
-                    settings=SMALL,
-                )
-            )
+        def worker(rank: int) -> list[ImageBatch]:
+            share = WorkerShare(batch_size=24, rank=rank, num_workers=2)
+            return list(TrainStream(source, plan, AUGMENT, share=share, stop_step=12, config=SMALL))
 
         with ThreadPoolExecutor(2) as pool:
             first, second = pool.map(worker, range(2))
         together = [batch.images for pair in zip(first, second, strict=True) for batch in pair]
-        alone = list(local_batches(source, plan, AUGMENT, global_batch=24, micro_batch=24, stop_step=12))
+        alone = list(local_batches(source, plan, AUGMENT, share=WorkerShare(batch_size=24), stop_step=12))
         assert torch.equal(torch.cat(together), images_of(alone))
 
     def test_a_resumed_stream_continues_with_the_next_image(self, source, plan):
-        options = {"global_batch": 16, "micro_batch": 16, "stop_step": 12, "settings": SMALL}
+        options = {"share": SIXTEEN, "stop_step": 12, "config": SMALL}
         broken_off = TrainStream(source, plan, AUGMENT, **options)
         before = [batch for _, batch in zip(range(7), broken_off, strict=False)]
         broken_off.close()
         after = list(TrainStream(source, plan, AUGMENT, start_step=7, **options))
-        whole = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=12))
+        whole = list(local_batches(source, plan, AUGMENT, share=SIXTEEN, stop_step=12))
         assert torch.equal(images_of(before + after), images_of(whole))
         assert after[0].rows.tolist() == plan.rows_at(7 * 16, 8 * 16)[0].tolist()
 
     def test_a_micro_batch_may_be_larger_than_a_block(self, source, plan):
-        options = {"global_batch": 40, "micro_batch": 40, "stop_step": 3}
-        streamed = list(TrainStream(source, plan, AUGMENT, settings=SMALL, **options))
+        options = {"share": WorkerShare(batch_size=40), "stop_step": 3}
+        streamed = list(TrainStream(source, plan, AUGMENT, config=SMALL, **options))
         expected = list(local_batches(source, plan, AUGMENT, **options))
         assert torch.equal(images_of(streamed), images_of(expected))
         assert [batch.broken for batch in streamed] == [batch.broken for batch in expected]
 
     def test_closing_stops_the_tasks(self, source, plan):
-        stream = TrainStream(
-            source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=100_000, settings=StreamConfig()
-        )
+        stream = TrainStream(source, plan, AUGMENT, share=SIXTEEN, stop_step=100_000)
         next(iter(stream))
         stream.close()
         total = ray.cluster_resources()["CPU"]
@@ -164,7 +154,7 @@ class TestStream:
         moved.write_bytes(Path(source.files[0]).read_bytes())
         lost = open_source(tmp_path)
         moved.unlink()
-        stream = TrainStream(lost, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=5, settings=SMALL)
+        stream = TrainStream(lost, plan, AUGMENT, share=SIXTEEN, stop_step=5, config=SMALL)
         with pytest.raises(Exception, match="cannot be read any more"):
             list(stream)
 
@@ -174,14 +164,14 @@ class TestStream:
 
         @ray.remote(num_cpus=0)
         class Worker:
-            def run(self, rank: int, world_size: int, start_step: int) -> list[tuple[int, bytes]]:
-                options = {"global_batch": 16, "micro_batch": 8, "settings": SMALL, "stop_step": 24}
+            def run(self, rank: int, num_workers: int, start_step: int) -> list[tuple[int, bytes]]:
+                share = WorkerShare(batch_size=16, micro_batch_size=8, rank=rank, num_workers=num_workers)
                 stream = TrainStream(
-                    source, plan, AUGMENT, rank=rank, world_size=world_size, start_step=start_step, **options
+                    source, plan, AUGMENT, share=share, start_step=start_step, stop_step=24, config=SMALL
                 )
                 found = []
                 for number, batch in enumerate(stream):
-                    if world_size == 1:
+                    if num_workers == 1:
                         with seen.open("ab") as log:
                             log.write(np.append(batch.rows, batch.images.sum(dim=(1, 2, 3))).astype(np.int64).tobytes())
                     found.append((number, batch.images.numpy().tobytes()))
@@ -201,7 +191,7 @@ class TestStream:
         step = seen.stat().st_size // record_bytes // 2
         assert step >= kill_at
 
-        expected = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=16, stop_step=24))
+        expected = list(local_batches(source, plan, AUGMENT, share=SIXTEEN, stop_step=24))
         records = np.frombuffer(seen.read_bytes(), dtype=np.int64)[: step * 2 * 16].reshape(step, 2, 2, 8)
         for batch, record in zip(expected[:step], records, strict=True):
             assert batch.rows.tolist() == record[:, 0].ravel().tolist()
@@ -213,7 +203,7 @@ class TestStream:
             assert b"".join(halves) == batch.images.numpy().tobytes()
 
     def test_nothing_to_do(self, source, plan):
-        assert list(TrainStream(source, plan, AUGMENT, global_batch=8, micro_batch=8, start_step=3, stop_step=3)) == []
+        assert list(TrainStream(source, plan, AUGMENT, share=SIXTEEN, start_step=3, stop_step=3)) == []
 
 
 SMALL_STORE = """
@@ -225,11 +215,12 @@ from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.sources.open import open_source
 from mixmae.data.streams import TrainStream
+from mixmae.share import WorkerShare
 
 ray.init(address="local", num_cpus=2, object_store_memory=150_000_000, include_dashboard=False, logging_level="ERROR")
 source = open_source(sys.argv[1])
 plan = Plan(chunk_sizes=source.chunk_sizes)
-options = dict(global_batch=64, micro_batch=64, stop_step=80)
+options = dict(share=WorkerShare(batch_size=64), stop_step=80)
 count = 0
 for batch in TrainStream(source, plan, AugmentConfig(), **options):
     if count == 0:
@@ -263,9 +254,7 @@ def test_a_set_larger_than_the_object_store_streams_through_it(source):
 
 
 def test_bad_arguments(source, plan):
-    with pytest.raises(ValueError, match="not a multiple of micro_batch"):
-        TrainStream(source, plan, AUGMENT, global_batch=10, micro_batch=4, stop_step=1)
     with pytest.raises(ValueError, match="made for another source"):
-        TrainStream(source, Plan(chunk_sizes=np.array([3])), AUGMENT, global_batch=8, micro_batch=4, stop_step=1)
+        TrainStream(source, Plan(chunk_sizes=np.array([3])), AUGMENT, share=SIXTEEN, stop_step=1)
     with pytest.raises(ValueError, match="prefetch_blocks is 0"):
         StreamConfig(prefetch_blocks=0)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import Uint8Array
-from mixmae.data.order import Draw, Int64Array, uniforms
+from mixmae.data.order import Draw, uniforms
 from mixmae.patches import image_sides
 
 _ATTEMPTS = 10

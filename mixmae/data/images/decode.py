@@ -27,7 +27,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from mixmae.data.images.tiles import Layout, Offsets, head, read_layout, splice
+from mixmae.data.images.tiles import JpegLayout, Offsets, head, read_layout, splice
 
 Uint8Array = NDArray[np.uint8]
 
@@ -39,14 +39,14 @@ _GROUND = (255, 255, 255)
 _EXIF_ORIENTATION = 0x0112
 
 
-class BrokenImage(ValueError):
+class DecodeError(ValueError):
     """A file that cannot be decoded; the message is the reason that goes to the ledger."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Height and width in pixels after orientation, from the header alone.
 
-    Raises: BrokenImage if the bytes are no image that we can read.
+    Raises: DecodeError if the bytes are no image that we can read.
     """
     header = _jpeg_header(data)
     if header is not None:
@@ -63,12 +63,12 @@ class Header(NamedTuple):
     height: int
     """In pixels, after orientation."""
     width: int
-    layout: Layout | None
+    layout: JpegLayout | None
     """Of a baseline JPEG that stands upright; None for all else."""
 
 
 def read_header(data: bytes) -> Header:
-    """Size and layout from the header alone.   Raises: BrokenImage as image_size does."""
+    """Size and layout from the header alone.   Raises: DecodeError as image_size does."""
     layout = read_layout(data)
     if layout is None or (layout.exif is not None and _tiff_orientation(data[slice(*layout.exif)]) != 1):
         return Header(*image_size(data), None)
@@ -81,7 +81,7 @@ def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets
 
     Args:   header: of this file.  box: (top, left, height, width) inside it.  offsets: of its restart tiles.
     Returns: (height, width, 3) uint8 RGB, the same pixels as of the whole picture; most often not contiguous.
-    Raises: BrokenImage with a one-line reason.
+    Raises: DecodeError with a one-line reason.
     """
     top, left, height, width = box
     pixels = _decode_part(data, header.layout, box, offsets) if header.layout is not None else None
@@ -90,7 +90,7 @@ def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets
     return pixels
 
 
-def _decode_part(data: bytes, layout: Layout, box: Sequence[int], offsets: Offsets | None) -> Uint8Array | None:
+def _decode_part(data: bytes, layout: JpegLayout, box: Sequence[int], offsets: Offsets | None) -> Uint8Array | None:
     """The box of a baseline JPEG, decoded with little beside it; None if that does not go as it should."""
     top, left, height, width = box
     try:
@@ -111,7 +111,7 @@ def decode_rgb(data: bytes) -> Uint8Array:
 
     Args: data: the file's bytes, in any format that Pillow reads.
     Returns: (H, W, 3) uint8 RGB, contiguous unless it was turned by its orientation.
-    Raises: BrokenImage with a one-line reason.
+    Raises: DecodeError with a one-line reason.
     """
     header = _jpeg_header(data)
     if header is not None and header[2] in _TURBO_COLORSPACES:
@@ -126,7 +126,7 @@ def decode_rgb(data: bytes) -> Uint8Array:
         try:
             pixels = _pillow_rgb(image)
         except Exception as error:  # Codecs raise whatever they like on damaged bytes.
-            raise BrokenImage(f"{image.format or 'image'} does not decode: {_one_line(error)}") from error
+            raise DecodeError(f"{image.format or 'image'} does not decode: {_one_line(error)}") from error
     return _turn(pixels, orientation)
 
 
@@ -180,26 +180,26 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
 
 def _open(data: bytes) -> Image.Image:
     if not data:
-        raise BrokenImage("the file is empty")
+        raise DecodeError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             image = Image.open(io.BytesIO(data))
             _refuse_bomb(image.height, image.width)
-    except BrokenImage:
+    except DecodeError:
         raise
     except UnidentifiedImageError as error:  # its words name an object in memory
-        raise BrokenImage("not an image that can be read: no known format") from error
+        raise DecodeError("not an image that can be read: no known format") from error
     except Exception as error:  # Codecs raise whatever they like on damaged bytes.
-        raise BrokenImage(f"not an image that can be read: {_one_line(error)}") from error
+        raise DecodeError(f"not an image that can be read: {_one_line(error)}") from error
     return image
 
 
 def _refuse_bomb(height: int, width: int) -> None:
     if height < 1 or width < 1:
-        raise BrokenImage(f"the header says {width} x {height} pixels")
+        raise DecodeError(f"the header says {width} x {height} pixels")
     if height * width > MAX_PIXELS:
-        raise BrokenImage(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS} pixels")
+        raise DecodeError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS} pixels")
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mixmae.data.images.decode import BrokenImage, Uint8Array, decode_rgb, image_size
+from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb, image_size
 
 SIZE_EDGES = (1, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
 """Buckets of the size histogram, by the shorter side in pixels; each begins at its edge, the last is open."""
@@ -46,7 +46,7 @@ class Summary:
         try:
             height, width = image_size(data)
             pixels = decode_rgb(data) if decode else None
-        except BrokenImage as error:
+        except DecodeError as error:
             self.broken.append((where, str(error)))
             return None
         self.sizes[max(edge for edge in SIZE_EDGES if edge <= min(height, width))] += 1

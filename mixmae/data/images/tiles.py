@@ -47,7 +47,7 @@ _CYCLE = np.tile(np.arange(0xD0, 0xD8, dtype=np.uint8), 1024)
 """Restart markers, numbered modulo 8."""
 
 
-class Layout(NamedTuple):
+class JpegLayout(NamedTuple):
     """Where things are in a baseline JPEG of one scan."""
 
     height: int
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     """MCUs in a restart interval; 0 for none."""
 
 
-def read_layout(data: bytes) -> Layout | None:
+def read_layout(data: bytes) -> JpegLayout | None:
     """Walk a JPEG's segments up to its scan.
 
     Returns: None for what is not baseline, has several scans, or samples its colours in an unusual way.
@@ -105,7 +105,7 @@ def read_layout(data: bytes) -> Layout | None:
         elif marker == _SOS:
             if not size_at or data[at + 4] != num_components or height < 1 or width < 1:
                 return None
-            return Layout(height, width, exif, size_at, stop, tuple(skippable), mcu_h, mcu_w, interval)
+            return JpegLayout(height, width, exif, size_at, stop, tuple(skippable), mcu_h, mcu_w, interval)
         elif marker == _APP1 and exif is None and data[at + 4 : at + 10] == b"Exif\0\0":
             exif = (at + 10, stop)
         elif 0xC1 <= marker <= 0xCF and marker != 0xC4:  # another kind of frame, or arithmetic coding
@@ -116,7 +116,7 @@ def read_layout(data: bytes) -> Layout | None:
     return None
 
 
-def splice(data: bytes, layout: Layout, offsets: Offsets, box: Sequence[int]) -> tuple[bytearray, int, int]:
+def splice(data: bytes, layout: JpegLayout, offsets: Offsets, box: Sequence[int]) -> tuple[bytearray, int, int]:
     """A JPEG of the tiles that a box touches.
 
     Args:   box: (top, left, height, width) in pixels of the stored picture.
@@ -155,7 +155,7 @@ def splice(data: bytes, layout: Layout, offsets: Offsets, box: Sequence[int]) ->
     return spliced, top - y0, left - x0
 
 
-def head(data: bytes, layout: Layout, bottom: int) -> bytearray | None:
+def head(data: bytes, layout: JpegLayout, bottom: int) -> bytearray | None:
     """A JPEG of the rows of a picture down to `bottom`, exclusive, with what follows left in the file undecoded.
 
     Its decoder warns of the bytes that it skips, so it hides damage: only for files that end with an EOI.
@@ -204,7 +204,7 @@ def tool_path() -> str | None:
     return shutil.which(_TOOL)
 
 
-def _tile_mcus(layout: Layout) -> int | None:
+def _tile_mcus(layout: JpegLayout) -> int | None:
     """MCUs of a tile: the widest that divides a row of them and is not too wide; one where the row cannot be cut."""
     across = -(-layout.width // layout.mcu_w)
     if across * -(-layout.height // layout.mcu_h) < 4:
@@ -226,7 +226,7 @@ def _find_offsets(tiled: bytes, interval: int) -> Offsets:
     return np.concatenate([[0], at + 2]).astype(np.uint32) + np.uint32(layout.scan_at)
 
 
-def _grid(layout: Layout) -> tuple[int, int, int]:
+def _grid(layout: JpegLayout) -> tuple[int, int, int]:
     """Height of a row of tiles in pixels, tiles in a row, rows.   Raises: ValueError if the tiles do not fill rows."""
     across = -(-layout.width // layout.mcu_w)
     if layout.interval == 0 or across % layout.interval:
@@ -234,7 +234,7 @@ def _grid(layout: Layout) -> tuple[int, int, int]:
     return layout.mcu_h, across // layout.interval, -(-layout.height // layout.mcu_h)
 
 
-def _header(data: bytes, layout: Layout) -> tuple[bytes, int]:
+def _header(data: bytes, layout: JpegLayout) -> tuple[bytes, int]:
     """All before the scan that matters for pixels, and where in it the size is."""
     if not layout.skippable:
         return data[: layout.scan_at], layout.size_at

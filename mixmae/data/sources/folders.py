@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixmae.data.order import Int64Array
-from mixmae.data.source import DataError, Sample, cut_chunks, short_digest
+from mixmae.data.chunks import Int64Array, cut_chunks
+from mixmae.data.source import Chunked, DataError, Sample, short_digest
+from mixmae.data.sources.splits import SPLIT_WORDS
 from mixmae.data.sources.storage import Storage, StoredFile, is_uri, locate
 
 IMAGE_SUFFIXES = frozenset(
@@ -21,7 +22,6 @@ IMAGE_SUFFIXES = frozenset(
 
 _USUAL_BYTES = 110_000
 """Of an image of a remote list, whose sizes are not asked for: ImageNet's mean."""
-_SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FilesSource:
+class FilesSource(Chunked):
     """Image files, read one by one. A file that cannot be read is a row with empty bytes, so that it is counted."""
 
     name: str
@@ -63,20 +63,16 @@ class FilesSource:
     class_names: tuple[str, ...] | None
     exact_reads: bool = True
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.labels)
-
     @cached_property
-    def chunk_sizes(self) -> Int64Array:
-        return cut_chunks(self.num_rows)
+    def chunk_sizes(self) -> Int64Array:  # type: ignore[override]
+        return cut_chunks(len(self.labels))
 
     @cached_property
     def has_labels(self) -> bool:
         return bool((self.labels >= 0).any())
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        first = int(self.chunk_sizes[:chunk].sum())
+        first = int(self.chunks.starts[chunk])
         rows = [first + int(row) for row in rows_in_chunk]
         samples = []
         for row, content in zip(rows, self.storage.read_files([self._path(row) for row in rows]), strict=True):
@@ -86,6 +82,9 @@ class FilesSource:
                 where += f" (cannot be read: {content.strerror or str(content).splitlines()[0]})"
             samples.append(Sample(data, int(self.labels[row]), where, path=self.relatives[row].as_py()))
         return samples
+
+    def read_labels(self) -> Int64Array:
+        return self.labels
 
     def where(self, row: int) -> str:
         return self.storage.shown(self._path(row))
@@ -105,7 +104,7 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
     by_split: dict[str, list[StoredFile]] = {"train": list(files)}
     prefixes = {"train": ""}
     folders = {file.relative.split("/", 1)[0] for file in files if "/" in file.relative}
-    named = {split: next((n for n in names if n in folders), None) for split, names in _SPLIT_FOLDERS.items()}
+    named = {split: next((n for n in names if n in folders), None) for split, names in SPLIT_WORDS.items()}
     if named["train"] is not None:
         prefixes = {split: f"{name}/" for split, name in named.items() if name is not None}
         by_split = {

@@ -16,12 +16,13 @@ from functools import cached_property
 
 import numpy as np
 
-from mixmae.data.order import Draw, Int64Array, hash64
-from mixmae.data.source import CHUNK_ROWS, DataError, Sample, Source, chunk_of, read_rows, short_digest
+from mixmae.data.chunks import CHUNK_ROWS, ChunkIndex, Int64Array
+from mixmae.data.order import Draw, hash64
+from mixmae.data.source import Chunked, DataError, Sample, Source, read_rows, short_digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class JoinedSource:
+class JoinedSource(Chunked):
     """The chunks of all parts, as often as the weights say, then the rows that come once more."""
 
     parts: tuple[Source, ...]
@@ -43,10 +44,6 @@ class JoinedSource:
     def digest(self) -> str:
         facts = [f"{part.digest} {weight!r}" for part, weight in zip(self.parts, self.weights, strict=True)]
         return short_digest("\n".join(facts))
-
-    @cached_property
-    def num_rows(self) -> int:
-        return int(self.chunk_sizes.sum())
 
     @property
     def num_bytes(self) -> int:
@@ -76,7 +73,7 @@ class JoinedSource:
         return chunks
 
     @cached_property
-    def chunk_sizes(self) -> Int64Array:
+    def chunk_sizes(self) -> Int64Array:  # type: ignore[override]
         sizes = [
             self.parts[part].chunk_sizes[chunk]
             if chunk >= 0
@@ -86,12 +83,18 @@ class JoinedSource:
         return np.array(sizes, dtype=np.int64)
 
     @cached_property
+    def part_index(self) -> ChunkIndex:
+        """The stored images of all parts one after the other, each counted once: a part is a chunk."""
+        return ChunkIndex(np.array([part.num_rows for part in self.parts], dtype=np.int64))
+
+    @cached_property
     def stored_rows(self) -> Int64Array:
         """(num_rows,) int64, a number for every stored image: the same for all copies of one."""
-        firsts = np.cumsum([0, *(part.num_rows for part in self.parts)])
         numbers = [
             np.concatenate([np.tile(np.arange(part.num_rows), math.floor(weight)), extra]) + first
-            for part, weight, extra, first in zip(self.parts, self.weights, self._extra_rows, firsts, strict=False)
+            for part, weight, extra, first in zip(
+                self.parts, self.weights, self._extra_rows, self.part_index.starts, strict=False
+            )
         ]
         return np.concatenate(numbers).astype(np.int64)
 
@@ -104,12 +107,12 @@ class JoinedSource:
             samples = read_rows(self.parts[part], self._extra_rows[part][places])
         return [self._relabel(part, sample) for sample in samples]
 
-    def join_labels(self, labels: Sequence[Int64Array]) -> Int64Array:
-        """The class index of every row from those of the rows of each part: (num_rows,) int64, below 0 for none."""
+    def read_labels(self) -> Int64Array:
+        labels = [part.read_labels() for part in self.parts]
         joined = []
         for (part, base), size in zip(self._chunks, self.chunk_sizes.tolist(), strict=True):
             if base >= 0:
-                start = int(self.parts[part].chunk_sizes[:base].sum())
+                start = self.parts[part].chunks.starts[base]
                 own = labels[part][start : start + size]
             else:
                 own = labels[part][self._extra_rows[part][-1 - base : -1 - base + size]]
@@ -128,12 +131,11 @@ class JoinedSource:
         return Sample(sample.data, label, sample.where, sample.restart_offsets, sample.path)
 
     def where(self, row: int) -> str:
-        chunk, inside = chunk_of(self, row)
+        (chunk,), (within,) = self.chunks.locate([row])
         part, base = self._chunks[chunk]
         if base >= 0:
-            before = int(self.parts[part].chunk_sizes[:base].sum())
-            return self.parts[part].where(before + inside)
-        return self.parts[part].where(int(self._extra_rows[part][-1 - base + inside]))
+            return self.parts[part].where(int(self.parts[part].chunks.starts[base] + within))
+        return self.parts[part].where(int(self._extra_rows[part][-1 - base + within]))
 
 
 def join(parts: Sequence[Source], weights: Sequence[float], like: Source | None = None) -> Source:

@@ -1,7 +1,6 @@
-"""Opening a collection of images, whatever its layout (docs/data.md lists them), and cutting it into parts.
+"""Opening a collection of images, whatever its layout (docs/data.md lists them).
 
-A source knows how many rows each of its chunks has and reads any rows of one chunk; who reads what, and when, is the
-business of order.py. Opening a source checks it: what is missing or damaged is said before time is lost.
+Opening checks the collection: what is missing or damaged is an error now, not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -16,48 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from mixmae.data.source import DataError, RowRange, Sample, Source, chunk_of, read_rows
+from mixmae.data.source import DataError, Source
 from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, read_annotated
 from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
-from mixmae.data.sources.joined import JoinedSource, join
-from mixmae.data.sources.parquet import ParquetSource, open_parquet
+from mixmae.data.sources.joined import join
+from mixmae.data.sources.parquet import open_parquet
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, index_path
+from mixmae.data.sources.splits import SPLITS, num_stored_images, split_holdout, split_of
 from mixmae.data.sources.storage import Storage, StoredFile, is_uri, locate, suffix_of
 from mixmae.data.sources.tars import open_tars
 
-__all__ = [
-    "MANIFEST_NAME",
-    "SPLITS",
-    "DataError",
-    "JoinedSource",
-    "ParquetSource",
-    "Place",
-    "RowRange",
-    "Sample",
-    "Source",
-    "chunk_of",
-    "layout_of",
-    "list_splits",
-    "open_source",
-    "open_train_and_held_out",
-    "read_rows",
-    "split_holdout",
-]
-
-Place = str | Path | Sequence[str | Path | tuple[str | Path, float]]
+Location = str | Path | Sequence[str | Path | tuple[str | Path, float]]
 """What open_source takes: a path, a glob or a URI, or a list of these, each alone or as (path, weight)."""
 Layout = Literal["parquet", "tar", "files", "list"]
 
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "validation", "test")
-
-_SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    "test": "test",
-}
 _LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
 _CLASS_NAME_FILES = ("classnames.txt", "classes.txt")
 _LAYOUTS: dict[str, Layout] = {
@@ -68,21 +40,22 @@ _LAYOUTS: dict[str, Layout] = {
 }
 
 
-def open_source(place: Place, split: str = "train") -> Source:
+def open_source(location: Location, split: str = "train") -> Source:
     """Open a collection of images and check that it is whole.
 
-    Args:   place: a folder of Parquet files, of tars or of images, searched through its subfolders, or of images with
-                annotation files (annotations.py); a Parquet file, tar or file list; a glob of any of these; a URI of
-                one in a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (place, weight), or
-                a JSON file with such a list. See joined.py for what a weight means; it counts for the split "train"
-                only. Classes are numbered alike in all splits.
-            split: train, validation or test, told by annotations or by the names of files and folders; what has no such
-                name is "train".
+    Args:
+        location: a folder of Parquet files, of tars or of images, searched through its subfolders, or of images with
+            annotation files (annotations.py); a Parquet file, tar or file list; a glob of any of these; a URI of one in
+            a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (location, weight), or a JSON
+            file with such a list. joined.py explains weights; they apply to the split "train" only. Classes have the
+            same indices in all splits.
+        split: train, validation or test, told by annotations or by the names of files and folders; what has no such
+            name is "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
     if split not in SPLITS:
         raise DataError(f"there is no split called {split!r}: choose one of {', '.join(SPLITS)}")
-    finds = [(_find(single), weight) for single, weight in _terms(place)]
+    finds = [(_find(single), weight) for single, weight in _terms(location)]
     there = [(found, weight) for found, weight in finds if split in found.splits]
     if not there or (split == "train" and len(there) < len(finds)):
         found = next(found for found, _ in finds if split not in found.splits)
@@ -98,67 +71,40 @@ def open_source(place: Place, split: str = "train") -> Source:
     return join([_open(found, split) for found, _ in there], weights, like)
 
 
-def list_splits(place: Place) -> tuple[str, ...]:
-    """The splits of a collection, in the order of SPLITS.   Raises: DataError if there is none."""
-    there = {split for single, _ in _terms(place) for split in _find(single).splits}
+def list_splits(location: Location) -> tuple[str, ...]:
+    """The splits of a collection, in the order of SPLITS.   Raises: DataError if nothing is there."""
+    there = {split for single, _ in _terms(location) for split in _find(single).splits}
     return tuple(split for split in SPLITS if split in there)
 
 
-def layout_of(place: Place) -> Layout | Literal["several"]:
+def layout_of(location: Location) -> Layout | Literal["several"]:
     """How a collection is stored.   Raises: DataError if nothing is there."""
-    layouts = {_find(single).layout for single, _ in _terms(place)}
+    layouts = {_find(single).layout for single, _ in _terms(location)}
     return layouts.pop() if len(layouts) == 1 else "several"
 
 
-def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
-    """Cut the last rows off a source: (what remains for training, what is held out).
-
-    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so ours do not. Of several
-    sources each gives its share, once: copies of a held-out row that a weight makes are not trained on.
-    """
-    stored = _stored_images(source)
-    if not 0 < num_rows < stored:
-        raise DataError(f"cannot hold out {num_rows} of the {stored} images of {source.name}: choose 1 to all but one")
-    if isinstance(source, JoinedSource):
-        ends = np.cumsum([0, *(part.num_rows for part in source.parts)])
-        counts = np.minimum(np.diff(ends * num_rows // stored), np.diff(ends) - 1).tolist()
-        pairs = [
-            split_holdout(part, count) if count else (part, None)
-            for part, count in zip(source.parts, counts, strict=True)
-        ]
-        held = [held for _, held in pairs if held is not None]
-        if held:
-            return join([kept for kept, _ in pairs], source.weights), join(held, [1.0] * len(held), source)
-    cut = source.num_rows - num_rows
-    return RowRange(base=source, start=0, stop=cut), RowRange(base=source, start=cut, stop=source.num_rows)
-
-
-def open_train_and_held_out(place: Place, holdout_rows: int = 1000) -> tuple[Source, Source]:
+def open_train_and_held_out(location: Location, holdout_rows: int = 1000) -> tuple[Source, Source]:
     """The training split, and the validation split or, where there is none, the training set's last rows.
 
-    Args: holdout_rows: at most so many are cut off, and never more than a tenth of the set.
+    Args: holdout_rows: at most this many are cut off, and never more than a tenth of the set.
+    Raises: DataError as open_source does.
     """
-    train = open_source(place, "train")
-    if "validation" in list_splits(place):
-        return train, open_source(place, "validation")
-    return split_holdout(train, max(1, min(holdout_rows, _stored_images(train) // 10)))
-
-
-def _stored_images(source: Source) -> int:
-    """Rows, copies not counted."""
-    return sum(part.num_rows for part in source.parts) if isinstance(source, JoinedSource) else source.num_rows
+    train = open_source(location, "train")
+    if "validation" in list_splits(location):
+        return train, open_source(location, "validation")
+    return split_holdout(train, max(1, min(holdout_rows, num_stored_images(train) // 10)))
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What lies at one place."""
+class _Collection:
+    """What lies at one path, glob or URI."""
 
     layout: Layout
     storage: Storage
     root: str
     """Folder below which names are relative."""
     label: str
-    """The last part of the place's name."""
+    """The last part of its path."""
     splits: dict[str, list[StoredFile]]
     listing: Listing = field(default_factory=lambda: Listing({}, None))
     """Of images, with their classes."""
@@ -170,15 +116,15 @@ class _Found:
         return self.storage.shown(self.root)
 
 
-def _terms(place: Place) -> list[tuple[str, float]]:
-    """Single places with their weights."""
-    if isinstance(place, (str, Path)):
-        text = str(place)
+def _terms(location: Location) -> list[tuple[str, float]]:
+    """Single locations with their weights."""
+    if isinstance(location, (str, Path)):
+        text = str(location)
         if suffix_of(text) == ".json" and not is_uri(text):
             return _read_mixture(Path(text).expanduser())
         return [(text, 1.0)]
     terms: list[tuple[str, float]] = []
-    for entry in place:
+    for entry in location:
         single, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
         terms += [(term, inner * float(weight)) for term, inner in _terms(single)]
     if not terms:
@@ -208,8 +154,8 @@ def _read_mixture(path: Path) -> list[tuple[str, float]]:
     return _terms(terms)
 
 
-def _find(text: str) -> _Found:
-    """What lies at a path, glob or URI.   Raises: DataError if that is nothing we know."""
+def _find(text: str) -> _Collection:
+    """What lies at a path, glob or URI.   Raises: DataError if it is no known layout."""
     wild = any(sign in text for sign in ("*[{" if is_uri(text) else "*?[{"))  # a URI's ? begins its query
     if wild and (is_uri(text) or not os.path.exists(os.path.expanduser(text))):
         return _find_glob(text)
@@ -245,7 +191,7 @@ def _find(text: str) -> _Found:
     annotated = read_annotated(storage, path, notes, by_layout.get("files", ()))
     if annotated is not None:  # tars beside them are the archives that the images came in
         return _listed(storage, path, os.path.basename(path), annotated)
-    for layout in ("parquet", "tar", "files"):  # pictures beside shards are previews
+    for layout in ("parquet", "tar", "files"):  # images beside shards are previews
         if layout in by_layout:
             return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path))
     raise DataError(
@@ -254,7 +200,7 @@ def _find(text: str) -> _Found:
     )
 
 
-def _find_glob(text: str) -> _Found:
+def _find_glob(text: str) -> _Collection:
     address, mark, query = text.partition("?") if is_uri(text) else (os.path.expanduser(text), "", "")
     parts = address.split("/")
     fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?[{"))
@@ -293,32 +239,32 @@ def _find_glob(text: str) -> _Found:
             f"{storage.shown(root)}/{pattern} matches files of several sources ({', '.join(layouts)}): narrow it, or "
             f"give a list of sources"
         )
-    # A store would be asked once for every sidecar; a folder's listing has them for nothing.
+    # In a store each sidecar would take a request of its own; locally it takes no time.
     beside = [index_path(file.path) for file in matched if storage.is_local and os.path.exists(index_path(file.path))]
     return _found(layouts[0], storage, root, matched, beside, os.path.basename(root))
 
 
 def _found(
     layout: str, storage: Storage, root: str, files: list[StoredFile], beside: Sequence[str], label: str
-) -> _Found:
+) -> _Collection:
     if layout == "files":
         return _listed(storage, root, label, arrange(files))
     splits: dict[str, list[StoredFile]] = {}
     for file in files:
-        splits.setdefault(_split_of(file.relative) or "", []).append(file)
+        splits.setdefault(split_of(file.relative) or "", []).append(file)
     unnamed = splits.pop("", [])
     if unnamed:
         splits.setdefault("train", []).extend(unnamed)
     kind: Layout = "parquet" if layout == "parquet" else "tar" if layout == "tar" else "list"
-    return _Found(kind, storage, root, label, splits, beside=frozenset(beside))
+    return _Collection(kind, storage, root, label, splits, beside=frozenset(beside))
 
 
-def _listed(storage: Storage, root: str, label: str, listing: Listing) -> _Found:
+def _listed(storage: Storage, root: str, label: str, listing: Listing) -> _Collection:
     splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
-    return _Found("files", storage, root, label, splits, listing)
+    return _Collection("files", storage, root, label, splits, listing)
 
 
-def _open(found: _Found, split: str) -> Source:
+def _open(found: _Collection, split: str) -> Source:
     storage, files = found.storage, found.splits[split]
     name = f"{found.label}/{split}"
     if found.layout == "parquet":
@@ -331,16 +277,7 @@ def _open(found: _Found, split: str) -> Source:
     return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names)
 
 
-def _split_of(relative: str) -> str | None:
-    """The split in a file's name (train-00000-of-00004.parquet, set-val-1.tar) or its folder's (train/0.parquet)."""
-    folder, _, base = relative.rpartition("/")
-    for word in re.findall(r"[a-z]+", base.lower()):
-        if word in _SPLIT_WORDS:
-            return _SPLIT_WORDS[word]
-    return _SPLIT_WORDS.get(folder.rpartition("/")[2].lower())
-
-
-def _manifest_digest(found: _Found) -> str:
+def _manifest_digest(found: _Collection) -> str:
     if not found.storage.is_local:
         return ""
     try:
@@ -349,7 +286,7 @@ def _manifest_digest(found: _Found) -> str:
         return ""
 
 
-def _tar_class_names(found: _Found) -> tuple[str, ...] | None:
+def _tar_class_names(found: _Collection) -> tuple[str, ...] | None:
     for name in _CLASS_NAME_FILES:
         path = f"{found.root}/{name}"
         if path in found.beside:

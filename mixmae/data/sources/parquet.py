@@ -8,15 +8,15 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixmae.data.order import Int64Array
-from mixmae.data.source import DataError, Sample, chunk_of, short_digest
+from mixmae.data.chunks import Int64Array
+from mixmae.data.source import Chunked, DataError, Sample, short_digest
 from mixmae.data.sources.shard_index import (
     LENGTH_BYTES,
     ShardIndex,
@@ -39,7 +39,7 @@ _CACHE_BYTES = 192_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ParquetSource:
+class ParquetSource(Chunked):
     """Images in Parquet files: a struct of bytes and path, or plain bytes, beside an optional integer label.
 
     Rows of a shard with a valid sidecar are read one by one at their addresses, others by row groups.
@@ -68,10 +68,6 @@ class ParquetSource:
     label_column: str | None
     class_names: tuple[str, ...] | None
     has_labels: bool
-
-    @cached_property
-    def num_rows(self) -> int:
-        return int(self.chunk_sizes.sum())
 
     @property
     def exact_reads(self) -> bool:
@@ -123,8 +119,7 @@ class ParquetSource:
             samples.append(Sample(data or b"", int(label) if label is not None else -1, where, intervals, original))
         return samples
 
-    def read_label_column(self) -> Int64Array:
-        """The class index of every row, -1 where there is none; no image is read."""
+    def read_labels(self) -> Int64Array:
         if self.label_column is None:
             return np.full(self.num_rows, -1, dtype=np.int64)
         parts = []
@@ -141,8 +136,8 @@ class ParquetSource:
         return f"{self.storage.shown(path)}#{row}" + (f" / {original}" if original else "")
 
     def where(self, row: int) -> str:
-        chunk, inside = chunk_of(self, row)
-        return self.read(chunk, [inside])[0].where
+        (chunk,), within = self.chunks.locate([row])
+        return self.read(int(chunk), within)[0].where
 
 
 def open_parquet(

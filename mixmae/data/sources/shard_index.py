@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 from numpy.typing import NDArray
 
-from mixmae.data.order import Int64Array
+from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
 from mixmae.data.sources.storage import Storage
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
-from mixmae.data.order import Int64Array
+from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
 
 _GAP_BYTES = 256 * 1024

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mixmae.data.order import Int64Array
-from mixmae.data.source import DataError, Sample, chunk_of, cut_chunks, short_digest
+from mixmae.data.chunks import Int64Array, cut_chunks
+from mixmae.data.source import Chunked, DataError, Sample, short_digest
 from mixmae.data.sources.folders import IMAGE_SUFFIXES
 from mixmae.data.sources.shard_index import read_arrow, write_arrow
 from mixmae.data.sources.storage import Storage, StoredFile
@@ -38,7 +38,7 @@ _READ_AHEAD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TarSource:
+class TarSource(Chunked):
     """The images of tar files, in the order of the files and of their members."""
 
     name: str
@@ -61,19 +61,11 @@ class TarSource:
     exact_reads: bool = True
 
     @cached_property
-    def num_rows(self) -> int:
-        return int(self.chunk_sizes.sum())
-
-    @cached_property
     def num_bytes(self) -> int:
         return int(self.lengths.sum())
 
-    @cached_property
-    def _chunk_starts(self) -> Int64Array:
-        return np.cumsum(self.chunk_sizes) - self.chunk_sizes
-
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        rows = np.asarray(rows_in_chunk, dtype=np.int64) + self._chunk_starts[chunk]
+        rows = np.asarray(rows_in_chunk, dtype=np.int64) + self.chunks.starts[chunk]
         path = self.files[self.chunk_files[chunk]]
         parts = self.storage.read_ranges(path, self.starts[rows], self.lengths[rows])
         shown = self.storage.shown(path)
@@ -83,13 +75,17 @@ class TarSource:
             for row, data, name in zip(rows, parts, names, strict=True)
         ]
 
+    def read_labels(self) -> Int64Array:
+        return self.labels
+
     def where(self, row: int) -> str:
-        path = self.files[self.chunk_files[chunk_of(self, row)[0]]]
+        (chunk,), _ = self.chunks.locate([row])
+        path = self.files[self.chunk_files[chunk]]
         return f"{self.storage.shown(path)} / {self.members[row].as_py()}"
 
 
 @dataclass
-class _Found:
+class _Members:
     """The images of one tar as they are met."""
 
     starts: list[int] = field(default_factory=list)
@@ -163,11 +159,11 @@ def _index_places(storage: Storage, path: str) -> Iterator[Path]:
     yield cache / "mixmae" / "tars" / f"{hashlib.sha256(storage.shown(path).encode()).hexdigest()[:32]}.index"
 
 
-def _read_headers(storage: Storage, file: StoredFile) -> _Found:
+def _read_headers(storage: Storage, file: StoredFile) -> _Members:
     shown = storage.shown(file.path)
     if file.problem:
         raise DataError(f"{shown} cannot be used ({file.problem}): copy or download it again, or delete it")
-    found = _Found()
+    found = _Members()
     key = ("", "")
     image: tarfile.TarInfo | None = None
     label = -1

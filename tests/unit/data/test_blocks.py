@@ -13,7 +13,9 @@ import torch
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import ParquetSource, open_source
+from mixmae.data.sources.open import open_source
+from mixmae.data.sources.parquet import ParquetSource
+from mixmae.share import WorkerShare
 
 AUGMENT = AugmentConfig(image_size=(32, 48))
 
@@ -76,22 +78,17 @@ def test_a_large_chunk_of_nonsense_does_not_cost_minutes(tmp_path, make_jpeg, mo
     assert len(tried) < 100
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_workers_together_see_what_one_would(write_shards, world_size):
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_workers_together_see_what_one_would(write_shards, num_workers):
     source = open_source(write_shards(50, 20))
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=3, window_rows=32)
-    options = {"global_batch": 12, "stop_step": 9}  # crosses an epoch
-    alone = torch.cat([b.images for b in local_batches(source, plan, AUGMENT, micro_batch=12, **options)])
+    stop_step = 9  # crosses an epoch
+    whole = local_batches(source, plan, AUGMENT, share=WorkerShare(batch_size=12), stop_step=stop_step)
+    alone = torch.cat([batch.images for batch in whole])
+    shares = [WorkerShare(batch_size=12, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
     parts = [
-        torch.cat(
-            [
-                batch.images
-                for batch in local_batches(
-                    source, plan, AUGMENT, micro_batch=12 // world_size, rank=rank, world_size=world_size, **options
-                )
-            ]
-        ).unflatten(0, (9, -1))
-        for rank in range(world_size)
+        torch.stack([batch.images for batch in local_batches(source, plan, AUGMENT, share=share, stop_step=stop_step)])
+        for share in shares
     ]
     assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), alone)
 
@@ -99,21 +96,13 @@ def test_workers_together_see_what_one_would(write_shards, world_size):
 def test_accumulation_and_resume_change_nothing(write_shards):
     source = open_source(write_shards(50, 20))
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=3)
-    whole = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=4, stop_step=6))
+    fours, eights = (WorkerShare(batch_size=16, micro_batch_size=size) for size in (4, 8))
+    whole = list(local_batches(source, plan, AUGMENT, share=fours, stop_step=6))
     assert len(whole) == 24
-    resumed = list(local_batches(source, plan, AUGMENT, global_batch=16, micro_batch=8, start_step=4, stop_step=6))
+    resumed = list(local_batches(source, plan, AUGMENT, share=eights, start_step=4, stop_step=6))
     assert torch.equal(torch.cat([b.images for b in whole[16:]]), torch.cat([b.images for b in resumed]))
     assert torch.cat([b.rows for b in whole]).tolist() == plan.rows_at(0, 96)[0].tolist()
     assert torch.cat([b.epochs for b in whole]).tolist() == plan.rows_at(0, 96)[1].tolist()
-
-
-def test_bad_batches(write_shards):
-    source = open_source(write_shards(20))
-    plan = Plan(chunk_sizes=source.chunk_sizes)
-    with pytest.raises(ValueError, match="global_batch 10 is not a multiple of micro_batch 4"):
-        next(local_batches(source, plan, AUGMENT, global_batch=10, micro_batch=4, stop_step=1))
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        next(local_batches(source, plan, AUGMENT, global_batch=8, micro_batch=4, rank=2, world_size=2, stop_step=1))
 
 
 def test_eval_batch(write_shards):

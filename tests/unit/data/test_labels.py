@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixmae.data.labels import read_labels
-from mixmae.data.sources.open import open_source, split_holdout
+from mixmae.data.sources.open import open_source
+from mixmae.data.sources.splits import split_holdout
 
 
 def by_reading(source) -> list[int]:
@@ -51,13 +51,13 @@ def layouts(tmp_path, write_shards, make_jpeg):
 def test_they_are_what_reading_the_images_gives(layouts):
     for name, place in layouts.items():
         source = open_source(place)
-        assert read_labels(source).tolist() == by_reading(source), name
-    assert read_labels(open_source(layouts["nulls"])).tolist() == [2, -1, 0, -1]
-    assert read_labels(open_source(layouts["folders"])).tolist() == [0, 0, 0, 1, 1]  # dog, emu
-    assert read_labels(open_source(layouts["joined"]))[79:84].tolist() == [1, 1, 1, 2, 2]
+        assert source.read_labels().tolist() == by_reading(source), name
+    assert open_source(layouts["nulls"]).read_labels().tolist() == [2, -1, 0, -1]
+    assert open_source(layouts["folders"]).read_labels().tolist() == [0, 0, 0, 1, 1]  # dog, emu
+    assert open_source(layouts["joined"]).read_labels()[79:84].tolist() == [1, 1, 1, 2, 2]
 
 
 def test_of_the_rows_that_are_held_out(layouts):
     train, heldout = split_holdout(open_source(layouts["shards"]), 10)
-    assert read_labels(train).tolist() == by_reading(train)
-    assert read_labels(heldout).tolist() == by_reading(heldout) == [row % 3 for row in range(69, 79)]
+    assert train.read_labels().tolist() == by_reading(train)
+    assert heldout.read_labels().tolist() == by_reading(heldout) == [row % 3 for row in range(69, 79)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixmae.data.images.augment import AugmentConfig, draw_crops
 from mixmae.data.order import Plan, hash64, permutation, uniforms, worker_positions
+from mixmae.share import WorkerShare
 from mixmae.training.schedule import run_length
 
 GOLDEN_WORDS = [241634772696565473, 8714790858771135257]
@@ -28,6 +29,10 @@ plans = st.builds(
 )
 
 
+def shares_of(batch_size: int, num_workers: int) -> list[WorkerShare]:
+    return [WorkerShare(batch_size=batch_size, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
+
+
 @given(plans, st.integers(0, 3))
 def test_every_row_comes_exactly_once_an_epoch(plan, epoch):
     n = plan.num_rows
@@ -40,12 +45,9 @@ def test_every_row_comes_exactly_once_an_epoch(plan, epoch):
 def test_workers_share_the_same_global_batch(plan, share, step):
     global_batch = 12 * share  # 1, 2, 3 and 4 workers divide it
     expected, _ = plan.rows_at(step * global_batch, (step + 1) * global_batch)
-    for world_size in (1, 2, 3, 4):
-        own = global_batch // world_size
-        parts = [
-            plan.rows_of(worker_positions(step * own, (step + 1) * own, rank, world_size, global_batch))[0]
-            for rank in range(world_size)
-        ]
+    for num_workers in (1, 2, 3, 4):
+        shares = shares_of(global_batch, num_workers)
+        parts = [plan.rows_of(worker_positions(step * own.images, (step + 1) * own.images, own))[0] for own in shares]
         assert np.array_equal(np.concatenate(parts), expected)
 
 
@@ -84,11 +86,10 @@ def test_no_window_is_short_and_rows_of_a_window_come_from_its_chunks():
 def test_a_run_resumed_by_other_workers_sees_the_very_next_images(plan, share, crash, more, before, after):
     global_batch = 12 * share
 
-    def steps(start: int, stop: int, world_size: int) -> np.ndarray:
-        own = global_batch // world_size
+    def steps(start: int, stop: int, num_workers: int) -> np.ndarray:
         parts = [
-            plan.rows_of(worker_positions(start * own, stop * own, rank, world_size, global_batch))[0].reshape(-1, own)
-            for rank in range(world_size)
+            plan.rows_of(worker_positions(start * own.images, stop * own.images, own))[0].reshape(-1, own.images)
+            for own in shares_of(global_batch, num_workers)
         ]
         return np.concatenate(parts, axis=1).ravel()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixmae.data.sources.open import DataError
+from mixmae.data.source import DataError
 from pipelines.stats import CAPTION_PX, CELL_PX, stats
 
 ROOT = Path(__file__).parents[3]

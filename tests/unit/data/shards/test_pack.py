@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 
 from mixmae.data.images.decode import decode_rgb, image_size
-from mixmae.data.sources.open import DataError, ParquetSource, list_splits, open_source, read_rows
+from mixmae.data.source import DataError, read_rows
+from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources.parquet import ParquetSource
 from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mixmae.data.labels import read_labels
-from mixmae.data.sources.open import DataError, layout_of, list_splits, open_source, read_rows
+from mixmae.data.source import DataError, read_rows
+from mixmae.data.sources.open import layout_of, list_splits, open_source
 from pipelines.finetune import take_classes
 from pipelines.make_shards import make_shards
 from pipelines.runs import open_data
@@ -165,7 +165,7 @@ def test_training_takes_the_folder_itself(write, tmp_path):
     train, validation = open_data(str(place), tmp_path / "data", 1000)
     assert (train.num_rows, validation.num_rows) == (12, 6)
     assert train.exact_reads
-    assert sorted(read_labels(validation)) == sorted(number % 3 for number, _ in contents["val"].values())
+    assert sorted(validation.read_labels()) == sorted(number % 3 for number, _ in contents["val"].values())
 
 
 def test_unobfuscated_names_take_the_place_of_those_of_the_competition(write, tmp_path):

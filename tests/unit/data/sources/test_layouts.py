@@ -17,14 +17,8 @@ from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import MAX_PIXELS
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import (
-    DataError,
-    layout_of,
-    list_splits,
-    open_source,
-    open_train_and_held_out,
-    read_rows,
-)
+from mixmae.data.source import DataError, read_rows
+from mixmae.data.sources.open import layout_of, list_splits, open_source, open_train_and_held_out
 from pipelines.make_shards import make_shards
 
 

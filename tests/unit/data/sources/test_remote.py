@@ -19,7 +19,8 @@ from pyarrow.fs import GcsFileSystem
 
 from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
-from mixmae.data.sources.open import DataError, layout_of, list_splits, open_source, read_rows
+from mixmae.data.source import DataError, read_rows
+from mixmae.data.sources.open import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import locate
 from pipelines.make_shards import make_shards
 

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.sources.open import DataError, ParquetSource, open_source, read_rows
+from mixmae.data.source import DataError, read_rows
+from mixmae.data.sources.open import open_source
+from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, load_index
 
 

@@ -10,16 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixmae.data.blocks import read_row
-from mixmae.data.sources.open import (
-    DataError,
-    RowRange,
-    chunk_of,
-    list_splits,
-    open_source,
-    open_train_and_held_out,
-    split_holdout,
-)
+from mixmae.data.source import DataError, RowRange, read_rows
+from mixmae.data.sources.open import list_splits, open_source, open_train_and_held_out
+from mixmae.data.sources.splits import split_holdout
 
 
 def all_samples(source):
@@ -122,18 +115,13 @@ def test_holdout_takes_the_last_rows(write_shards, make_jpeg):
     assert [sample.data for sample in all_samples(train)] == [make_jpeg(row) for row in range(140)]
     assert [sample.data for sample in all_samples(held_out)] == [make_jpeg(row) for row in range(140, 180)]
     assert held_out.where(0).endswith("photos/140.jpg")
-    assert read_row(held_out, 11).data == make_jpeg(151)
+    assert read_rows(held_out, [11])[0].data == make_jpeg(151)
     assert len({source.digest, train.digest, held_out.digest}) == 3
     inner = RowRange(base=held_out, start=5, stop=12)
     assert [sample.data for sample in all_samples(inner)] == [make_jpeg(row) for row in range(145, 152)]
     for wrong in (0, 180):
         with pytest.raises(DataError, match="cannot hold out"):
             split_holdout(source, wrong)
-
-
-def test_chunk_of(write_shards):
-    source = open_source(write_shards(70))
-    assert [chunk_of(source, row) for row in (0, 63, 64, 69)] == [(0, 0), (0, 63), (1, 0), (1, 5)]
 
 
 class TestBadInput:
