@@ -44,6 +44,7 @@ from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
+from mixmae.share import WorkerShare
 from mixmae.tracking import RunRef
 from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
@@ -227,8 +228,7 @@ def record(settings: Settings, shards: Path, *, nudge: float = 0.0) -> Curve:
             source,
             plan,
             job.config.augment,
-            global_batch=job.loop.batch_size,
-            micro_batch=job.config.micro_batch(num_workers=1),
+            share=WorkerShare(batch_size=job.loop.batch_size, micro_batch_size=job.loop.micro_batch_size),
             stop_step=job.length.total_steps,
         ),
         state=TrainState(),
