@@ -22,14 +22,14 @@ import tyro
 from torch import nn
 
 import mixmae
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.data.sources.storage import plain_place
 from mixmae.encoders.build import build_encoder
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, differences, to_json
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
-from mixmae.training.loop import TrainingStopped, TrainState, step_seed
+from mixmae.training.loop import TrainingStopped, TrainState
 from mixmae.training.schedule import RunLength, run_length
 from mixmae.training.worker import (
     Message,
@@ -402,17 +402,7 @@ def open_data(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source
     Args: holdout_rows: images that are held out, at most, of a set without a validation split.
     Raises: DataError.
     """
-    from pipelines.make_shards import default_shapes, is_image_folder, make_shards
-
-    if data is None:
-        place = str(default_shapes(folder / "shapes"))
-    elif is_image_folder(data):
-        path = Path(data).expanduser().resolve()
-        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
-        place = str(make_shards(path, shards, overwrite=True).folder)  # what has changed since is packed anew
-    else:
-        place = data
-    return open_train_and_held_out(place, holdout_rows)
+    return open_for_training(data, folder, holdout_rows)
 
 
 def length_of(config: RunConfig, source: Source) -> RunLength:
