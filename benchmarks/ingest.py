@@ -45,11 +45,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 from benchmarks.photographs import make_jpegs
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import Source
 from mixmae.data.sources.open import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 from mixmae.share import WorkerShare
-from pipelines.make_shards import make_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
@@ -107,7 +107,7 @@ def make_files(options: Options) -> Path:
     # Several times over, or a decoding process would keep the whole set in memory, as it never does with a real one.
     for number in range(_PLAIN_COPIES):
         pq.write_table(table, folder / "plain" / f"train-{number:05d}.parquet", row_group_size=100)
-    make_shards(folder / "files", folder / "prepared", tiles=True, say=lambda line: None)
+    make_shards(folder / "files", folder / "prepared", tiles=True, report=lambda line: None)
     (folder / "done").touch()
     return folder
 

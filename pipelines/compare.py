@@ -192,7 +192,7 @@ def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: S
 
 def run(arguments: Arguments) -> list[Result]:
     """All arms and seeds; those that results.csv already has are kept."""
-    from pipelines.make_shards import default_shapes
+    from mixmae.data.shards.pack import default_shapes
 
     torch.set_num_threads(1)
     config = find_recipe(arguments.recipe, PRETRAIN_RECIPES)()

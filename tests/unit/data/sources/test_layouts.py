@@ -17,9 +17,9 @@ from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import MAX_PIXELS
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
 from mixmae.data.sources.open import layout_of, list_splits, open_source, open_train_and_held_out
-from pipelines.make_shards import make_shards
 
 
 def all_samples(source):
@@ -257,7 +257,7 @@ class TestSeveral:
         (tmp_path / "mix.json").write_text(
             json.dumps([{"source": str(place), "weight": weight} for place, weight in mixture])
         )
-        made = make_shards(tmp_path / "mix.json", tmp_path / "out", tiles=False, say=lambda line: None).folder
+        made = make_shards(tmp_path / "mix.json", tmp_path / "out", tiles=False, report=lambda line: None).folder
         stored = [{sample.data for sample in all_samples(open_source(made, s))} for s in ("train", "validation")]
         assert not stored[0] & stored[1]
         assert len(stored[1]) == open_source(made, "validation").num_rows >= 7
