@@ -55,7 +55,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}{knn}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
-        f"MLflow UI   {job.run.ui_command}"
+        f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
     return 0

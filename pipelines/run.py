@@ -192,7 +192,6 @@ class Run:
         Raises: TrainingStopped, WorkersFailed.
         """
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
-        assert job.run is not None, "track comes first"
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
@@ -215,8 +214,8 @@ class Run:
         finally:
             with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
                 if folder.broken():
-                    log_file(job.run, folder.ledger)
-                finish_run(job.run, status=status, tags=tags, metrics=metrics)
+                    log_file(job.ref, folder.ledger)
+                finish_run(job.ref, status=status, tags=tags, metrics=metrics)
         self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
 
@@ -224,11 +223,10 @@ class Run:
         """What is trained, for how many steps, on what, where to."""
         doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.workers
         workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count > 1)}"
-        assert job.run is not None
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
-            f"output {self.folder.path}\nMLflow {job.run.uri}"
+            f"output {self.folder.path}\nMLflow {job.ref.uri}"
         )
 
     def print_broken(self) -> None:

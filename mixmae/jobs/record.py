@@ -100,10 +100,9 @@ class RunRecord:
         """Read what to_json wrote, now or in an earlier version."""
         known = {item.name for item in fields(cls)}
         values = {name: value for name, value in content.items() if name in known and value is not None}
-        for name, kind in (("pretrained", Pretrained), ("data", DataRecord), ("mlflow", RunRef)):
-            if name in values:
-                values[name] = kind(**values[name])
-        return cls(**values)
+        kinds: dict[str, Any] = {"pretrained": Pretrained, "data": DataRecord, "mlflow": RunRef}
+        parts = {name: kind(**values[name]) for name, kind in kinds.items() if name in values}
+        return cls(**{**values, **parts})
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:
