@@ -1,7 +1,8 @@
-"""Decoders: encoded cells to pixels.
+"""Decoders: encoded tokens to pixels.
 
-Legend: M mixes, S sequences decoded from each (K images for MixMAE, 1 for others), L = h*w cells, E the encoder's
-width, C the decoder's, P = unit*unit*channels values of a cell's pixels in the order (row, column, channel).
+Legend: M mixes, S sequences decoded from each (the images to reconstruct for MixMAE, 1 for MAE), L = h*w tokens of the
+encoder's last stage, E the encoder's width, C the decoder's, p pixels per token along a side, P = p*p*channels values
+of the pixels under a token in the order (row, column, channel).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mixmae.layers.blocks import SelfAttention, TransformerBlock
 from mixmae.layers.initialisation import TABLE_STD, init_projections
-from mixmae.layers.positions import sin_cos_positions
+from mixmae.layers.positions import positions_on_grid, sin_cos_positions
 from mixmae.mixing import unmix
 
 
@@ -26,11 +27,11 @@ class DecoderConfig:
     depth: int = 8
     """Transformer blocks."""
     num_heads: int = 16
-    """Attention heads; the number is the official code's."""
+    """Attention heads, as in the official code."""
     mlp_ratio: float = 4.0
-    """Hidden width of a block's perceptron over its width."""
+    """Hidden width of a block's MLP over its width."""
     norm_eps: float = 1e-5
-    """What the norms add to the variance: the official code's value; mmpretrain's decoder and MAE's have 1e-6."""
+    """Added to the variance by the norms: the official code's value; mmpretrain's decoder and MAE's have 1e-6."""
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.num_heads < 1 or self.mlp_ratio <= 0 or self.norm_eps <= 0:
@@ -42,11 +43,11 @@ class DecoderConfig:
 
 
 class PixelDecoder(nn.Module):
-    """A small transformer that predicts the pixels of every cell of an image from its visible ones.
+    """A small transformer that predicts the pixels under every token of an image from its visible tokens.
 
     Args:
         encoder_dim: E.
-        patch_px: side of a cell in pixels, the encoder's last stride.
+        patch_px: p, the encoder's last stride.
         channels: channels of the images.
         grid: (h, w) that the position table is stored for; other grids get a new table.
         config: the size.
@@ -80,31 +81,25 @@ class PixelDecoder(nn.Module):
         """Predict pixels for S sequences from each encoded one.
 
         Args:
-            tokens: (M, L, E), a token for each cell of the mix.
-            mask: (M, S, L) or (1, S, L) bool, True = not visible in this sequence: the mask token takes its place.
+            tokens: (M, L, E), of the encoder.
+            mask: (M, S, L) or (1, S, L) bool, True = not visible in this sequence: replaced by the mask token.
             grid: (h, w), with h*w = L.
         Returns: (M, S, L, P), for visible cells too.
         Raises: ValueError if tokens and mask disagree on M or L.
         """
         x = unmix(self.embed(tokens), mask, self.mask_token)  # (M, S, L, C)
         lead = x.shape[:2]
-        x = x.flatten(0, 1) + self.positions(grid)  # (M * S, L, C): sequences of one image never see each other
+        x = x.flatten(0, 1)  # (M * S, L, C): each sequence is a sample of its own, so no image sees another
+        x = x + positions_on_grid(self.pos_embed, self.grid, grid)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x)).unflatten(0, lead)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Give the position table for a grid, (1, L, C): the stored one where it fits, else a new one."""
-        table = self.pos_embed
-        if grid != self.grid:
-            table = sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
-        return table
-
 
 class PixelHead(nn.Module):
-    """One linear layer from an encoder's last tokens to the pixels under each: (B, L, E) -> (B, L, P).
+    """One linear layer from an encoder's last tokens to the pixels under each.
 
-    Args: encoder_dim: E.  patch_px: side of a token in pixels, the encoder's last stride.  channels: of the images.
+    Args: encoder_dim: E.  patch_px: p, the encoder's last stride.  channels: of the images.
     Source: SimMIM (CVPR 2022), which finds a linear head no worse than heavier ones.
     """
 
@@ -114,4 +109,5 @@ class PixelHead(nn.Module):
         init_projections(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Predict (B, L, P) from (B, L, E)."""
         return self.pred(tokens)

@@ -2,18 +2,18 @@
 
     python -m mixmae.flops [--json]
 
-prints those of the paper's encoders beside its figures, and what pretraining costs an image under each method.
+prints those of the paper's encoders beside its figures, and the cost of pretraining per image under each method.
 
 Conventions, found by matching the figures of the official classes to all their printed digits:
 - A parameter count includes the fixed position tables, which the official classes keep as parameters without gradient.
 - A MAC is one multiply-accumulate; a matrix product of (a, b) by (b, c) is a*b*c of them. Linear layers, convolutions
-  and both products of attention count (all pairs of a window, blocked ones too); biases, additions, activations, the
-  softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, whose counts the official figures are;
-  group norms (ResNetV2) do not count.
-- Under a group map all counts are those of the plain encoder: pairs of different groups count too, and so does each
-  place of a kernel. But a dense convolution is a matrix product there, which counts as linear or attention.
-- fvcore did not see the products inside the official DECODER's attention, which is one fused function there. total
-  includes them; official_macs leaves them out, to compare with the official 19.002 G of pretraining.
+  and both products of attention count (all pairs of a window, also those that may not attend); biases, additions,
+  activations, the softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, with which the official
+  figures were counted; group norms (ResNetV2) do not count.
+- Under a group map all counts are those of the plain encoder: pairs of different groups count, and so does each offset
+  of a kernel. But a dense convolution is a matrix product there, which counts as linear or attention.
+- The official DECODER's attention is one fused function, whose products fvcore did not count. total includes them;
+  official_macs leaves them out, to compare with the official 19.002 G of pretraining.
 What papers call FLOPs is MACs here (the paper's "16.3 G FLOPs" of Swin-B/W14 are 16.35 GMACs).
 """
 
@@ -36,6 +36,7 @@ from mixmae.methods.build import MethodConfig, build_method
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
+from mixmae.patches import image_sides
 
 FIXED_TABLE = "pos_embed"
 NORM_MACS_PER_ELEMENT = 5
@@ -51,12 +52,12 @@ _KINDS = {
     "native_layer_norm": "norm",
 }
 """Which field of Macs an operation counts in; every kind of fused attention is attention. addcmul is what a depthwise
-convolution does under a group map, once a place of its kernel."""
+convolution does under a group map, once per offset of its kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Macs:
-    """Multiply-accumulates by what does them."""
+    """Multiply-accumulates by the kind of operation."""
 
     linear: int = 0
     convolution: int = 0
@@ -72,7 +73,7 @@ class Macs:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the numbers in a model's parameters and fixed position tables. Models on the meta device count too."""
+    """Count the elements of a model's parameters and fixed position tables, on any device, meta included."""
     tables = (buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == FIXED_TABLE)
     return sum(p.numel() for p in model.parameters()) + sum(table.numel() for table in tables)
 
@@ -86,22 +87,22 @@ def count_macs(
     part: str = "",
     **inputs: Any,
 ) -> Macs:
-    """Count the MACs of a model's forward, a single image.
+    """Count the MACs of a model's forward, per image.
 
-    The model runs on the meta device (a copy of it does, unless it is there already), so nothing is computed.
+    The model, or a copy of it, runs on the meta device, so nothing is computed.
 
     Args:
         model: called as model(images, **inputs).
         image_size: side, or height and width, in pixels.
         in_channels: channels of the images.
-        num_images: images in the batch it is called with; the result is divided by it. MixMAE needs K or a multiple,
-            and then the count is that of one mix: one encoder run, and one decoder run for each of its K images.
+        num_images: images in the batch; the result is divided by it. MixMAE needs a multiple of K; the count is then
+            that of one mix: one encoder run, and one decoder run for each of its K images.
         part: dotted name of a submodule to count alone, for example "decoder"; default the whole model.
         inputs: further arguments of the call, such as generator=torch.Generator() for MixMAE.
     Returns: the count.
     Raises: ValueError if there is no such part.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = image_sides(image_size)
     if part and part not in dict(model.named_modules()):
         raise ValueError(f"the model has no part named {part!r}")
     if any(tensor.device.type != "meta" for tensor in model.state_dict().values()):
@@ -131,12 +132,12 @@ def official_macs(model: nn.Module, image_size: int | tuple[int, int], **options
 
 
 def _norm_flops(input_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Count twice the MACs of a layer norm, since the counter counts two FLOPs a MAC."""
+    """Count twice the MACs of a layer norm, since the counter counts two FLOPs per MAC."""
     return 2 * NORM_MACS_PER_ELEMENT * input_shape.numel()
 
 
 def _addcmul_flops(*args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    """Count a MAC for each element."""
+    """Count one MAC per element."""
     return 2 * out_shape.numel()
 
 
@@ -220,7 +221,7 @@ def encoder_figures() -> list[dict[str, Any]]:
 
 
 def pretraining_figures() -> list[dict[str, Any]]:
-    """Count what one image of a batch costs, forward, at 224 px, under each method that the encoder can have."""
+    """Count the cost of one forward per image of the batch, at 224 px, for each method that fits the encoder."""
     rows = []
     for name, size in PRETRAINED.items():
         for method, config in METHODS.items():
@@ -228,7 +229,7 @@ def pretraining_figures() -> list[dict[str, Any]]:
                 continue  # a pyramid cannot run on a part of its tokens
             with torch.device("meta"):
                 model = build_method(build_encoder(SIZES[size]()), config)
-            # A batch of 4 is a multiple of every K. MAE runs its encoder in parts: what is no decoder is encoder.
+            # A batch of 4 is a multiple of every K. MAE calls parts of its encoder, so that is counted as the rest.
             options: dict[str, Any] = {"num_images": 4, "generator": torch.Generator()}
             macs = count_macs(model, IMAGE_PX, **options).total
             decoder = count_macs(model, IMAGE_PX, part=DECODER, **options).total
@@ -245,7 +246,7 @@ def pretraining_figures() -> list[dict[str, Any]]:
 
 
 def align(rows: list[list[str]]) -> str:
-    """Lay rows out in columns: words to the left, numbers to the right."""
+    """Lay rows out in columns: words aligned left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -258,7 +259,7 @@ def align(rows: list[list[str]]) -> str:
 
 
 def report(figures: Mapping[str, Any]) -> str:
-    """Write what encoder_figures and pretraining_figures counted as text."""
+    """Write the results of encoder_figures and pretraining_figures as text."""
     encoders = [["encoder", "table", "params M", "paper", "ratio", "GMACs", "paper", "ratio", "why"]]
     for row in figures["encoders"]:
         cells = [row["name"], row["where"]]
@@ -278,7 +279,7 @@ GMACs are the paper's FLOPs (G); ratio is ours / paper.
 
 {align(encoders)}
 
-One forward of pretraining, in GMACs for an image of the batch, at {IMAGE_PX} px.
+One forward of pretraining, in GMACs per image of the batch, at {IMAGE_PX} px.
 pairing all: as many mixes as images; once: each image in one mix. ViT has no class token; its mask cells are of 32 px
 under MixMAE and SimMIM.
 

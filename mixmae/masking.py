@@ -34,14 +34,14 @@ def num_removed(num_cells: int, mask_ratio: float) -> int:
 def draw_masks(
     grid: tuple[int, int], mask_ratio: float, generator: torch.Generator, num_masks: int = 1, first_mask: int = 0
 ) -> Tensor:
-    """Remove a random set of cells from each of some grids; all sets are equally likely and of the same size.
+    """Draw masks that remove equally many cells each; all sets of so many cells are equally likely.
 
     Args:
         grid: (h, w) cells.
         mask_ratio: share of the cells to remove; see num_removed.
         generator: CPU generator; the draw is a function of its state.
         num_masks: masks to return.
-        first_mask: masks to leave out before the first, so that parts of a batch get the masks of the whole.
+        first_mask: index of the first mask to return, so that parts of a batch get the masks of the whole.
     Returns: (num_masks, h, w) bool, on the CPU.
     Raises: ValueError as num_removed, or if the generator is not on the CPU.
     """
@@ -63,12 +63,12 @@ def masks_of_batch(
     generator: torch.Generator | None,
     first_sample: int,
 ) -> Tensor:
-    """Give a mask a sample: draw them, or check those that the caller has.
+    """Return one mask per sample: the given ones, checked, or new draws.
 
     Args:
-        mask: (B, h, w) or (1, h, w) bool, or None to draw one for each sample.
+        mask: (B, h, w) or (1, h, w) bool, or None to draw one per sample.
         num_samples: B.  grid: (h, w).  mask_ratio, generator: for drawing; see draw_masks.
-        first_sample: place of the first sample in the global batch, of which this may be a part.
+        first_sample: index of the first sample in the global batch, of which this may be a part.
     Returns: (B, h, w) bool.
     Raises: ValueError if there is nothing to draw from, or the mask has another dtype or shape or removes nothing.
     """
@@ -87,7 +87,7 @@ def masks_of_batch(
 
 
 def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Blank the removed cells: zero, which is the mean colour of normalised pixels.
+    """Set the removed cells to zero, which is the mean colour of normalised pixels.
 
     Args: images: (B, C, H, W).  mask: (B, h, w) bool; H and W are multiples of h and w.   Returns: (B, C, H, W).
     """
@@ -128,7 +128,7 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
 
 
 def mask_pictures(images: Tensor, reconstructed: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Describe masked images as mixes of one image: group 0 is what the model sees, group 1 shows nothing.
+    """Describe masked images as mixes of one image: group 0 is visible, group 1 is removed.
 
     Args: images, reconstructed: (B, C, H, W).  mask: (B, h, w) bool.
     Returns: what panels.reconstruction_panel draws, detached: originals, mixed (B, C, H, W), with removed cells blank;

@@ -2,7 +2,7 @@
 
 Legend: N images, C classes. `logits` is (N, C) float, any scores whose softmax is the prediction (log-probabilities
 are). `labels` is (N,) int64 in [0, C), or -1 where the class is not known: such images are left out, and every result
-says how many were judged and how many were not. Results are on the CPU.
+has the numbers of images that were counted and left out. Results are on the CPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ UNKNOWN = -1
 
 
 def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """Find the place of each image's class among its logits, 0 = highest; of equal ones the lower class comes first.
+    """Rank each image's class among its logits, 0 = highest; of equal logits the lower class comes first.
 
-    Does not wait for a GPU, so that a training step may use it: labels are not checked, and must all be known.
+    It does not wait for a GPU, so a training step may use it: labels are not checked, and must all be known.
     Returns: (N,) int64; the class is among the top k where this is below k.
     """
     own = logits.gather(1, labels[:, None])  # (N, 1)
@@ -32,7 +32,7 @@ class Accuracy:
     """How often the class is among the highest logits."""
 
     top: dict[int, float]
-    """Share of the judged images whose class is among the k highest, by k; k >= C counts every image."""
+    """Share of the images with a known class whose class is among the k highest, by k; 1 for k >= C."""
     num_judged: int
     """Images with a known class."""
     num_unknown: int
@@ -52,10 +52,10 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5))
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTable:
-    """Accuracy of the images of each class; the mean of `top1` over classes weighs all classes alike."""
+    """Accuracy of each class; the mean of `top1` over classes weighs all classes alike."""
 
     counts: Tensor
-    """(C,) int64, judged images of the class."""
+    """(C,) int64, images of the class."""
     top1: Tensor
     """(C,) float64, share of them that are right; NaN for a class without images."""
     top5: Tensor
@@ -65,7 +65,7 @@ class ClassTable:
 
 
 def per_class_accuracy(logits: Tensor, labels: Tensor) -> ClassTable:
-    """Measure each class by itself.   Raises: as top_k_accuracy."""
+    """Measure the accuracy of each class.   Raises: as top_k_accuracy."""
     known_logits, known = _known(logits, labels)
     ranks = label_ranks(known_logits, known)
     num_classes = logits.shape[1]
@@ -77,7 +77,7 @@ def per_class_accuracy(logits: Tensor, labels: Tensor) -> ClassTable:
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Count the predictions of each class: (C, C) int64, entry (i, j) = images of class i whose highest logit is j.
 
-    Its sum is the number of judged images.   Raises: as top_k_accuracy.
+    Its sum is the number of images with a known class.   Raises: as top_k_accuracy.
     """
     known_logits, known = _known(logits, labels)
     num_classes = logits.shape[1]
@@ -104,7 +104,7 @@ class Calibration:
 
 
 def calibration(logits: Tensor, labels: Tensor, num_bins: int = 15) -> Calibration:
-    """Compare how sure predictions are with how often they are right.
+    """Compare the confidence of predictions with how often they are right.
 
     The confidence of a prediction is its largest softmax probability.
     Raises: as top_k_accuracy; ValueError if num_bins is below 1.
@@ -115,17 +115,17 @@ def calibration(logits: Tensor, labels: Tensor, num_bins: int = 15) -> Calibrati
     known_logits, known = _known(logits, labels)
     confidence, predicted = known_logits.double().softmax(dim=1).max(dim=1)
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
-    # Confidences are above 0; rounding may lift one past 1, which the inner edges do not mind.
-    place = torch.bucketize(confidence, edges[1:-1])
-    counts = torch.bincount(place, minlength=num_bins)
-    right = torch.bincount(place, weights=(predicted == known).double(), minlength=num_bins)
-    sure = torch.bincount(place, weights=confidence, minlength=num_bins)
+    # Rounding may lift a confidence above 1: with the inner edges alone it still falls into the last bin.
+    index = torch.bucketize(confidence, edges[1:-1])
+    counts = torch.bincount(index, minlength=num_bins)
+    right = torch.bincount(index, weights=(predicted == known).double(), minlength=num_bins)
+    confident = torch.bincount(index, weights=confidence, minlength=num_bins)
     return Calibration(
         edges=edges,
         counts=counts,
-        confidence=sure / counts,
+        confidence=confident / counts,
         accuracy=right / counts,
-        expected_error=((right - sure).abs().sum() / len(known)).item(),
+        expected_error=((right - confident).abs().sum() / len(known)).item(),
         num_unknown=len(labels) - len(known),
     )
 
@@ -141,7 +141,7 @@ def _known(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if ((labels < UNKNOWN) | (labels >= logits.shape[1])).any():
         raise ValueError(
             f"labels go from {labels.min().item()} to {labels.max().item()}, but the model knows classes 0 to "
-            f"{logits.shape[1] - 1}: judge it on the classes that it was trained for (-1 = not known)"
+            f"{logits.shape[1] - 1}: evaluate it on the classes that it was trained for (-1 = not known)"
         )
     known = labels != UNKNOWN
     if not known.any():

@@ -1,6 +1,6 @@
 """Mix K images into one along a map of cells, and take them apart again (MixMAE sections 3.1 and 3.2).
 
-Legend: B images, M mixes, K images in a mix, H W pixels, h w the grid of mask cells, L = h*w, C channels.
+Legend: B images, M mixes, K images per mix, H W pixels, h w the grid of mask cells, L = h*w, C channels.
 `group_map` is int64 in [0, K): which image of the mix fills a cell. Its first side is M, or 1 when all mixes share it.
 `partners` is int64 (M, K) in [0, B): which image of the batch fills group k of mix m. It is always an argument, so that
 any pairing is the same code: the official one (the batch reversed, K = 2) is partners = [[b, B - 1 - b] for b].
@@ -10,7 +10,7 @@ any pairing is the same code: the official one (the batch reversed, K = 2) is pa
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MASK_UNIT_PX = 32
 """Side of a mask cell in pixels: the coarsest stride of the encoders, so groups share no token (paper section 4)."""
@@ -23,21 +23,22 @@ def draw_group_map(
     num_maps: int = 1,
     filled_share: float = 0.0,
 ) -> Tensor:
-    """Draw random balanced partitions of a grid of cells into groups, one for each image of a mix.
+    """Draw random balanced partitions of a grid of cells into groups, one group per image of a mix.
 
-    Group sizes differ by at most one. Where L is no multiple of K, the larger groups start at a drawn image and move on
-    from map to map, so that no image is favoured: 49 cells over 4 images are 13/12/12/12 in any order.
+    Group sizes differ by at most one. Where L is no multiple of K, which groups get one more cell is drawn for the
+    first map and rotates from map to map, so that no image is favoured: 49 cells over 4 images are 13/12/12/12 in any
+    order.
 
     Args:
         grid: (h, w) cells.
         num_images: K, at least 1 and at most h*w.
         generator: CPU generator; the draw is a function of its state.
         num_maps: number of maps to draw; 1 is a map shared by the whole batch.
-        filled_share: share of the cells, rounded, that no image fills; they are group K.
-    Returns: (num_maps, h, w) int64 in [0, K), with filled cells in [0, K], on the CPU.
-    Raises: ValueError if the grid has fewer cells for images than images, or the generator is not on the CPU.
-    Source: paper section 3.2 (random mask) and section 4 (mixing 4 images hides 75 %). The paper does not say who gets
-        the odd cell; the official code (K = 2) always gives it to the first image.
+        filled_share: share of the cells, rounded, that show no image: these filler cells are group K.
+    Returns: (num_maps, h, w) int64 in [0, K), or in [0, K] with filler cells, on the CPU.
+    Raises: ValueError if fewer cells are left than there are images, or the generator is not on the CPU.
+    Source: paper section 3.2 (random mask) and section 4 (mixing 4 images hides 75 %). The paper does not state which
+        image gets the odd cell; the official code (K = 2) always gives it to the first one.
     """
     height, width = grid
     num_cells = height * width
@@ -53,7 +54,7 @@ def draw_group_map(
     if generator.device.type != "cpu":
         raise ValueError(f"the generator must be on the CPU, so that every device draws alike; got {generator.device}")
     first_large = torch.randint(num_images, (1, 1), generator=generator)
-    # After each map the larger groups move on by their number, so over K maps each image is large equally often.
+    # From map to map the larger groups rotate by how many they are, so over K maps each image is large equally often.
     start = first_large + torch.arange(num_maps)[:, None] * (num_shown % num_images)  # (num_maps, 1)
     rank = torch.rand(num_maps, num_cells, generator=generator).argsort(dim=1)  # a permutation of the cells in each row
     groups = torch.where(rank < num_shown, (start + rank) % num_images, num_images)
@@ -61,13 +62,13 @@ def draw_group_map(
 
 
 def cyclic_partners(num_samples: int, num_images: int) -> Tensor:
-    """Pair the images of a batch so that each one appears in K mixes, once in every group.
+    """Choose the images of each mix so that each image appears in K mixes, once in every group.
 
     Blocks of K consecutive images mix with each other: mix j*K + i shows image j*K + (i + k) % K in group k.
-    The other natural extension of the official pairing (mix b takes image (b + k*B/K) mod B in group k) cuts the batch
-    into closed sets of K as well. For a shuffled stream the two are the same up to the order of the samples, but blocks
-    do not depend on how a global batch is cut into micro-batches and workers, as long as each part is a multiple of K.
-    The stream must be shuffled: neighbours mix.
+    The other natural extension of the official pairing (mix b shows image (b + k*B/K) mod B in group k) also cuts the
+    batch into closed sets of K. For a shuffled stream the two differ only in the order of the samples, but blocks do
+    not depend on how a global batch is cut into micro-batches and workers, as long as each part is a multiple of K.
+    The stream must be shuffled, because neighbours mix.
 
     Args:
         num_samples: B, a multiple of K.
@@ -84,15 +85,15 @@ def cyclic_partners(num_samples: int, num_images: int) -> Tensor:
             f"multiple of {num_images}, for example {near}"
         )
     mix_index = torch.arange(num_samples)[:, None]
-    place = mix_index % num_images
-    return mix_index - place + (place + torch.arange(num_images)) % num_images
+    in_block = mix_index % num_images
+    return mix_index - in_block + (in_block + torch.arange(num_images)) % num_images
 
 
 def upsample_group_map(group_map: Tensor, size: tuple[int, int]) -> Tensor:
     """Repeat every cell of a group map so that it covers a finer grid (nearest upsampling).
 
     Args:
-        group_map: (M, h, w), any dtype.
+        group_map: (M, h, w), any dtype: a mask may be upsampled too.
         size: (H, W) of the finer grid, whole multiples of (h, w).
     Returns: (M, H, W), dtype of group_map.
     Raises: ValueError if a side of size is not a multiple of the map's.
@@ -109,25 +110,23 @@ def upsample_group_map(group_map: Tensor, size: tuple[int, int]) -> Tensor:
 def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
     """Fill each mix with the pixels of its K images, cell by cell.
 
-    Done on pixels: where the patches of the embedding do not overlap and divide the cell, it equals mixing the tokens.
+    Where the patches of an embedding do not overlap and divide the cell, mixing pixels equals mixing tokens.
 
     Args:
         images: (B, C, H, W), any dtype.
-        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
+        group_map: (M, h, w) or (1, h, w) int64 in [0, K); see check_group_map.
         partners: (M, K) int64 in [0, B).
     Returns: (M, C, H, W), dtype of images.
-    Raises: ValueError if the shapes disagree.
+    Raises: ValueError if images are no whole number of cells.
     Source: paper section 3.2, equation 1, for K images.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must be (B, C, H, W), got a shape of {tuple(images.shape)}")
-    check_group_map(group_map, num_mixes=len(partners))
     _, channels, height, width = images.shape
     rows, columns = group_map.shape[1:]
     if height % rows or width % columns:
         raise ValueError(f"images of {height} x {width} px cannot be cut into {rows} x {columns} cells")
     up, across = height // rows, width // columns
-    source = cell_sources(group_map, partners)  # (M, h, w)
+    groups = group_map.flatten(1).expand(len(partners), -1)  # (M, L)
+    source = partners.gather(1, groups).view(-1, rows, columns)  # (M, h, w) in [0, B): which image fills each cell
     cells = images.view(-1, channels, rows, up, columns, across).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, up, across)
     row = torch.arange(rows, device=images.device)[:, None]
     column = torch.arange(columns, device=images.device)
@@ -135,84 +134,23 @@ def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
     return mixed.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
 
-def shuffle_cells(images: Tensor, cells: Tensor, order: Tensor) -> Tensor:
-    """Permute some cells of each image among themselves.
-
-    Args:
-        images: (B, C, H, W), any dtype.
-        cells: (B, h, w) or (1, h, w) bool, True = the cell takes part; the others stay.
-        order: (B, h*w) float, random numbers: the cells that take part are sorted by them.
-    Returns: (B, C, H, W), dtype of images.
-    Source: paper section 6, "Shuffle".
-    """
-    batch, channels, height, width = images.shape
-    rows, columns = cells.shape[1:]
-    taken = cells.flatten(1).expand(batch, -1)  # (B, L)
-    # The n-th cell that takes part, in row order, gets the one that comes n-th by its number.
-    number = order.to(images.device).masked_fill(~taken, float("inf"))
-    by_number = number.argsort(dim=1)  # (B, L), those that take part first
-    place = taken.cumsum(dim=1) - 1
-    own = torch.arange(rows * columns, device=images.device).expand(batch, -1)
-    source = torch.where(taken, by_number.gather(1, place.clamp(min=0)), own)  # (B, L)
-    up, across = height // rows, width // columns
-    patches = images.view(batch, channels, rows, up, columns, across).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    patches = patches.gather(1, source[:, :, None, None, None].expand_as(patches))  # (B, L, C, up, across)
-    patches = patches.view(batch, rows, columns, channels, up, across)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-
-
-def zoom_in(images: Tensor, boxes: Tensor) -> Tensor:
-    """Crop a box of each image and enlarge it to the image's size, bilinear.
-
-    Args:
-        images: (B, C, H, W) float.
-        boxes: (B, 3) float: the side of the box as a share of the image's, in (0, 1], and the place of its upper and
-            its left edge in [0, 1], from one end of what is possible to the other.
-    Returns: (B, C, H, W), dtype of images.
-    Source: paper section 6, "Zoomin", which gives no scale.
-    """
-    scale, top, left = boxes.to(images.device, images.dtype).unbind(1)  # (B,)
-    theta = images.new_zeros(len(images), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    # In sampling coordinates, -1 to 1, the box's centre moves within 1 - scale of the image's.
-    theta[:, 0, 2], theta[:, 1, 2] = (2 * left - 1) * (1 - scale), (2 * top - 1) * (1 - scale)
-    sampling = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
-    return nn.functional.grid_sample(images, sampling, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def cell_sources(group_map: Tensor, partners: Tensor) -> Tensor:
-    """Look up which image of the batch fills each cell of each mix.
-
-    Args:
-        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
-        partners: (M, K) int64.
-    Returns: (M, h, w) int64 in [0, B).
-    Raises: ValueError if the two disagree on M or partners is not two-dimensional.
-    """
-    if partners.ndim != 2:
-        raise ValueError(f"partners must be (M, K), got a shape of {tuple(partners.shape)}")
-    check_group_map(group_map, num_mixes=len(partners))
-    flat = group_map.flatten(1).expand(len(partners), -1)
-    return partners.gather(1, flat).view(-1, *group_map.shape[1:])
-
-
 def hidden_mask(group_map: Tensor, num_images: int) -> Tensor:
-    """Say which cells of each image its mix does not show.
+    """Find the cells of each image that its mix does not show.
 
     Args:
-        group_map: (M, h, w) or (1, h, w) int64 in [0, K).
+        group_map: (M, h, w) or (1, h, w) int64. Groups that are not below num_images are hidden for all images.
         num_images: K.
-    Returns: (M or 1, K, h, w) bool, True = hidden; every cell is visible for exactly one of the K images.
+    Returns: (M or 1, K, h, w) bool, True = hidden. Without filler cells every cell is visible for exactly one image.
     """
     groups = torch.arange(num_images, device=group_map.device)
     return group_map[:, None] != groups[:, None, None]
 
 
 def unmix(tokens: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
-    """Give each image of a mix its own copy of the tokens, with the cells of the others replaced.
+    """Give each image of a mix its own copy of the tokens, with those of the other images replaced.
 
     Args:
-        tokens: (M, L, C), one token a cell.
+        tokens: (M, L, C).
         mask: (M, K, L) or (1, K, L) bool, True = replaced by fill.
         fill: broadcasts to (M, K, L, C), for example a mask token of (C,).
     Returns: (M, K, L, C), the wider dtype of tokens and fill.

@@ -1,4 +1,7 @@
-"""Pictures for people: what the model sees, hides and fills in."""
+"""Pictures for people: what the model sees, hides and fills in.
+
+Legend: N images, M mixes, K images per mix, h w cells, C channels, H W pixels.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# Legend: N images, M mixes, K images a mix, h w cells, C channels, H W pixels.
-
 GROUP_COLORS = ((230, 60, 60), (50, 120, 230), (40, 170, 80), (240, 160, 20), (150, 80, 200))
-"""Outline of the cells of group 0, 1, ...: at most five groups are mixed."""
+"""Outline of the cells of group 0, 1, ...: at most five images are mixed."""
 GAP_PX = 6
 TITLE_PX = 16
 
@@ -21,19 +22,19 @@ TITLE_PX = 16
 def reconstruction_panel(
     pictures: Mapping[str, Tensor], *, mean: Sequence[float], std: Sequence[float], scale: int = 1, caption: str = ""
 ) -> Image.Image:
-    """One row a mix: the K originals, the mix, the K reconstructions; cells a group shows are outlined in its colour.
+    """Draw one row per mix: the K originals, the mix, the K reconstructions, with each group's cells in its colour.
 
     A masked image (MAE, SimMIM) is a mix of one image, whose hidden cells belong to no image and have no outline.
-    A reconstruction shows the model's pixels in hidden cells, and the original's in the cells that the model saw: there
-    its output is not trained and means nothing.
+    A reconstruction shows the prediction in hidden cells, and the original in the cells that the model saw, where its
+    output is not trained.
 
     Args:
-        pictures: originals (N,C,H,W), mixed (M,C,H,W), reconstructions (M,K,C,H,W), all in normalised pixels,
-            group_map (M or 1, h, w) and partners (M,K): image shown by each group.
-        mean, std: of the pixel normalisation, in units of 0..1; one value a channel.
-        scale: pixels of the panel a pixel of the image.
-        caption: under the panel, for what the pixels mean.
-    Returns: an RGB picture. Inputs of more than three channels show their first three, of fewer the first one.
+        pictures: of StepOutput: originals (N, C, H, W), mixed (M, C, H, W), reconstructions (M, K, C, H, W), all
+            normalised; group_map (M or 1, h, w) int64; partners (M, K) int64 in [0, N), the image of each group.
+        mean, std: of the pixel normalisation, in units of 0..1; one value per channel.
+        scale: pixels of the panel per pixel of the image, along a side.
+        caption: text below the panel.
+    Returns: an RGB picture. Of images with other than three channels it shows the first three, or the first one.
     """
     originals, mixed = pictures["originals"], pictures["mixed"]
     reconstructions, partners = pictures["reconstructions"], pictures["partners"]
@@ -72,16 +73,16 @@ def reconstruction_panel(
 
 
 def _to_pixels(cells: Tensor, size: Sequence[int]) -> Tensor:
-    """(h, w) cells -> (H, W) pixels by repetition."""
+    """Repeat (h, w) cells to (H, W) pixels."""
     rows, columns = size[0] // cells.shape[0], size[1] // cells.shape[1]
     return cells.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
 def to_image(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """Normalised pixels (C, H, W) float -> an RGB picture, clipped to 0..255."""
-    channels = torch.as_tensor(mean, dtype=torch.float32)[:, None, None]
-    spread = torch.as_tensor(std, dtype=torch.float32)[:, None, None]
-    unit = pixels.detach().float().cpu() * spread + channels
+    """Turn normalised pixels (C, H, W) float into an RGB picture, clipped to 0..255."""
+    offset = torch.as_tensor(mean, dtype=torch.float32)[:, None, None]
+    scale = torch.as_tensor(std, dtype=torch.float32)[:, None, None]
+    unit = pixels.detach().float().cpu() * scale + offset
     unit = unit[:3] if unit.shape[0] >= 3 else unit[:1].expand(3, -1, -1)
     return Image.fromarray((unit.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
@@ -89,7 +90,7 @@ def to_image(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> 
 def _outline_cells(
     draw: ImageDraw.ImageDraw, cells: np.ndarray, box: tuple[int, int, int, int], *, only: int | None
 ) -> None:
-    """Frame the cells of group `only` (None: of every group) in their group's colour."""
+    """Outline the cells of group `only` (None: of every group) in their group's colour."""
     left, top, width, height = box
     rows, columns = cells.shape
     for row in range(rows):

@@ -15,8 +15,13 @@ VARIANCE_EPS = 1e-6
 """Added to the variance of a patch before the root; value of MAE and of the official MixMAE code."""
 
 
+def image_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Write an image size that is one side, or both, as (height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 class NormalisedPatches(NamedTuple):
-    """Patches with zero mean and unit deviation, and what it takes to undo that: patches * std + mean."""
+    """Patches with zero mean and unit std, and what undoes that: patches * std + mean."""
 
     patches: Tensor
     mean: Tensor
@@ -64,7 +69,7 @@ def unpatchify(patches: Tensor, patch_px: int, grid: tuple[int, int]) -> Tensor:
 
 
 def normalise_patches(patches: Tensor) -> NormalisedPatches:
-    """Shift and scale each patch to zero mean and unit deviation over all its values, channels together.
+    """Shift and scale each patch to zero mean and unit std over all its values, channels together.
 
     Args: patches: (..., P) float.
     Returns: patches (..., P), and mean and std (..., 1); std is the root of the unbiased variance plus 1e-6.
@@ -78,7 +83,7 @@ def normalise_patches(patches: Tensor) -> NormalisedPatches:
 def target_patches(images: Tensor, patch_px: int, *, normalise: bool) -> NormalisedPatches:
     """Cut images into the patches that a method predicts.
 
-    Args: images: (B, C, H, W) float.  patch_px: side of a patch in pixels.  normalise: each patch, or leave the pixels.
+    Args: images: (B, C, H, W) float.  patch_px: side of a patch in pixels.  normalise: each patch; False leaves pixels.
     Returns: patches (B, L, P) float32, and mean and std (B, L, 1), which undo the normalisation: 0 and 1 without it.
     """
     patches = patchify(images.float(), patch_px)

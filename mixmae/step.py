@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """The result of a task's forward on one batch: a record that the training loop reads, not a parent class."""
+    """The result of a task's forward on one batch, which the training loop reads."""
 
     loss: Tensor
-    """Scalar with a gradient: the mean over the batch that was given."""
+    """Scalar with a gradient: the mean over the given batch."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached scalars, each a mean over the batch; the loop averages them over micro-batches and workers."""
     pictures: Mapping[str, Tensor] = field(default_factory=dict)

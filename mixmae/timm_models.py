@@ -28,6 +28,7 @@ from mixmae.convert import first_conv, fit_weights, load_checked, read_weights, 
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.build import SIZES, EncoderConfig, build_encoder, config_at_size, config_from_json
 from mixmae.finetune.classification import HEAD_STD
+from mixmae.patches import image_sides
 
 ANY_ENCODER = "mixmae_encoder"
 
@@ -39,7 +40,7 @@ class TimmEncoder(nn.Module):
 
     Args:
         encoder: the architecture, or its JSON (encoders.build.config_to_json).
-        img_size: side, or height and width, in pixels; default the config's. At 384 px the windows are the official.
+        img_size: side, or height and width, in pixels; default the config's. At 384 px Swin has the official windows.
         in_chans, num_classes, drop_rate, drop_path_rate: timm's; num_classes=0 leaves the head out.
         global_pool: "avg", or "" to give every token.
         fields: further fields of the config, such as window_sizes.
@@ -103,8 +104,7 @@ class TimmEncoder(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the output of chosen stages.
 
-        Args: timm's; indices are stages. All stages always run, and where the final norm is asked for (norm, or not
-            intermediates_only), they run twice.  output_fmt: "NCHW", "NHWC" or "NLC".
+        Args: timm's; indices are stages, all of which always run.  output_fmt: "NCHW", "NHWC" or "NLC".
         Returns: a list of features, or the final tokens (B, L, C) and the list.
         Raises: ValueError for another output_fmt.
         """
@@ -117,7 +117,7 @@ class TimmEncoder(nn.Module):
         else:
             taken = list(stages[-indices:]) if isinstance(indices, int) else [stages[index] for index in indices]
         features = self.encoder.features(x)
-        final = self.encoder(x) if norm or not intermediates_only else None
+        final = self.encoder.final(features[-1]) if norm or not intermediates_only else None
         if norm and final is not None:
             features[-1] = final.mT.reshape(features[-1].shape)
         chosen = [shape[output_fmt](features[stage]) for stage in taken]
@@ -150,7 +150,7 @@ class TimmEncoder(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Give a function from a parameter's name to its depth by timm's rule, for layer decay; coarse or not."""
-        depths = {f"encoder.{name}": depth for name, depth in self.encoder.parameter_depths("timm").items()}
+        depths = {f"encoder.{name}": depth for name, depth in self.encoder.parameter_depths().items()}
         return lambda name: depths.get(name, head_depth(self.encoder, "timm"))
 
     @torch.jit.ignore
@@ -217,7 +217,7 @@ def _register(variant: str, size: Callable[[], EncoderConfig]) -> None:
 
 def _side(size: int | Sequence[int]) -> int | tuple[int, int]:
     """A square's side, or (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_sides(size if isinstance(size, int) else (size[0], size[1]))
     return height if height == width else (height, width)
 
 

@@ -33,13 +33,15 @@ def tiny_swin(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> S
     return SwinEncoder(config)
 
 
-#: 0.1 M parameters; all stages but the second have both kinds of SVT's attention.
 TINY_PYRAMID = {
     "embed_dims": (8, 16, 24, 32),
     "depths": (2, 1, 2, 2),
     "num_heads": (1, 2, 3, 4),
     "mlp_ratios": (2.0, 2.0, 2.0, 2.0),
 }
+"""0.1 M parameters; all stages but the second have both kinds of SVT's attention."""
+
+DECODER = DecoderConfig(dim=32, depth=1, num_heads=4)
 
 
 def tiny_pvt(image_size: int | tuple[int, int] = 96, in_channels: int = 3) -> PvtEncoder:
@@ -103,7 +105,7 @@ def tiny_mixmae(
     **options: object,
 ) -> MixMAE:
     """A MixMAE on tiny_swin; options are fields of MixMAEConfig."""
-    config = MixMAEConfig(decoder=DecoderConfig(dim=32, depth=1, num_heads=4), **options)  # type: ignore[arg-type]
+    config = MixMAEConfig(decoder=DECODER, **options)  # type: ignore[arg-type]
     return MixMAE(tiny_swin(image_size, in_channels), config)
 
 
@@ -119,7 +121,7 @@ def tiny_simmim(encoder: nn.Module | None = None, **options: object) -> SimMIM:
 
 def tiny_mae(encoder: nn.Module | None = None, **options: object) -> MAE:
     """An MAE, on tiny_vit unless another encoder is given; options are fields of MAEConfig."""
-    config = MAEConfig(decoder=DecoderConfig(dim=32, depth=1, num_heads=4), **options)  # type: ignore[arg-type]
+    config = MAEConfig(decoder=DECODER, **options)  # type: ignore[arg-type]
     return MAE(encoder or tiny_vit(), config)  # type: ignore[arg-type]
 
 

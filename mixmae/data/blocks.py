@@ -21,6 +21,7 @@ from mixmae.data.images.decode import DecodeError, Header, Uint8Array, decode_bo
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Sample, Source, read_rows
+from mixmae.patches import image_sides
 from mixmae.share import WorkerShare
 
 _GREY = 128
@@ -237,7 +238,7 @@ def eval_batches(
     Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
         that no model is judged by it, and is among the batch's broken ones.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = image_sides(image_size)
     rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
 
     def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:

@@ -1,1 +1,1 @@
-"""Encoders: one architecture a file, the same class for pretraining and finetuning. base.py says what each promises."""
+"""Encoders: one architecture per file, the same class for pretraining and finetuning. base.py has the protocol."""

@@ -1,6 +1,7 @@
 """What every encoder promises to the objectives, the finetuning tasks and the optimiser.
 
-Legend: B samples, M group maps (B or 1), C channels, H W pixels, h w the grid of mask cells, L = h*w.
+Legend: B samples, M group maps (B or 1), C channels, H W pixels, h w the grid of mask cells, L tokens of the last
+stage. `group_map` is int64 (M, h, w), one entry per mask cell; `groups` is the same at the grid of a stage's tokens.
 """
 
 from __future__ import annotations
@@ -12,24 +13,65 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mixmae.mixing import upsample_group_map
+from mixmae.mixing import cell_grid, upsample_group_map
+from mixmae.patches import image_sides
 
 GroupIsolation = Literal["exact", "partial", "none"]
-"""exact: a feature depends on no pixel of another group, at any stage. partial: some leaks, and the encoder's docstring
-says how far. none: the encoder cannot take a group map and raises ValueError when given one."""
+"""exact: a feature depends on no pixel of another group, at any stage. partial: some do, and the encoder's docstring
+explains which. none: the encoder cannot take a group map and raises ValueError when given one."""
 
 DepthRule = Literal["official", "timm"]
 """Whose layer decay: see head_depth."""
 
+STRIDES = (4, 8, 16, 32)
+"""Pixels per token along a side, in each stage of a pyramid (Swin, PVT, Twins, ResNet)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The fields that the config of every encoder has.   Raises: ValueError for values that make no encoder."""
+
+    image_size: int | tuple[int, int] = 224
+    """Side, or height and width, in pixels; multiples of 32. Position tables are built for it; other sizes work too."""
+    in_channels: int = 3
+    """Channels of the images."""
+    drop_path: float = 0.0
+    """Probability that the branches of the last block are dropped, rising from 0 at the first; 0 for pretraining."""
+
+    def __post_init__(self) -> None:
+        cell_grid(*self.image_sides)
+        if self.in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_sides(self.image_size)
+
+    def check_stages(self, *names: str) -> None:
+        """Raise ValueError unless each of these fields has a number of at least 1 for every stage of a pyramid."""
+        for name in names:
+            values = getattr(self, name)
+            if len(values) != len(STRIDES) or min(values) < 1:
+                raise ValueError(f"{name} needs {len(STRIDES)} numbers of at least 1, one per stage; got {values}")
+
+    def check_heads(self, field: str, widths: Sequence[int], num_heads: Sequence[int]) -> None:
+        """Raise ValueError unless every width is a multiple of its number of heads; `field` sets the widths."""
+        for width, heads in zip(widths, num_heads, strict=True):
+            if width % heads:
+                raise ValueError(f"a width of {width} cannot be shared by {heads} heads: change {field} or num_heads")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFill:
-    """Mask tokens in the encoder's input, as SimMIM has them: what stands in cells that hold no image."""
+    """Mask tokens in the encoder's input, as in SimMIM, for the cells that show no image."""
 
-    cells: Tensor
-    """(B, h, w) or (1, h, w) bool, True = the cell's tokens are replaced."""
+    mask: Tensor
+    """(B, h, w) or (1, h, w) bool, True = the tokens of the cell are replaced."""
     token: Tensor
-    """(fill_dim(encoder),), what they are replaced by: a learned mask token, or zeros."""
+    """(encoder.fill_dim,): a learned mask token, or zeros."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +79,9 @@ class MixEmbedding:
     """Vectors that tell the groups of a mix apart without keeping them apart (paper section 3.3, "Mix embedding")."""
 
     group_map: Tensor
-    """(M, h, w) int64, one entry a mask cell."""
+    """(M, h, w) int64, one entry per mask cell."""
     vectors: Sequence[Tensor]
-    """For each stage s (groups, channels[s]), one vector a group."""
+    """For each stage s (groups, channels[s]), one vector per group."""
 
 
 @runtime_checkable
@@ -47,13 +89,15 @@ class Encoder(Protocol):
     """A built backbone: a torch module that pretrains with a group map and finetunes without one."""
 
     image_size: tuple[int, int]
-    """(H, W) in pixels that its fixed tables were built for; other multiples of strides[-1] work too."""
+    """(H, W) in pixels that its position tables were built for; other multiples of the mask unit work too."""
     in_channels: int
     """Channels of the images."""
     strides: tuple[int, ...]
-    """Pixels a token of each stage covers along a side; each divides the mask unit, and the last is it for pyramids."""
+    """Pixels per token along a side, in each stage. All divide the mask unit; for pyramids the last one equals it."""
     channels: tuple[int, ...]
     """Width of the features of each stage."""
+    fill_dim: int
+    """Width of the embedded patches, which a fill replaces."""
     num_blocks: int
     """Blocks in all stages: layer decay counts depth in them."""
     group_isolation: GroupIsolation
@@ -64,23 +108,28 @@ class Encoder(Protocol):
 
         Args:
             images: (B, in_channels, H, W) float, H and W multiples of the mask unit.
-            group_map: (M, h, w) int64, one entry a mask cell; None = one image a sample. Filled cells belong to a group
-                like any other.
+            group_map: (M, h, w) int64, one entry per mask cell; None = each sample is one image. Filled cells belong
+                to a group like any other.
             fill: tokens to replace after the patch embedding (and its norm), before positions are added; None = none.
         Returns: for each stage s (B, channels[s], H / strides[s], W / strides[s]).
-        Raises: ValueError for images or maps of other shapes.
+        Raises: ValueError for images or a map of other shapes.
+        """
+        ...
+
+    def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Turn the last of features() into what heads and decoders take: tokens after the final norm.
+
+        Args: feature: (B, channels[-1], H / strides[-1], W / strides[-1]).  group_map: as given to features.
+        Returns: (B, L, channels[-1]), L = (H / strides[-1]) * (W / strides[-1]) tokens in row order.
         """
         ...
 
     def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
-        """Compute the tokens of the last stage after the final norm: (B, L, channels[-1]). Arguments as in features.
-
-        L = (H / strides[-1]) * (W / strides[-1]), in row order.
-        """
+        """Compute final(features(...)[-1], group_map): (B, L, channels[-1]). Arguments as in features."""
         ...
 
-    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
-        """Give every parameter, by name, one depth in [0, num_blocks]: 0 the stem, j + 1 the j-th block.
+    def parameter_depths(self) -> dict[str, int]:
+        """Give every parameter, by name, one depth in [0, num_blocks]: 0 for the stem, j + 1 for the j-th block.
 
         The learning rate of a parameter is scaled by decay ** (num_blocks + 1 - depth).
         """
@@ -111,16 +160,16 @@ class MixEmbeddingEncoder(Encoder, Protocol):
 
 @runtime_checkable
 class SequenceEncoder(Encoder, Protocol):
-    """An encoder of one stage that can run on a part of its tokens alone, as MAE needs (a plain ViT)."""
+    """An encoder of one stage that can run on a part of its tokens, as MAE needs (a plain ViT)."""
 
     def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Encode some tokens of each image as if the others did not exist; positions stay those of the whole grid.
 
         Args:
             images: (B, in_channels, H, W) float.
-            visible: (B, n) int64, numbers of the tokens that are kept, in row order of the grid of strides[-1].
-        Returns: (B, n, channels[-1]) after the final norm, in the order of visible; a class token takes part and is
-            dropped.
+            visible: (B, n) int64 in [0, L), the tokens that are kept.
+        Returns: (B, n, channels[-1]) after the final norm, in the order of visible, without the class token.
+        Raises: ValueError for images or visible of other shapes.
         """
         ...
 
@@ -128,37 +177,57 @@ class SequenceEncoder(Encoder, Protocol):
 def head_depth(encoder: Encoder, rule: DepthRule) -> int:
     """Give the depth of a task's head on this encoder.
 
-    official: as the last block and the final norm, so that even the head's rate is scaled by decay ** 1.
+    official: the depth of the last block, so that even the head's rate is scaled by decay ** 1.
     timm: one more, so that the head's rate is not scaled.
     Source: the official finetuning code (golden/mixmim_optimization.json); timm's param_groups_layer_decay.
     """
     return encoder.num_blocks if rule == "official" else encoder.num_blocks + 1
 
 
-def fill_dim(encoder: Encoder) -> int:
-    """Give the width of an encoder's embedded patches, which a fill replaces.
+def stage_depths(encoder: nn.Module, depths: Sequence[int]) -> dict[str, int]:
+    """Give the depth of every parameter of a pyramid, for Encoder.parameter_depths.
 
-    It is channels[0], but for encoders whose first stage widens them: those have a stem_dim.
+    Blocks are named stages.STAGE.blocks.BLOCK. What leads to a later stage (downsampling, patch embedding, positions)
+    and a PEG have the depth of the stage's first block, a norm at the end of a stage that of its last block, the final
+    norm that of the last block of all. The patch embedding and the positions of the first stage, and all else outside
+    of the stages, are the stem.
+
+    Args: encoder: with the parameters.  depths: blocks of each stage.
+    Returns: depth by name, in [0, sum(depths)], in the order of named_parameters.
+    Source: the official finetuning code and timm's rules, which differ in the head alone (head_depth).
     """
-    return getattr(encoder, "stem_dim", encoder.channels[0])
+
+    def depth(name: str) -> int:
+        part, *rest = name.split(".")
+        if part != "stages":
+            return sum(depths) if part == "norm" else 0
+        stage, kind, block = int(rest[0]), rest[1], rest[2] if len(rest) > 2 else ""
+        first = sum(depths[:stage])
+        if kind == "blocks":
+            return first + int(block) + 1
+        if kind == "norm":
+            return first + depths[stage]
+        return 0 if stage == 0 and kind in ("patch_embed", "pos_embed") else first + 1
+
+    return {name: depth(name) for name, _ in encoder.named_parameters()}
 
 
 def fill_tokens(x: Tensor, fill: TokenFill | None) -> Tensor:
     """Replace the tokens of the cells that a fill names.
 
-    Args: x: (B, H, W, C), the embedded patches; H and W are multiples of the fill's grid.  fill: or None for x itself.
+    Args: x: (B, H, W, C), the embedded patches; H and W are multiples of the fill's grid.  fill: None returns x.
     Returns: (B, H, W, C), dtype of x.
     """
     if fill is None:
         return x
-    covered = upsample_group_map(fill.cells, (x.shape[1], x.shape[2]))
+    covered = upsample_group_map(fill.mask, (x.shape[1], x.shape[2]))
     return torch.where(covered[..., None], fill.token.to(x.dtype), x)
 
 
 def add_mix_embedding(x: Tensor, embedding: MixEmbedding | None, stage: int) -> Tensor:
-    """Add each token's vector of its group.
+    """Add to each token the vector of its group.
 
-    Args: x: (B, H, W, C) at the start of a stage.  embedding: or None for x itself.  stage: number of the stage.
+    Args: x: (B, H, W, C) at the start of a stage.  embedding: None returns x.  stage: index of the stage.
     Returns: (B, H, W, C), dtype of x.
     """
     if embedding is None:

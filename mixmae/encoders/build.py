@@ -1,4 +1,7 @@
-"""Encoders by their configs: built, named, and written as JSON. A new encoder is a line in each of the tables."""
+"""Encoders by their configs: built, named, and written as JSON.
+
+A new encoder is a line in EncoderConfig and in _ENCODERS, and its module among those of SIZES.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,7 @@ _ENCODERS: dict[type, Callable[[Any], Encoder]] = {
 }
 
 SIZES: dict[str, Callable[[], EncoderConfig]] = {
-    **{f"swin_{size}": getattr(swin, f"swin_{size}") for size in ("tiny", "small", "base", "large", "huge")},
-    **{f"swin_{size}_w7": getattr(swin, f"swin_{size}_w7") for size in ("base", "large")},
-    **{f"pvt_{size}": getattr(pvt, f"pvt_{size}") for size in ("tiny", "small", "medium", "large")},
-    **{f"pvt_v2_b{size}": getattr(pvt, f"pvt_v2_b{size}") for size in range(6)},
-    **{
-        f"twins_{kind}_{size}": getattr(twins, f"twins_{kind}_{size}")
-        for kind in ("pcpvt", "svt")
-        for size in ("small", "base", "large")
-    },
-    **{f"vit_{size}": getattr(vit, f"vit_{size}") for size in ("tiny", "small", "base", "large", "huge")},
-    **{f"resnetv2_{size}": getattr(resnetv2, f"resnetv2_{size}") for size in ("50x3", "101x3")},
+    size.__name__: size for module in (swin, pvt, twins, vit, resnetv2) for size in module.SIZES
 }
 """The known sizes by name."""
 
@@ -50,9 +43,10 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def config_at_size(config: EncoderConfig, image_size: int | tuple[int, int]) -> EncoderConfig:
-    """Give the config for another input: at 384 px the windows of the official 384 px models take the default's place.
+    """Give the config for another input size.
 
-    At other sizes the windows stay, and grids that they do not divide are padded.
+    At 384 px the default windows of the paper's Swin are replaced by those of the official 384 px models. In all other
+    cases the windows stay, and grids that they do not divide are padded.
     """
     if isinstance(config, SwinConfig) and config.window_sizes == SwinConfig().window_sizes:
         known = OFFICIAL_WINDOWS.get(image_size) if isinstance(image_size, int) else None
@@ -61,7 +55,7 @@ def config_at_size(config: EncoderConfig, image_size: int | tuple[int, int]) -> 
 
 
 def size_name(config: EncoderConfig) -> str | None:
-    """Give the name of the known size that a config is, whatever its input and drop path; None for others."""
+    """Find the known size that a config is, whatever its input size, channels and drop path; None if there is none."""
     for name, size in SIZES.items():
         known = size()
         if type(known) is type(config):
@@ -80,7 +74,7 @@ def config_to_json(config: EncoderConfig) -> dict[str, Any]:
 def config_from_json(content: Mapping[str, Any]) -> EncoderConfig:
     """Read what config_to_json wrote.
 
-    Args: content: without a "type" it is a SwinConfig, as the first runs wrote it.
+    Args: content: without a "type" it is a SwinConfig: the first runs wrote none.
     Returns: the config; fields that are not in content have their defaults.
     Raises: ValueError for an unknown type or field, or a value that does not fit.
     """

@@ -3,7 +3,7 @@
 Unusual, beside the published models: attention and convolutions can be restricted to groups; v1 has no class token (the
 published one enters its last stage for supervised training; here tasks average the final tokens, as the paper's
 finetuning does), and its position tables are resized bicubic, not bilinear, for other grids. At the usual reductions
-all keys lie at stride 32, one a mask cell. The linear variant of v2 is left out: its keys are averages over many cells.
+there is one key per mask cell, at stride 32. The linear variant of v2 is left out: its keys average over many cells.
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of a stage, h w the grid of mask cells.
 """
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.encoders.base import TokenFill, fill_tokens
-from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, STRIDES, PyramidConfig, PyramidEncoder
-from mixmae.layers.blocks import TransformerBlock
+from mixmae.encoders.base import STRIDES, TokenFill, fill_tokens
+from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, PyramidConfig, PyramidEncoder
+from mixmae.layers.blocks import TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import DropPath, drop_path_rates
 from mixmae.layers.group_conv import group_conv2d
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.layers.patch_embed import PatchEmbed
-from mixmae.layers.spatial_reduction import SpatialReductionAttention, readable_keys
+from mixmae.layers.spatial_reduction import SpatialReductionAttention
 from mixmae.mixing import upsample_group_map
 
 
@@ -34,7 +34,7 @@ class PvtConfig(PyramidConfig):
 
     version: Literal[1, 2] = 1
     """1: patches that do not overlap, position tables, one final norm. 2: overlapping patches and a convolution in each
-    perceptron, which take the place of tables, and a norm after each stage."""
+    MLP, which replace the tables, and a norm after each stage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class PvtConfig(PyramidConfig):
 class PvtStage(nn.Module):
     """A stage of v1: patch embedding, positions, blocks.
 
-    Args: config: the whole architecture.  stage: its number, from 0.  drop_paths: one rate a block.
+    Args: config: the whole architecture.  stage: its index.  drop_paths: one rate per block.
     """
 
     def __init__(self, config: PvtConfig, stage: int, drop_paths: list[float]) -> None:
@@ -67,14 +67,17 @@ class PvtStage(nn.Module):
         )
 
     def forward(self, x: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> Tensor:
-        """See PyramidEncoder."""
+        """Args: x: (B, C', H', W') of the stage before, or the images.  group_map: (M, h, w) or None.  fill: or None.
+
+        Returns: (B, C, H, W), not normalised.
+        """
         x = fill_tokens(self.patch_embed(x), fill)
         size = (x.shape[1], x.shape[2])
         x = x + self.positions(size)
         groups = None if group_map is None else upsample_group_map(group_map, size)
-        readable = readable_keys(groups, self.sr_ratio)
+        attn_mask = group_attn_mask(groups, self.sr_ratio)
         for block in self.blocks:
-            x = block(x, readable)
+            x = block(x, attn_mask)
         return x.permute(0, 3, 1, 2)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
@@ -89,7 +92,7 @@ class PvtStage(nn.Module):
 
 
 class OverlapPatchEmbed(nn.Module):
-    """Project patches that overlap to tokens, each from the pixels of its own group, and normalise each token."""
+    """Project overlapping patches to tokens, each from the pixels of its own group, and normalise each token."""
 
     def __init__(self, in_channels: int, dim: int, patch_px: int) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """A perceptron with a depthwise 3 x 3 convolution, by groups, before its GELU: the tokens learn where they are."""
+    """An MLP with a depthwise 3 x 3 convolution, by groups, before its GELU: it tells the tokens where they are."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class ConvMlp(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A pre-norm block whose attention and perceptron both read other tokens."""
+    """A pre-norm block whose attention and MLP both read other tokens."""
 
     def __init__(self, dim: int, num_heads: int, *, sr_ratio: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -129,9 +132,9 @@ class ConvBlock(nn.Module):
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, readable: Tensor | None, groups: Tensor | None) -> Tensor:
-        """Args: x: (B, H, W, C).  readable: see readable_keys.  groups: (M, H, W).  Returns: (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), readable))
+    def forward(self, x: Tensor, attn_mask: Tensor | None, groups: Tensor | None) -> Tensor:
+        """Args: x: (B, H, W, C).  attn_mask: see group_attn_mask.  groups: (M, H, W).  Returns: (B, H, W, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), attn_mask))
         return x + self.drop_path(self.mlp(self.norm2(x), groups))
 
 
@@ -155,23 +158,24 @@ class PvtV2Stage(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> Tensor:
-        """See PyramidEncoder."""
+        """As PvtStage.forward, but normalised."""
         x = fill_tokens(self.patch_embed(x, embedding_groups(group_map, fill)), fill)
         groups = None if group_map is None else upsample_group_map(group_map, (x.shape[1], x.shape[2]))
-        readable = readable_keys(groups, self.sr_ratio)
+        attn_mask = group_attn_mask(groups, self.sr_ratio)
         for block in self.blocks:
-            x = block(x, readable, groups)
+            x = block(x, attn_mask, groups)
         return self.norm(x).permute(0, 3, 1, 2)
 
 
 def embedding_groups(group_map: Tensor | None, fill: TokenFill | None) -> Tensor | None:
-    """Part the filled cells of each group from its others: patches overlap, and what is filled must not be seen.
+    """Make the filled cells of each group a group of their own, so that overlapping patches do not read them.
 
+    Args: group_map: (M, h, w) int64 or None.  fill: or None.
     Returns: (B or 1, h, w) int64, or None where there is neither a map nor a fill.
     """
     if fill is None:
         return group_map
-    filled = fill.cells.long()
+    filled = fill.mask.long()
     return filled if group_map is None else 2 * group_map + filled
 
 
@@ -239,3 +243,6 @@ def pvt_v2_b4() -> PvtConfig:
 def pvt_v2_b5() -> PvtConfig:
     """PVT v2-B5: 81.4 M parameters, 11.8 GMACs at 224 px."""
     return PvtConfig(version=2, depths=(3, 6, 40, 3), mlp_ratios=(4.0, 4.0, 4.0, 4.0))
+
+
+SIZES = (pvt_tiny, pvt_small, pvt_medium, pvt_large, pvt_v2_b0, pvt_v2_b1, pvt_v2_b2, pvt_v2_b3, pvt_v2_b4, pvt_v2_b5)

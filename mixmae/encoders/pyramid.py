@@ -10,26 +10,21 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import DepthRule, GroupIsolation, TokenFill, check_images
+from mixmae.encoders.base import STRIDES, BaseConfig, GroupIsolation, TokenFill, check_images, stage_depths
 from mixmae.layers.initialisation import init_projections
 from mixmae.mixing import MASK_UNIT_PX, cell_grid, check_group_map
 
 PATCH_SIDES = (4, 2, 2, 2)
-"""What a token of each stage covers along a side of the stage's input."""
-STRIDES = (4, 8, 16, 32)
+"""Side of the patches of each stage, in pixels or tokens of the stage's input."""
 NORM_EPS = 1e-6
-"""Of the norms in blocks and after stages; those of patch embeddings and reductions keep torch's 1e-5 (both published
+"""Of the norms in blocks and after stages; norms of patch embeddings and reductions keep torch's 1e-5 (both published
 codes, and timm)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidConfig:
+class PyramidConfig(BaseConfig):
     """The sizes of a PyramidEncoder."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels; multiples of 32. Position tables, where there are any, are built for it."""
-    in_channels: int = 3
-    """Channels of the images."""
     embed_dims: tuple[int, ...] = (64, 128, 320, 512)
     """Width of each of the four stages."""
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -37,47 +32,27 @@ class PyramidConfig:
     num_heads: tuple[int, ...] = (1, 2, 5, 8)
     """Attention heads in each stage."""
     mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
-    """Hidden width of a block's perceptron over its width, in each stage."""
+    """Hidden width of a block's MLP over its width, in each stage."""
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
     """Side, in tokens, of the blocks that attention reduces to one key, in each stage; 1 = no reduction."""
-    drop_path: float = 0.0
-    """Probability to drop the branches of the last block, rising from 0 at the first; 0 for pretraining."""
 
     def __post_init__(self) -> None:
-        cell_grid(*self.image_sides)
-        if self.in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
-        for name in ("embed_dims", "depths", "num_heads", "sr_ratios"):
-            check_stages(name, getattr(self, name))
+        super().__post_init__()
+        self.check_stages("embed_dims", "depths", "num_heads", "sr_ratios")
         if len(self.mlp_ratios) != len(STRIDES) or min(self.mlp_ratios) <= 0:
-            raise ValueError(f"mlp_ratios needs {len(STRIDES)} numbers above 0, one a stage; got {self.mlp_ratios}")
-        for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
-            if dim % heads:
-                raise ValueError(f"a width of {dim} cannot be shared by {heads} heads: change embed_dims or num_heads")
+            raise ValueError(f"mlp_ratios needs {len(STRIDES)} numbers above 0, one per stage; got {self.mlp_ratios}")
+        self.check_heads("embed_dims", self.embed_dims, self.num_heads)
         for stride, ratio in zip(STRIDES, self.sr_ratios, strict=True):
             if MASK_UNIT_PX % (stride * ratio):
                 raise ValueError(
                     f"a reduction by {ratio} at stride {stride} would merge mask cells of {MASK_UNIT_PX} px: "
                     f"its sr_ratio must divide {MASK_UNIT_PX // stride}"
                 )
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
-
-    @property
-    def image_sides(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def input_dims(self) -> tuple[int, ...]:
         """Channels that each stage takes."""
         return (self.in_channels, *self.embed_dims[:-1])
-
-
-def check_stages(name: str, values: tuple[int, ...]) -> None:
-    """Raise ValueError unless there is a number of at least 1 for each stage."""
-    if len(values) != len(STRIDES) or min(values) < 1:
-        raise ValueError(f"{name} needs {len(STRIDES)} numbers of at least 1, one a stage; got {values}")
 
 
 class PyramidEncoder(nn.Module):
@@ -87,9 +62,9 @@ class PyramidEncoder(nn.Module):
 
     Args:
         config: the sizes.
-        stages: four modules that take (B, C, H, W) of the stage before or the images, the group map (M, h, w) or None,
-            and a fill or None, and return (B, embed_dims[s], H / 2, W / 2) (the first: H / 4, W / 4). Each has a
-            patch_embed and blocks, and may have a pos_embed, a peg and a norm.
+        stages: four modules, called with the images or the output of the stage before (B, C, H, W), the group map
+            (M, h, w) or None, and a fill or None. They return (B, embed_dims[s], H / 2, W / 2); the first one H / 4,
+            W / 4. Each has a patch_embed and blocks, and may have a pos_embed, a peg and a norm.
         norm: the final norm; nn.Identity() where the stages end in norms.
     """
 
@@ -101,6 +76,7 @@ class PyramidEncoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.channels: tuple[int, ...] = config.embed_dims
+        self.fill_dim = config.embed_dims[0]
         self.strides: tuple[int, ...] = STRIDES
         self.num_blocks = sum(config.depths)
         self.stages = nn.ModuleList(stages)
@@ -109,7 +85,11 @@ class PyramidEncoder(nn.Module):
 
     def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
         """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward."""
-        return self.norm(self.features(images, group_map, fill)[-1].flatten(2).transpose(1, 2))
+        return self.final(self.features(images, group_map, fill)[-1])
+
+    def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Normalise each token of the last stage: (B, C, H, W) to (B, L, C). See Encoder.final."""
+        return self.norm(feature.flatten(2).transpose(1, 2))
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W). See Encoder.features."""
@@ -120,28 +100,10 @@ class PyramidEncoder(nn.Module):
         x, outputs = images, []
         for stage in self.stages:
             x = stage(x, group_map, fill)
-            fill = None  # it stands in the first stage's tokens now
+            fill = None  # applied by the first stage
             outputs.append(x)
         return outputs
 
-    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
-        """Give the depth of every parameter. See Encoder.parameter_depths.
-
-        The first patch embedding and its positions are the stem. Both rules give what leads to a later stage (patch
-        embedding, positions) and the PEG the depth of the stage's first block, and a norm that of the block before it;
-        for these encoders they differ in the head alone (base.head_depth).
-        """
-        first_block = [sum(self.config.depths[:stage]) for stage in range(len(STRIDES))]
-
-        def depth(name: str) -> int:
-            part, *rest = name.split(".")
-            if part == "norm":
-                return self.num_blocks
-            stage, kind = int(rest[0]), rest[1]  # stages.STAGE.KIND...
-            if stage == 0 and kind in ("patch_embed", "pos_embed"):
-                return 0
-            if kind == "norm":
-                return first_block[stage] + self.config.depths[stage]
-            return first_block[stage] + 1 + (int(rest[2]) if kind == "blocks" else 0)
-
-        return {name: depth(name) for name, _ in self.named_parameters()}
+    def parameter_depths(self) -> dict[str, int]:
+        """Give the depth of every parameter. See Encoder.parameter_depths and stage_depths."""
+        return stage_depths(self, self.config.depths)

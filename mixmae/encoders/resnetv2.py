@@ -16,13 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.encoders.base import DepthRule, GroupIsolation, TokenFill, check_images, fill_tokens
+from mixmae.encoders.base import (
+    STRIDES,
+    BaseConfig,
+    GroupIsolation,
+    TokenFill,
+    check_images,
+    fill_tokens,
+    stage_depths,
+)
 from mixmae.layers.drop_path import DropPath, drop_path_rates
 from mixmae.layers.group_conv import group_conv2d, group_max_pool2d
 from mixmae.layers.group_norm import MixedGroupNorm
 from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
 
-STRIDES = (4, 8, 16, 32)
 EXPANSION = 4
 """Width of a bottleneck's output over that of its inner convolutions."""
 WEIGHT_EPS = 1e-8
@@ -30,39 +37,23 @@ WEIGHT_EPS = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNetV2Config:
+class ResNetV2Config(BaseConfig):
     """The architecture of a ResNetV2Encoder. Functions such as resnetv2_50x3() give the known sizes."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels of the usual images; multiples of 32. It changes no weight."""
-    in_channels: int = 3
-    """Channels of the images."""
     stem_dim: int = 192
     """Width of the root, 64 times BiT's width factor of 3; the stages are 4, 8, 16 and 32 times as wide."""
     depths: tuple[int, ...] = (3, 4, 6, 3)
     """Bottlenecks in each of the four stages."""
     num_norm_groups: int = 32
     """Groups of channels of each norm; they divide stem_dim."""
-    drop_path: float = 0.0
-    """Probability to drop the branch of the last block, rising from 0 at the first; 0 for pretraining."""
 
     def __post_init__(self) -> None:
-        cell_grid(*self.image_sides)
-        if self.in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
-        if len(self.depths) != len(STRIDES) or min(self.depths) < 1:
-            raise ValueError(f"depths needs {len(STRIDES)} numbers of at least 1, one a stage; got {self.depths}")
+        super().__post_init__()
+        self.check_stages("depths")
         if self.num_norm_groups < 1 or self.stem_dim < 1 or self.stem_dim % self.num_norm_groups:
             raise ValueError(
                 f"stem_dim must be a multiple of num_norm_groups, got {self.stem_dim} and {self.num_norm_groups}"
             )
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
-
-    @property
-    def image_sides(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -165,8 +156,8 @@ class ResNetStage(nn.Module):
 class ResNetV2Encoder(nn.Module):
     """BiT's ResNet v2 as an Encoder (see base.py).
 
-    Group isolation is exact. A fill replaces what the root gives out, stem_dim wide (base.fill_dim); the root's windows
-    overlap, so it sees filled cells as zeros, and no pixel of them leaves through the cells around.
+    Group isolation is exact. A fill replaces the output of the root, which is stem_dim wide. The windows of the root
+    overlap, so it sees filled cells as zeros: none of their pixels leaks into the cells around.
     Args: config: the architecture.
     Source: BiT (Kolesnikov et al. 2020); agrees with timm's numbers (tests). Paper section A.3 for the convolutions.
     """
@@ -178,9 +169,9 @@ class ResNetV2Encoder(nn.Module):
         self.config = config
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
-        self.stem_dim = config.stem_dim
         self.channels: tuple[int, ...] = config.channels
         self.strides: tuple[int, ...] = STRIDES
+        self.fill_dim = config.stem_dim
         self.num_blocks = sum(config.depths)
 
         self.stem = Root(config.in_channels, config.stem_dim)
@@ -198,12 +189,12 @@ class ResNetV2Encoder(nn.Module):
         self.norm = MixedGroupNorm(config.num_norm_groups, self.channels[-1])
 
     def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
-        """Compute the tokens of the last stage after BiT's last norm and ReLU, (B, L, channels[-1]).
+        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward."""
+        return self.final(self.features(images, group_map, fill)[-1], group_map)
 
-        See Encoder.forward.
-        """
-        x = self.features(images, group_map, fill)[-1]
-        return F.relu(self.norm(x, group_map)).flatten(2).transpose(1, 2)
+    def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Apply BiT's last norm and ReLU to the last stage: (B, C, H, W) to (B, L, C). See Encoder.final."""
+        return F.relu(self.norm(feature, group_map)).flatten(2).transpose(1, 2)
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
@@ -212,7 +203,7 @@ class ResNetV2Encoder(nn.Module):
         if group_map is not None:
             check_group_map(group_map, num_mixes=len(images), grid=cells)
         if fill is not None:
-            covered = upsample_group_map(fill.cells, (images.shape[2], images.shape[3]))
+            covered = upsample_group_map(fill.mask, (images.shape[2], images.shape[3]))
             images = images.masked_fill(covered[:, None], 0.0)
         x = self.stem(images, group_map)
         x = fill_tokens(x.permute(0, 2, 3, 1), fill).permute(0, 3, 1, 2)
@@ -222,20 +213,9 @@ class ResNetV2Encoder(nn.Module):
             outputs.append(x)
         return outputs
 
-    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
-        """Give the depth of every parameter: the same by both rules (base.head_depth tells them apart)."""
-        first_block = [sum(self.config.depths[:stage]) for stage in range(len(STRIDES))]
-
-        def depth(name: str) -> int:
-            part, *rest = name.split(".")
-            if part == "stem":
-                return 0
-            if part == "norm":
-                return self.num_blocks
-            stage, _, block = rest[:3]  # stages.STAGE.blocks.BLOCK...
-            return first_block[int(stage)] + int(block) + 1
-
-        return {name: depth(name) for name, _ in self.named_parameters()}
+    def parameter_depths(self) -> dict[str, int]:
+        """Give the depth of every parameter. See Encoder.parameter_depths and stage_depths."""
+        return stage_depths(self, self.config.depths)
 
 
 def resnetv2_50x3() -> ResNetV2Config:
@@ -246,3 +226,6 @@ def resnetv2_50x3() -> ResNetV2Config:
 def resnetv2_101x3() -> ResNetV2Config:
     """BiT's ResNet-101 with three times the width: 382 M parameters."""
     return ResNetV2Config(depths=(3, 4, 23, 3))
+
+
+SIZES = (resnetv2_50x3, resnetv2_101x3)

@@ -1,9 +1,9 @@
 """Swin with large windows and no shifts: the paper's main encoder (section 3.2, "Hierarchical Vision Transformer").
 
 Unusual, beside Swin: windows are not shifted (14 x 14 is the whole grid of stage 3 at 224 px); fixed sin-cos positions
-are added after the patch embedding, besides the relative bias in each window; attention can be restricted to groups; a
-stage's downsampling belongs to the start of the next one, as in timm, so that features() ends where stages end. Swin
-itself, with shifted windows of 7 x 7, is swin_base_w7().
+are added after the patch embedding, besides the relative bias in each window; attention can be restricted to groups;
+the downsampling after a stage belongs to the next stage, as in timm. Swin itself, with shifted windows of 7 x 7, is
+swin_base_w7().
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of tokens of a stage (tensors are (B, H, W, C)
 throughout), h w the grid of mask cells.
@@ -18,13 +18,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mixmae.encoders.base import (
-    DepthRule,
+    STRIDES,
+    BaseConfig,
     GroupIsolation,
     MixEmbedding,
     TokenFill,
     add_mix_embedding,
     check_images,
     fill_tokens,
+    stage_depths,
 )
 from mixmae.layers.blocks import TransformerBlock
 from mixmae.layers.drop_path import drop_path_rates
@@ -34,18 +36,14 @@ from mixmae.layers.positions import positions_on_grid, sin_cos_positions
 from mixmae.layers.windows import WindowAttention, plan_windows
 from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
 
-PATCH_PX = 4
-NUM_STAGES = 4
+PATCH_PX = STRIDES[0]
+NUM_STAGES = len(STRIDES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig:
+class SwinConfig(BaseConfig):
     """The architecture of a SwinEncoder. Functions such as swin_base() give the known sizes."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels that the position table is built for; multiples of 32."""
-    in_channels: int = 3
-    """Channels of the images."""
     embed_dim: int = 128
     """Width of the first stage; each stage doubles it."""
     depths: tuple[int, ...] = (2, 2, 18, 2)
@@ -59,32 +57,16 @@ class SwinConfig:
     absolute_positions: bool = True
     """Add fixed sin-cos positions after the patch embedding; Swin itself has none."""
     mlp_ratio: float = 4.0
-    """Hidden width of a block's perceptron over its width."""
-    drop_path: float = 0.0
-    """Probability to drop the branches of the last block, rising from 0 at the first; 0 for pretraining."""
+    """Hidden width of a block's MLP over its width."""
 
     def __post_init__(self) -> None:
-        cell_grid(*self.image_sides)
-        if self.in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
-        for name in ("depths", "num_heads", "window_sizes"):
-            values = getattr(self, name)
-            if len(values) != NUM_STAGES or min(values) < 1:
-                raise ValueError(f"{name} needs {NUM_STAGES} numbers of at least 1, one a stage; got {values}")
+        super().__post_init__()
+        self.check_stages("depths", "num_heads", "window_sizes")
         if self.embed_dim < 4 or self.embed_dim % 4:
             raise ValueError(f"embed_dim must be a multiple of 4 for the position table, got {self.embed_dim}")
-        for dim, heads in zip(self.channels, self.num_heads, strict=True):
-            if dim % heads:
-                raise ValueError(f"a width of {dim} cannot be shared by {heads} heads: change embed_dim or num_heads")
+        self.check_heads("embed_dim", self.channels, self.num_heads)
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
-
-    @property
-    def image_sides(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -93,7 +75,7 @@ class SwinConfig:
 
 
 class PatchMerging(nn.Module):
-    """Halve the grid: (B, H, W, C) -> (B, H / 2, W / 2, 2C).
+    """Halve the grid: join 2 x 2 tokens and project them to twice the width.
 
     The four tokens that merge lie in one mask cell, and the norm is over a token's channels: no group map is needed.
     Source: Swin; the four neighbours are joined column by column (upper left, lower left, upper right, lower right).
@@ -105,6 +87,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Merge (B, H, W, C) to (B, H / 2, W / 2, 2C)."""
         batch, height, width, dim = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5)
         return self.reduction(self.norm(x.reshape(batch, height // 2, width // 2, 4 * dim)))
@@ -133,18 +116,18 @@ class SwinStage(nn.Module):
             for rate in drop_paths
         )
 
-    def forward(self, x: Tensor, group_map: Tensor | None, embedding: MixEmbedding | None, number: int) -> Tensor:
-        """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  number: of the stage.
+    def forward(self, x: Tensor, group_map: Tensor | None, embedding: MixEmbedding | None, index: int) -> Tensor:
+        """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  index: of the stage.
 
         Returns: (B, H, W, C).
         """
-        x = add_mix_embedding(self.downsample(x), embedding, number)
+        x = add_mix_embedding(self.downsample(x), embedding, index)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
         plan = plan_windows(size, self.window, groups, device=x.device)
         shifted = plan_windows(size, self.window, groups, device=x.device, shifted=True) if self.shift else plan
-        for index, block in enumerate(self.blocks):
-            x = block(x, shifted if index % 2 else plan)
+        for block_index, block in enumerate(self.blocks):
+            x = block(x, shifted if block_index % 2 else plan)
         return x
 
 
@@ -165,7 +148,8 @@ class SwinEncoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.channels = config.channels
-        self.strides = tuple(PATCH_PX * 2**stage for stage in range(NUM_STAGES))
+        self.strides: tuple[int, ...] = STRIDES
+        self.fill_dim = config.embed_dim
         self.num_blocks = sum(config.depths)
         self._table_grid = (self.image_size[0] // PATCH_PX, self.image_size[1] // PATCH_PX)
 
@@ -197,23 +181,20 @@ class SwinEncoder(nn.Module):
         fill: TokenFill | None = None,
         embedding: MixEmbedding | None = None,
     ) -> Tensor:
-        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See Encoder.forward.
+        """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See MixEmbeddingEncoder."""
+        return self.final(self.features(images, group_map, fill, embedding)[-1])
 
-        Args: embedding: vectors to add at the start of each stage, whether or not a group map keeps attention apart.
-        """
-        return self.norm(self._run_stages(images, group_map, fill, embedding)[-1]).flatten(1, 2)
-
-    def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
-        """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
-        return [x.permute(0, 3, 1, 2) for x in self._run_stages(images, group_map, fill)]
-
-    def _run_stages(
+    def features(
         self,
         images: Tensor,
-        group_map: Tensor | None,
-        fill: TokenFill | None,
+        group_map: Tensor | None = None,
+        fill: TokenFill | None = None,
         embedding: MixEmbedding | None = None,
     ) -> list[Tensor]:
+        """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features.
+
+        Args: embedding: vectors to add at the start of each stage, with or without a group map.
+        """
         check_images(images, self.in_channels)
         cells = cell_grid(images.shape[2], images.shape[3])
         if group_map is not None:
@@ -222,10 +203,14 @@ class SwinEncoder(nn.Module):
         if self.config.absolute_positions:
             x = x + self.positions((x.shape[1], x.shape[2]))
         outputs = []
-        for number, stage in enumerate(self.stages):
-            x = stage(x, group_map, embedding, number)
-            outputs.append(x)
+        for index, stage in enumerate(self.stages):
+            x = stage(x, group_map, embedding, index)
+            outputs.append(x.permute(0, 3, 1, 2))
         return outputs
+
+    def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Normalise each token of the last stage: (B, C, H, W) to (B, L, C). See Encoder.final."""
+        return self.norm(feature.permute(0, 2, 3, 1)).flatten(1, 2)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Give the position table for a grid of tokens: the stored one where it fits, else a new one.
@@ -234,25 +219,9 @@ class SwinEncoder(nn.Module):
         """
         return positions_on_grid(self.pos_embed, self._table_grid, grid).view(1, *grid, -1)
 
-    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
-        """Give the depth of every parameter. See Encoder.parameter_depths.
-
-        Both rules give a downsampling the depth of the block after it and the final norm that of the last block; for
-        this encoder they differ in the head alone (base.head_depth).
-        """
-        first_block = [sum(self.config.depths[:stage]) for stage in range(NUM_STAGES)]
-
-        def depth(name: str) -> int:
-            part, *rest = name.split(".")
-            if part == "patch_embed":
-                return 0
-            if part == "norm":
-                return self.num_blocks
-            stage, kind, *inner = rest  # stages.STAGE.downsample... or stages.STAGE.blocks.BLOCK...
-            block = int(inner[0]) if kind == "blocks" else 0
-            return first_block[int(stage)] + block + 1
-
-        return {name: depth(name) for name, _ in self.named_parameters()}
+    def parameter_depths(self) -> dict[str, int]:
+        """Give the depth of every parameter. See Encoder.parameter_depths and stage_depths."""
+        return stage_depths(self, self.config.depths)
 
 
 def swin_tiny() -> SwinConfig:
@@ -283,8 +252,8 @@ def swin_huge() -> SwinConfig:
 def swin_base_w7() -> SwinConfig:
     """Swin-B of the paper's Table 2, with shifted windows: 87 M parameters, 15.5 GMACs at 224 px.
 
-    The paper prints 15.6. It does not say whether this one has the position table too: it has here, like the others.
-    Swin's published weights want absolute_positions=False.
+    The paper prints 15.6, and does not mention whether this one has the position table; here it has, like the others.
+    Swin's published weights need absolute_positions=False.
     """
     return dataclasses.replace(swin_base(), window_sizes=(7, 7, 7, 7), shift=True)
 
@@ -292,3 +261,6 @@ def swin_base_w7() -> SwinConfig:
 def swin_large_w7() -> SwinConfig:
     """Swin-L with the shifted windows of swin_base_w7: 195 M parameters, 34.5 GMACs at 224 px."""
     return dataclasses.replace(swin_large(), window_sizes=(7, 7, 7, 7), shift=True)
+
+
+SIZES = (swin_tiny, swin_small, swin_base, swin_large, swin_huge, swin_base_w7, swin_large_w7)

@@ -1,7 +1,7 @@
 """Twins: PCPVT and SVT, pyramids whose positions come from a convolution (Twins-SVT-L is in Table 3 of the paper).
 
-PCPVT is PVT v1 with a PEG in each stage in place of its position tables. SVT has attention in windows in every other
-block. Unusual, beside the published models: attention and the PEG can be restricted to groups; where windows do not
+PCPVT is PVT v1 with a PEG in each stage instead of position tables. In SVT every other block attends in windows.
+Unusual, beside the published models: attention and the PEG can be restricted to groups; where windows do not
 divide a grid, padding is never read (the published default reads it as zeros; at multiples of 224 px there is none); a
 window larger than the grid shrinks to it.
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import TokenFill, fill_tokens
-from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, STRIDES, PyramidConfig, PyramidEncoder, check_stages
-from mixmae.layers.blocks import TransformerBlock
+from mixmae.encoders.base import STRIDES, TokenFill, fill_tokens
+from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, PyramidConfig, PyramidEncoder
+from mixmae.layers.blocks import TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.group_conv import group_conv2d
 from mixmae.layers.patch_embed import PatchEmbed
-from mixmae.layers.spatial_reduction import SpatialReductionAttention, readable_keys
+from mixmae.layers.spatial_reduction import SpatialReductionAttention
 from mixmae.layers.windows import WindowAttention, plan_windows
 from mixmae.mixing import upsample_group_map
 
@@ -32,18 +32,18 @@ class TwinsConfig(PyramidConfig):
 
     window_sizes: tuple[int, ...] | None = None
     """Side of the windows of each stage, in tokens, for the first, third, ... block of a stage (SVT); None = all blocks
-    read the reduced keys of the whole image (PCPVT)."""
+    attend to the reduced keys of the whole image (PCPVT)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window_sizes is not None:
-            check_stages("window_sizes", self.window_sizes)
+            self.check_stages("window_sizes")
 
 
 class PositionConv(nn.Module):
     """PEG: add to each token a depthwise 3 x 3 convolution of its neighbours, by groups.
 
-    It tells tokens where they are, for the border of the grid reads as zeros.
+    It tells tokens where they are, because the border of the grid reads as zeros.
     Source: Chu et al. 2021, conditional positional encodings.
     """
 
@@ -59,7 +59,7 @@ class PositionConv(nn.Module):
 class TwinsStage(nn.Module):
     """Patch embedding and blocks, with a PEG after the first one.
 
-    Args: config: the whole architecture.  stage: its number, from 0.  drop_paths: one rate a block.
+    Args: config: the whole architecture.  stage: its index.  drop_paths: one rate per block.
     """
 
     def __init__(self, config: TwinsConfig, stage: int, drop_paths: list[float]) -> None:
@@ -71,30 +71,33 @@ class TwinsStage(nn.Module):
             TransformerBlock(
                 dim,
                 WindowAttention(dim, num_heads, None)
-                if self.is_local(number)
+                if self.is_local(index)
                 else SpatialReductionAttention(dim, num_heads, self.sr_ratio),
                 mlp_ratio=config.mlp_ratios[stage],
                 drop_path=rate,
                 norm_eps=NORM_EPS,
             )
-            for number, rate in enumerate(drop_paths)
+            for index, rate in enumerate(drop_paths)
         )
         self.peg = PositionConv(dim)
 
-    def is_local(self, number: int) -> bool:
-        """Say whether a block of this stage, counted from 0, attends in windows."""
-        return self.window is not None and number % 2 == 0
+    def is_local(self, index: int) -> bool:
+        """Whether a block of this stage, by its index, attends in windows."""
+        return self.window is not None and index % 2 == 0
 
     def forward(self, x: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> Tensor:
-        """See PyramidEncoder."""
+        """Args: x: (B, C', H', W') of the stage before, or the images.  group_map: (M, h, w) or None.  fill: or None.
+
+        Returns: (B, C, H, W), not normalised.
+        """
         x = fill_tokens(self.patch_embed(x), fill)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
         windows = None if self.window is None else plan_windows(size, self.window, groups, device=x.device)
-        readable = readable_keys(groups, self.sr_ratio)
-        for number, block in enumerate(self.blocks):
-            x = block(x, windows if self.is_local(number) else readable)
-            if number == 0:
+        attn_mask = group_attn_mask(groups, self.sr_ratio)
+        for index, block in enumerate(self.blocks):
+            x = block(x, windows if self.is_local(index) else attn_mask)
+            if index == 0:
                 x = self.peg(x, groups)
         return x.permute(0, 3, 1, 2)
 
@@ -153,3 +156,6 @@ def _svt(embed_dim: int, depths: tuple[int, ...]) -> TwinsConfig:
         mlp_ratios=(4.0, 4.0, 4.0, 4.0),
         window_sizes=(7, 7, 7, 7),
     )
+
+
+SIZES = (twins_pcpvt_small, twins_pcpvt_base, twins_pcpvt_large, twins_svt_small, twins_svt_base, twins_svt_large)

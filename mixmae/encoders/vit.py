@@ -1,8 +1,8 @@
-"""The plain vision transformer: one stage, all tokens read all others (of their group).
+"""The plain vision transformer: one stage, in which all tokens attend to all others (of their group).
 
 It is the encoder of MAE, with the parameter names of MAE and timm; MixMAE takes it with patch_px=32, the mask cell.
-Unusual, beside MAE: no class token unless asked for, since it would read every group; attention can be restricted to
-groups.
+Unusual, beside MAE: no class token unless asked for, since it would attend to every group; attention can be restricted
+to groups.
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of tokens, L = H*W, n tokens that are kept.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixmae.encoders.base import DepthRule, GroupIsolation, TokenFill, check_images, fill_tokens
-from mixmae.layers.blocks import SelfAttention, TransformerBlock
+from mixmae.encoders.base import BaseConfig, GroupIsolation, TokenFill, check_images, fill_tokens
+from mixmae.layers.blocks import SelfAttention, TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import TABLE_STD, init_projections
 from mixmae.layers.patch_embed import PatchEmbed
@@ -27,13 +27,9 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(BaseConfig):
     """The architecture of a ViTEncoder. Functions such as vit_base() give the known sizes."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels that the position table is built for; multiples of 32."""
-    in_channels: int = 3
-    """Channels of the images."""
     patch_px: int = 16
     """Side of a patch in pixels; it divides the mask cell of 32 px."""
     embed_dim: int = 768
@@ -43,33 +39,24 @@ class ViTConfig:
     num_heads: int = 12
     """Attention heads."""
     mlp_ratio: float = 4.0
-    """Hidden width of a block's perceptron over its width."""
+    """Hidden width of a block's MLP over its width."""
     class_token: bool = False
-    """Add a token that stands for no place, as MAE does. It reads every token, so group maps are refused."""
-    drop_path: float = 0.0
-    """Probability to drop the branches of the last block, rising from 0 at the first; 0 for pretraining."""
+    """Add a token without a position, as MAE does. It attends to every token, so group maps are refused."""
 
     def __post_init__(self) -> None:
-        cell_grid(*self.image_sides)
+        super().__post_init__()
         if self.patch_px < 1 or MASK_UNIT_PX % self.patch_px:
             raise ValueError(
                 f"patch_px must divide {MASK_UNIT_PX}, the mask cell, got {self.patch_px}; use for example 16"
             )
-        if self.in_channels < 1 or self.depth < 1 or self.num_heads < 1:
-            raise ValueError(f"in_channels, depth and num_heads must be at least 1, got {self}")
+        if self.depth < 1 or self.num_heads < 1:
+            raise ValueError(f"depth and num_heads must be at least 1, got {self.depth} and {self.num_heads}")
         if self.embed_dim < 4 or self.embed_dim % 4 or self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path is a probability below 1, got {self.drop_path}")
-
-    @property
-    def image_sides(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class ViTEncoder(nn.Module):
@@ -88,6 +75,7 @@ class ViTEncoder(nn.Module):
         self.in_channels = config.in_channels
         self.channels: tuple[int, ...] = (config.embed_dim,)
         self.strides: tuple[int, ...] = (config.patch_px,)
+        self.fill_dim = config.embed_dim
         self.num_blocks = config.depth
         self.group_isolation: GroupIsolation = "none" if config.class_token else "exact"
         self._table_grid = (self.image_size[0] // config.patch_px, self.image_size[1] // config.patch_px)
@@ -113,31 +101,30 @@ class ViTEncoder(nn.Module):
 
     def forward(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> Tensor:
         """Compute the normalised tokens, (B, L, C). See Encoder.forward."""
-        return self.norm(self._tokens(images, group_map, fill))
+        return self.final(self.features(images, group_map, fill)[-1])
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of the only stage, (B, C, H, W), not normalised. See Encoder.features."""
+        x, attn_mask = self._embed(images, fill), None
         grid = self._grid(images)
-        return [self._tokens(images, group_map, fill).transpose(1, 2).unflatten(2, grid)]
+        if group_map is not None:
+            if self.cls_token is not None:
+                raise ValueError("a class token attends to every group: set class_token=False to use a group map")
+            check_group_map(group_map, num_mixes=len(images), grid=cell_grid(images.shape[2], images.shape[3]))
+            attn_mask = group_attn_mask(upsample_group_map(group_map, grid))
+        return [self._run_blocks(x, attn_mask).transpose(1, 2).unflatten(2, grid)]
+
+    def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
+        """Normalise each token: (B, C, H, W) to (B, L, C). See Encoder.final."""
+        return self.norm(feature.flatten(2).transpose(1, 2))
 
     def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Encode n tokens of each image alone, (B, n, C). See SequenceEncoder.encode_visible."""
         x = self._embed(images, None)
         if visible.ndim != 2 or len(visible) != len(x):
-            raise ValueError(f"visible must be ({len(x)}, n), a row an image, got a shape of {tuple(visible.shape)}")
+            raise ValueError(f"visible must be ({len(x)}, n), one row per image, got a shape of {tuple(visible.shape)}")
         x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))  # (B, n, C)
         return self.norm(self._run_blocks(x, None))
-
-    def _tokens(self, images: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> Tensor:
-        x = self._embed(images, fill)
-        readable = None
-        if group_map is not None:
-            if self.cls_token is not None:
-                raise ValueError("a class token reads every group: set class_token=False to use a group map")
-            check_group_map(group_map, num_mixes=len(images), grid=cell_grid(images.shape[2], images.shape[3]))
-            groups = upsample_group_map(group_map, self._grid(images)).flatten(1)  # (M, L)
-            readable = (groups[:, :, None] == groups[:, None, :])[:, None]  # (M, 1, L, L)
-        return self._run_blocks(x, readable)
 
     def _embed(self, images: Tensor, fill: TokenFill | None) -> Tensor:
         """Embed the patches and add their positions: (B, L, C)."""
@@ -146,19 +133,19 @@ class ViTEncoder(nn.Module):
         x = fill_tokens(self.patch_embed(images), fill).flatten(1, 2)
         return x + positions_on_grid(self.pos_embed, self._table_grid, self._grid(images))
 
-    def _run_blocks(self, x: Tensor, readable: Tensor | None) -> Tensor:
+    def _run_blocks(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Run tokens through all blocks, with the class token if there is one: (B, n, C) to (B, n, C)."""
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
-            x = block(x, readable)
+            x = block(x, attn_mask)
         return x if self.cls_token is None else x[:, 1:]
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.config.patch_px, images.shape[3] // self.config.patch_px
 
-    def parameter_depths(self, rule: DepthRule = "official") -> dict[str, int]:
-        """Give the depth of every parameter: the same by both rules (base.head_depth tells them apart)."""
+    def parameter_depths(self) -> dict[str, int]:
+        """Give the depth of every parameter. See Encoder.parameter_depths."""
         depths = {"cls_token": 0, "patch_embed": 0, "norm": self.num_blocks}
         parts = {name: name.split(".") for name, _ in self.named_parameters()}  # blocks.BLOCK... or one of the above
         return {name: int(part[1]) + 1 if part[0] == "blocks" else depths[part[0]] for name, part in parts.items()}
@@ -187,3 +174,6 @@ def vit_large() -> ViTConfig:
 def vit_huge() -> ViTConfig:
     """ViT-H/16: 631 M parameters. MAE's has patches of 14 px, which do not divide a mask cell."""
     return ViTConfig(embed_dim=1280, depth=32, num_heads=16)
+
+
+SIZES = (vit_tiny, vit_small, vit_base, vit_large, vit_huge)

@@ -1,7 +1,10 @@
 """The transformer block and its plain parts.
 
-Legend: B samples, L tokens, C channels, N heads. Normalisation and the perceptron act on single tokens, so they cannot
-carry anything from one group to another; the attention that is put in must see to that itself.
+Normalisation and the MLP act on single tokens, so they cannot carry anything from one group to another. Attention can:
+it takes an `attn_mask`, which is bool and True where a query may attend to a key, as in torch. A pair that may not has
+a weight and a gradient of exactly zero.
+
+Legend: B samples, M group maps (B or 1), H W the grid of tokens, L tokens, C channels, N heads.
 """
 
 from __future__ import annotations
@@ -10,6 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.layers.drop_path import DropPath
+
+
+def group_attn_mask(groups: Tensor | None, sr_ratio: int = 1) -> Tensor | None:
+    """Let each token attend to the keys of its own group. One mask serves all blocks of a stage.
+
+    A token may always attend to the key that its own block became, so no row is all False.
+
+    Args:
+        groups: (M, H, W) int64, the group of each token; None = no groups. Constant in blocks of sr_ratio x sr_ratio
+            tokens, so that a key belongs to one group.
+        sr_ratio: side of the blocks that are reduced to one key, a divisor of H and W; 1 = every token is a key.
+    Returns: (M, 1, H*W, keys) bool, True = may attend; None where all may. A map that the batch shares stays one.
+    """
+    if groups is None:
+        return None
+    keys = groups[:, ::sr_ratio, ::sr_ratio].flatten(1)
+    return (groups.flatten(1)[:, :, None] == keys[:, None])[:, None]
 
 
 class Mlp(nn.Module):
@@ -25,11 +45,7 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the tokens of a sequence to each other: (B, L, C) -> (B, L, C).
-
-    readable is (M, 1, L, L) bool, M = 1 or B, True where the row's token may read the column's; None = all may, as in
-    the decoder, whose sequences hold one image each. A pair that may not has a weight and a gradient of exactly zero.
-    """
+    """Attention of the tokens of a sequence to each other."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -37,11 +53,15 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, readable: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Args: x: (B, L, C).  attn_mask: (M, 1, L, L) bool, or None where all may attend to all, as in the decoder.
+
+        Returns: (B, L, C).
+        """
         batch, length, dim = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, C / N)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
         return self.proj(read.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -49,11 +69,11 @@ class TransformerBlock(nn.Module):
     """A pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x)), each branch under stochastic depth.
 
     Args:
-        dim: C, the last side of x.
-        attention: the module to mix tokens with; it gets the normalised x and whatever else forward was given.
-        mlp_ratio: hidden width of the perceptron over dim.
-        drop_path: probability to drop a branch of a sample.
-        norm_eps: what the norms add to the variance.
+        dim: C.
+        attention: called with the normalised x and the further arguments of forward.
+        mlp_ratio: hidden width of the MLP over dim.
+        drop_path: probability that a branch of a sample is dropped.
+        norm_eps: added to the variance by the norms.
     """
 
     def __init__(
@@ -67,5 +87,6 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, *context: object) -> Tensor:
+        """Args: x: (..., C).  context: what the attention needs, such as an attn_mask or a WindowPlan."""
         x = x + self.drop_path(self.attn(self.norm1(x), *context))
         return x + self.drop_path(self.mlp(self.norm2(x)))

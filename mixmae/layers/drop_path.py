@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class DropPath(nn.Module):
     """Zero the branch of a whole sample with probability `rate` while training, and scale the others up.
 
-    It draws from torch's default generator of the device: a loop that wants exact resumption seeds that once a step.
+    It draws from torch's default generator of the device: a loop that resumes exactly seeds that generator every step.
     Source: Huang et al. 2016; used for finetuning only (paper Table 12).
     """
 
@@ -32,7 +32,7 @@ class DropPath(nn.Module):
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Let the rate rise linearly from 0 at the first block to `last` at the last block, over all stages.
 
-    Returns: one list of rates a stage.
+    Returns: one list of rates per stage.
     """
     num_blocks = sum(depths)
     rates = iter(last * i / max(1, num_blocks - 1) for i in range(num_blocks))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 class MixedGroupNorm(nn.GroupNorm):
     """nn.GroupNorm whose mean and variance, under a group map, are those of the token's own image.
 
-    Isolation is exact. Sums are taken in every cell and then over the cells of a group, so that the number of groups
+    Group isolation is exact. Sums are taken in every cell and then over the cells of a group, so the number of groups
     need not be known.
-    Source: ours; paper section A.3 mixes convolutions and does not speak of norms, but GroupNorm's plain statistics
-        would carry each image of a mix to all others.
+    Source: ours. Paper section A.3 mixes convolutions and does not mention norms, but GroupNorm's plain statistics
+        would leak each image of a mix to all others.
     """
 
     def forward(self, x: Tensor, group_map: Tensor | None = None) -> Tensor:
@@ -26,7 +26,7 @@ class MixedGroupNorm(nn.GroupNorm):
 
         Args:
             x: (B, C, H, W) float.
-            group_map: (M, h, w) int64, cells that divide the grid; None = nn.GroupNorm.
+            group_map: (M, h, w) int64, whose cells divide the grid; None = nn.GroupNorm.
         Returns: (B, C, H, W), dtype of x.
         Raises: ValueError if the cells do not divide the grid.
         """
@@ -45,7 +45,7 @@ class MixedGroupNorm(nn.GroupNorm):
         def group_mean(values: Tensor) -> Tensor:
             """Average over channels and the tokens of the cell's group: (B, N, 1, h, 1, w, 1)."""
             per_cell = values.mean(dim=(2, 4, 6)).flatten(2)[:, :, None]  # (B, N, 1, L)
-            # where, and not a product: what another image overflowed to must not become a NaN here.
+            # where and not a product: an overflow in another image must not become a NaN here.
             mean = torch.where(own, per_cell, 0.0).sum(dim=3) / own.sum(dim=3)  # (B, N, L)
             return mean.view(batch, self.num_groups, 1, rows, 1, columns, 1)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 TABLE_STD = 0.02
-"""Deviation of the initial mask token and relative position tables."""
+"""Std of the initial mask tokens, learned positions and relative position tables."""
 
 
 def init_projections(module: nn.Module) -> None:
     """Fill all linear layers below `module` with xavier-uniform weights and zero biases; norms keep ones and zeros.
 
-    The patch projection is a linear layer written as a convolution, and is filled as one. A depthwise convolution is
-    one of n inputs and n outputs in each channel, n = rows * columns of its kernel.
+    The patch projection is a linear layer written as a convolution, and is filled as one. A depthwise convolution
+    counts as n inputs and n outputs per channel, n = rows * columns of its kernel.
     Source: paper A.1 ("xavier_uniform to initialize all Transformer blocks").
     """
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""Where a token is: fixed sin-cos tables for the whole grid, learned tables of offsets for a window.
+"""The positions of tokens: fixed sin-cos tables for the whole grid, learned tables of offsets for a window.
 
 Legend: H W a grid of tokens, L = H*W, C channels, N tokens in a window, w a configured window side.
 """
@@ -51,22 +51,22 @@ def positions_on_grid(table: Tensor, stored: tuple[int, int], grid: tuple[int, i
 
 
 def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """Spread a table of offsets over all pairs of tokens in a window.
+    """Look up the bias of every pair of tokens in a window in a table of offsets.
 
-    The offset of a pair is the query's place minus the key's. A window smaller than the configured one uses the central
-    part of the table, which holds its offsets.
+    The offset of a pair is the query's position minus the key's. A window smaller than the configured one uses the
+    central part of the table, which holds its offsets.
 
     Args:
         table: ((2w-1)**2, num_heads), rows in the order (row offset, column offset).
         window: (rows, columns), each at most w.
     Returns: (num_heads, N, N), N = rows * columns.
-    Source: Swin. Sliding views take the place of the usual N*N index: no buffer, and a cheap, deterministic gradient.
+    Source: Swin. Sliding views replace the usual N*N index: no buffer, and a cheap, deterministic gradient.
     """
     side = round(len(table) ** 0.5)
     rows, columns = window
     offsets = table.view(side, side, -1)
     centre = (side - 1) // 2
     used = offsets[centre - rows + 1 : centre + rows, centre - columns + 1 : centre + columns]
-    # The view at (i, j) starts at offset i - (rows - 1), so that its k-th entry belongs to the (rows - 1 - k)-th key.
+    # The view at (i, j) starts at offset i - (rows - 1), so its k-th entry belongs to the (rows - 1 - k)-th key.
     pairs = used.unfold(0, rows, 1).unfold(1, columns, 1).flip(-2, -1)  # (rows, columns, num_heads, rows, columns)
     return pairs.permute(2, 0, 1, 3, 4).reshape(-1, rows * columns, rows * columns)

@@ -1,8 +1,8 @@
 """Attention inside windows, restricted to the tokens of one's own group (paper section 3.3, masked self-attention).
 
 Legend: B samples, M group maps (B or 1), H W a grid of tokens, C channels, N heads, nW windows, T tokens in a window,
-D = C / N. The plan of a stage (sizes and who may not attend to whom) is made once and used by all blocks of the stage,
-or where windows shift by every second one.
+D = C / N. The plan (sizes, and which pairs may attend) is shared by all blocks of a stage; with shifted windows there
+are two plans, for even and odd blocks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mixmae.layers.initialisation import TABLE_STD
 from mixmae.layers.positions import relative_position_bias
 
 PADDING_GROUP = -1
-"""The group of tokens that pad a grid to whole windows: no image has it, so nothing attends to them."""
+"""The group of tokens that pad a grid to whole windows: no image has it, so no image attends to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowPlan:
-    """How a grid of tokens is cut into windows, and which pairs of tokens are kept apart."""
+    """How a grid of tokens is cut into windows, and which pairs of tokens may attend."""
 
     size: tuple[int, int]
     """(H, W) of the grid without padding."""
@@ -32,8 +32,8 @@ class WindowPlan:
     """Windows down and across; they cover the grid, padding included."""
     shift: tuple[int, int] = (0, 0)
     """Rows and columns that the padded grid is rolled by, up and to the left, before it is cut."""
-    blocked: Tensor | None
-    """(M, nW, 1, T, T) bool, True where the row's token may not attend to the column's; None if all pairs may."""
+    attn_mask: Tensor | None
+    """(M, nW, 1, T, T) bool, True where the row's token may attend to the column's; None if all pairs may."""
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -44,28 +44,28 @@ class WindowPlan:
 def plan_windows(
     size: tuple[int, int],
     window: int,
-    group_map: Tensor | None,
+    groups: Tensor | None,
     device: torch.device | None = None,
     *,
     shifted: bool = False,
 ) -> WindowPlan:
-    """Cut a grid into windows and find the pairs of tokens that belong to different groups.
+    """Cut a grid into windows and find the pairs of tokens that belong to one group.
 
     A window is never larger than the grid: each side clamps to the grid's. A grid that is no multiple of the window is
-    padded, and padding is a group of its own, also when there is no group map.
+    padded, and padding is a group of its own, also where there are no groups.
 
     Shifted windows start half a window further down and right, on each side that has more than one window. The padded
-    grid is rolled, so what leaves it at the top comes back at the bottom, in windows with tokens from the other end:
-    the two are kept apart, like groups.
+    grid is rolled: rows that leave at the top come back at the bottom, in one window with rows of the other end, and
+    the two are kept apart like groups.
 
     Args:
         size: (H, W) of the grid.
         window: configured side of a window.
-        group_map: (M, H, W) int64 at the grid's own resolution, M = 1 where all samples share it; None = no groups.
-        device: where the plan's tensor goes if there is no group map to follow; default torch's.
+        groups: (M, H, W) int64, the group of each token, M = 1 where all samples share it; None = no groups.
+        device: of the plan's tensor where there are no groups to follow; default torch's.
         shifted: shift the windows.
     Returns: the plan.
-    Raises: ValueError if the group map has another size than the grid.
+    Raises: ValueError if groups has another size than the grid.
     Source: Swin, for the shift. timm rolls before it pads, which parts neighbours of a grid that needs padding.
     """
     height, width = size
@@ -73,33 +73,33 @@ def plan_windows(
     down, across = -(-height // rows), -(-width // columns)
     below, right = down * rows - height, across * columns - width
     shift = (rows // 2 if down > 1 else 0, columns // 2 if across > 1 else 0) if shifted else (0, 0)
-    blocked = None
-    if group_map is None and (below or right or any(shift)):
-        group_map = torch.zeros(1, height, width, dtype=torch.int64, device=device)
-    if group_map is not None:
-        if group_map.shape[1:] != size:
-            raise ValueError(f"a group map of shape {tuple(group_map.shape)} does not fit a grid of {height} x {width}")
-        padded = F.pad(group_map, (0, right, 0, below), value=PADDING_GROUP)
+    attn_mask = None
+    if groups is None and (below or right or any(shift)):
+        groups = torch.zeros(1, height, width, dtype=torch.int64, device=device)
+    if groups is not None:
+        if groups.shape[1:] != size:
+            raise ValueError(f"a group map of shape {tuple(groups.shape)} does not fit a grid of {height} x {width}")
+        padded = F.pad(groups, (0, right, 0, below), value=PADDING_GROUP)
         if any(shift):
-            # What comes back below, and what comes back on the right, parts each group (padding too) in up to four.
+            # Each group (padding too) splits into up to four: rows and columns that come back are kept apart.
             wraps_down = torch.arange(down * rows, device=padded.device) < shift[0]
             wraps_right = torch.arange(across * columns, device=padded.device) < shift[1]
             padded = (4 * padded + 2 * wraps_down[:, None] + wraps_right).roll((-shift[0], -shift[1]), dims=(1, 2))
         windows = padded.view(-1, down, rows, across, columns).transpose(2, 3)
-        groups = windows.reshape(-1, down * across, 1, rows * columns)  # (M, nW, 1, T)
-        blocked = groups[..., :, None] != groups[..., None, :]
-    return WindowPlan(size=size, window=(rows, columns), num_windows=(down, across), shift=shift, blocked=blocked)
+        own = windows.reshape(-1, down * across, 1, rows * columns)  # (M, nW, 1, T)
+        attn_mask = own[..., :, None] == own[..., None, :]
+    return WindowPlan(size=size, window=(rows, columns), num_windows=(down, across), shift=shift, attn_mask=attn_mask)
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention inside each window of a plan, with a learned bias for every offset and head.
+    """Multi-head attention inside each window of a plan, with a learned bias per offset and head.
 
     Args:
         dim: C.
         num_heads: N, a divisor of dim.
         window: configured side w of a window; the table of offsets has (2w - 1)**2 rows. None = no bias, any window.
-    Source: paper sections 3.2 and 3.3; Swin. Group isolation is exact: a pair of different groups gets a
-        score of minus infinity, hence a weight and a gradient of exactly zero.
+    Source: paper sections 3.2 and 3.3; Swin. Group isolation is exact: a pair that may not attend gets a score of minus
+        infinity, hence a weight and a gradient of exactly zero.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int | None) -> None:
@@ -113,7 +113,7 @@ class WindowAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
 
     def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
-        """Let each token read its window.
+        """Let each token attend to the tokens of its window.
 
         Args:
             x: (B, H, W, C).
@@ -129,32 +129,33 @@ class WindowAttention(nn.Module):
         if any(plan.shift):
             qkv = qkv.roll((-plan.shift[0], -plan.shift[1]), dims=(1, 2))
         qkv = qkv.view(batch, down, rows, across, columns, 3, self.num_heads, head_dim)
-        # Windows count as samples, or as heads where each window has a term of its own that the samples share.
-        lead = batch * down * across if plan.blocked is None else batch
+        # Windows count as samples; where each window has a mask of its own that the samples share, they count as heads.
+        lead = batch * down * across if plan.attn_mask is None else batch
         # One copy from the linear layer to windows and heads.
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, lead, -1, rows * columns, head_dim)
         query, key, value = qkv.unbind(0)  # each (B, nW * N, T, D) or (B * nW, N, T, D)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias(plan))
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=self.head_mask(plan))
         read = read.view(batch, down, across, self.num_heads, rows, columns, head_dim)
         read = read.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, down * rows, across * columns, dim)
         if any(plan.shift):
             read = read.roll(plan.shift, dims=(1, 2))
         return self.proj(read[:, :height, :width])
 
-    def bias(self, plan: WindowPlan) -> Tensor | None:
-        """Add up what the scores get: the learned bias, and minus infinity for blocked pairs.
+    def head_mask(self, plan: WindowPlan) -> Tensor | None:
+        """Build the mask of a plan for all heads, with the learned bias where there is one.
 
-        A map shared by the batch gives one term for all samples, which broadcasts; only a map per sample makes the term
-        as large as the scores.
+        A map that the batch shares gives one mask, which broadcasts over the samples; only a map per sample makes the
+        mask as large as the scores.
 
-        Returns: (1, N, T, T) where all pairs may attend, else (M, nW * N, T, T). Without a learned bias None where all
-            may, else bool, True = may attend.
+        Returns: what torch's attention takes as attn_mask. With a learned bias float, added to the scores: (1, N, T, T)
+            where all pairs may attend, else (M, nW * N, T, T) with minus infinity where they may not. Without one bool,
+            True = may attend, of the same shape, or None where all may.
         """
         if self.relative_position_bias_table is None:
-            if plan.blocked is None:
+            if plan.attn_mask is None:
                 return None
-            return (~plan.blocked).expand(-1, -1, self.num_heads, -1, -1).flatten(1, 2)
+            return plan.attn_mask.expand(-1, -1, self.num_heads, -1, -1).flatten(1, 2)
         learned = relative_position_bias(self.relative_position_bias_table, plan.window)  # (N, T, T)
-        if plan.blocked is None:
+        if plan.attn_mask is None:
             return learned[None]
-        return learned.masked_fill(plan.blocked, float("-inf")).flatten(1, 2)
+        return torch.where(plan.attn_mask, learned, float("-inf")).flatten(1, 2)

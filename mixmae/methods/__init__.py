@@ -1,1 +1,1 @@
-"""Pretraining objectives: one a file, each given a built encoder."""
+"""Pretraining objectives: one per file, each given a built encoder."""

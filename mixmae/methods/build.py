@@ -1,4 +1,4 @@
-"""The objectives by their configs: a new one is a line in the table and in the union."""
+"""The objectives by their configs: a new one is a line in MethodConfig and in _METHODS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.methods.simmim import SimMIM, SimMIMConfig
 
 MethodConfig = MixMAEConfig | SimMIMConfig | MAEConfig
-"""Any objective. All methods are called as model(images, generator=..., first_sample=..., with_pictures=...)."""
+"""Any objective. All methods are called as model(images, generator=..., first_sample=..., with_pictures=...) and have
+the steps draw, encode, decode, targets, reconstruction_loss and pictures (tests/contract/test_methods.py)."""
 
 _METHODS: dict[type, Callable[[Any, Any], nn.Module]] = {MixMAEConfig: MixMAE, SimMIMConfig: SimMIM, MAEConfig: MAE}
 
@@ -24,5 +25,4 @@ def build_method(encoder: Encoder, config: MethodConfig) -> nn.Module:
 
 
 def images_mixed(config: MethodConfig) -> int:
-    """The number that a batch must be a multiple of: images a mix, or 1 where images do not mix."""
-    return config.images_mixed if isinstance(config, MixMAEConfig) else 1
+    return config.images_mixed

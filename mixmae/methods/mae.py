@@ -1,12 +1,12 @@
 """MAE: encode the visible quarter of an image's patches, and predict the rest with a small decoder (CVPR 2022).
 
-In the paper's order: hide patches, encode the visible ones as if there were no others, put mask tokens in the gaps,
-decode all, compare the hidden ones.
+In the paper's order: draw patches to hide, encode the visible ones as if there were no others, put mask tokens in the
+gaps and decode all, compare the hidden ones.
 
-Unusual, beside MixMAE and SimMIM: the encoder is cheap, because hidden patches never enter it; that needs one that can
-run on any subset of its tokens, which a plain ViT can and a pyramid cannot; masks have the grid of the encoder's
-patches (16 px), not that of 32 px cells. MAE's own decoder carries the encoder's class token along; ours does not, and
-has the same parameters all the same.
+Unusual, beside MixMAE and SimMIM: the encoder is cheap, because hidden patches never enter it, so it must be able to
+run on any subset of its tokens: a plain ViT can, a pyramid cannot. Masks have the grid of the encoder's patches,
+not that of 32 px cells. MAE's own decoder carries the encoder's class token along; ours does not, and has the same
+parameters nevertheless.
 
 How the authors pretrain (the paper, appendix A; github.com/facebookresearch/mae, PRETRAIN.md; read 2026-11): images of
 224 px, RandomResizedCrop and flip, AdamW with betas (0.9, 0.95), base lr 1.5e-4 for a batch of 256, weight decay 0.05,
@@ -19,6 +19,7 @@ pixels, D the encoder's width, P = s*s*C values of a patch. `mask` is bool, True
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,11 @@ class MAEConfig:
     mask_ratio: float = 0.75
     """Share of the patches of each image that is hidden, rounded up to whole patches."""
     normalise_targets: bool = True
-    """Predict the pixels of each patch with zero mean and unit deviation."""
+    """Predict the pixels of each patch with zero mean and unit std."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The size of the decoder; MAE's is that of MixMAE."""
+    images_mixed: ClassVar[int] = 1
+    """The number that a batch must be a multiple of: images do not mix."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mask_ratio < 1.0:
@@ -79,22 +82,6 @@ class MAE(nn.Module):
         cell_grid(height_px, width_px)
         return height_px // self.stride, width_px // self.stride
 
-    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Encode the visible patches (B, n) of images to (B, L, D), each at its own place, with zeros in the gaps."""
-        num_patches = images.shape[2] * images.shape[3] // self.stride**2
-        return place_tokens(self.encoder.encode_visible(images, visible), visible, num_patches)
-
-    def targets(self, images: Tensor) -> NormalisedPatches:
-        """Cut images into patches (B, L, P), float32, normalised if the config says so."""
-        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
-
-    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Average the squared error over the pixels of the hidden patches of all images.
-
-        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
-        """
-        return masked_mean((predicted.float() - target).square().mean(dim=-1), mask)
-
     def forward(
         self,
         images: Tensor,
@@ -108,37 +95,79 @@ class MAE(nn.Module):
 
         Args:
             images: (B, C, H, W) float, normalised; H and W multiples of 32.
-            generator: CPU generator that the masks are drawn from; needed unless mask is given.
-            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one for each image. All images must
-                keep equally many patches.
-            first_sample: place of the first image in the global batch, of which this may be a part: with the same
-                generator, the parts together get the masks of the whole.
+            generator, mask, first_sample: see draw.
             with_pictures: also return what a panel is drawn from.
-        Returns: the loss and, if asked for, the pictures of masking.mask_pictures; group_map has the grid of patches.
-            Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
-            un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
-        Raises: ValueError if sides are no multiples of 32, or the mask does not fit.
+        Returns: the loss and, if asked for, the pictures of self.pictures.
+        Raises: ValueError as draw.
+        """
+        mask, visible = self.draw(images, generator, mask, first_sample)  # (B, h, w) and (B, n)
+        encoded = self.encode(images, visible)  # (B, L, D)
+        predicted, hidden = self.decode(encoded, mask)  # (B, L, P) and (B, L)
+        target = self.targets(images)  # of (B, L, P)
+        loss = self.reconstruction_loss(predicted, target.patches, hidden)
+        return StepOutput(loss=loss, pictures=self.pictures(images, mask, predicted, target) if with_pictures else {})
+
+    def draw(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None,
+        mask: Tensor | None = None,
+        first_sample: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw which patches of each image are hidden, or check what the caller gives.
+
+        Args:
+            images: (B, C, H, W) float.
+            generator: CPU generator; needed unless mask is given.
+            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one per image. All images must keep
+                equally many patches.
+            first_sample: index of the first image in the global batch, of which this may be a part: with the same
+                generator, the parts together get the masks of the whole.
+        Returns: the mask (B, h, w) bool and the visible patches (B, n) int64 in [0, L), on the device of images.
+        Raises: ValueError if sides are no multiples of 32, the mask does not fit, or there is nothing to draw from.
         """
         check_images(images, self.encoder.in_channels)
-        grid = self.patch_grid(images.shape[2], images.shape[3])
         mask = masks_of_batch(
             mask,
             num_samples=len(images),
-            grid=grid,
+            grid=self.patch_grid(images.shape[2], images.shape[3]),
             mask_ratio=self.config.mask_ratio,
             generator=generator,
             first_sample=first_sample,
         )
-        visible = visible_cells(mask).to(
-            images.device
-        )  # found where the mask was drawn: a GPU would wait for the count
-        mask = mask.to(images.device)
-        encoded = self.encode(images, visible)  # (B, L, D)
+        visible = visible_cells(mask)  # found where the mask was drawn: a GPU would wait for the count
+        return mask.to(images.device), visible.to(images.device)
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Encode the visible patches (B, n) of images to (B, L, D), each at its position, with zeros in the gaps."""
+        num_patches = images.shape[2] * images.shape[3] // self.stride**2
+        return place_tokens(self.encoder.encode_visible(images, visible), visible, num_patches)
+
+    def decode(self, encoded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Put mask tokens in the gaps and predict every patch.
+
+        Args: encoded: (B, L, D).  mask: (B, h, w) bool.
+        Returns: the prediction (B, L, P), for visible patches too; and (B, L) bool, True = hidden.
+        """
         hidden = mask.flatten(1)  # (B, L)
-        predicted = self.decoder(encoded, hidden[:, None], grid)[:, 0]  # (B, L, P)
-        target = self.targets(images)  # (B, L, P)
-        loss = self.reconstruction_loss(predicted, target.patches, hidden)
-        if not with_pictures:
-            return StepOutput(loss=loss)
-        pixels = predicted.float() * target.std + target.mean
-        return StepOutput(loss=loss, pictures=mask_pictures(images, unpatchify(pixels, self.stride, grid), mask))
+        return self.decoder(encoded, hidden[:, None], (mask.shape[1], mask.shape[2]))[:, 0], hidden
+
+    def targets(self, images: Tensor) -> NormalisedPatches:
+        """Cut images into patches (B, L, P), float32, normalised if the config says so."""
+        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
+
+    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Average the squared error over the pixels of the hidden patches of all images.
+
+        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
+        """
+        return masked_mean((predicted.float() - target).square().mean(dim=-1), mask)
+
+    def pictures(self, images: Tensor, mask: Tensor, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
+        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures. group_map has the grid of patches.
+
+        Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
+        un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        """
+        pixels = predicted.detach().float() * target.std + target.mean
+        return mask_pictures(images, unpatchify(pixels, self.stride, (mask.shape[1], mask.shape[2])), mask)

@@ -1,10 +1,11 @@
 """SimMIM: predict the pixels of hidden cells with one linear layer, from an encoder that reads mask tokens (CVPR 2022).
 
-In the paper's order: hide cells, put a learned token in the place of their embedded patches, encode, predict pixels,
+In the paper's order: draw cells to hide, encode with a learned token instead of their embedded patches, predict pixels,
 compare the hidden ones.
 
-Unusual, beside MixMAE and MAE: the encoder runs on all tokens, most of which are mask tokens, so it pays for what it
-cannot see, and finetuning never shows it such tokens; any Encoder will do; the target is plain pixels, under l1.
+Unusual, beside MixMAE and MAE: the encoder runs on all tokens, most of which are mask tokens, so most of its work is
+spent on what it cannot see, and finetuning never shows it such tokens; any Encoder will do; the target is plain pixels,
+under l1.
 
 How the authors pretrain Swin-B (github.com/microsoft/SimMIM, configs and README; read 2026-11): images of 192 px,
 RandomResizedCrop scale (0.67, 1), AdamW with betas (0.9, 0.999), weight decay 0.05, gradients clipped at norm 5, 10
@@ -19,12 +20,13 @@ tokens, D its last width, P = s*s*C values of the pixels under a token. `mask` i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mixmae.decoders import PixelHead
-from mixmae.encoders.base import Encoder, TokenFill, check_images, fill_dim
+from mixmae.encoders.base import Encoder, TokenFill, check_images
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.masking import hide, mask_pictures, masked_mean, masks_of_batch
 from mixmae.mixing import MASK_UNIT_PX, cell_grid, upsample_group_map
@@ -39,7 +41,9 @@ class SimMIMConfig:
     mask_ratio: float = 0.6
     """Share of the cells of each image that is hidden, rounded up to whole cells."""
     normalise_targets: bool = False
-    """Predict the pixels under each token with zero mean and unit deviation, as MAE does."""
+    """Predict the pixels under each token with zero mean and unit std, as MAE does."""
+    images_mixed: ClassVar[int] = 1
+    """The number that a batch must be a multiple of: images do not mix."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mask_ratio < 1.0:
@@ -62,28 +66,9 @@ class SimMIM(nn.Module):
             raise ValueError(f"SimMIM hides cells of {MASK_UNIT_PX} px, which a last stride of {self.stride} px cuts")
         self.config = config
         self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.empty(fill_dim(encoder)))
+        self.mask_token = nn.Parameter(torch.empty(encoder.fill_dim))
         nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)
         self.decoder = PixelHead(encoder_dim=encoder.channels[-1], patch_px=self.stride, channels=encoder.in_channels)
-
-    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Encode images (B, C, H, W), with the mask token in hidden cells, to (B, L, D).
-
-        Hidden pixels are blanked too. Where patches do not overlap that changes nothing; an encoder whose first layer
-        reads across patches would otherwise see them.
-        """
-        return self.encoder(hide(images, mask), None, TokenFill(cells=mask, token=self.mask_token))
-
-    def targets(self, images: Tensor) -> NormalisedPatches:
-        """Cut images into the pixels under each token (B, L, P), float32, normalised if the config says so."""
-        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
-
-    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Average the absolute error over the hidden pixels of all images.
-
-        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
-        """
-        return masked_mean((predicted.float() - target).abs().mean(dim=-1), mask)
 
     def forward(
         self,
@@ -98,18 +83,38 @@ class SimMIM(nn.Module):
 
         Args:
             images: (B, C, H, W) float, normalised; H and W multiples of 32.
-            generator: CPU generator that the masks are drawn from; needed unless mask is given.
-            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one for each image.
-            first_sample: place of the first image in the global batch, of which this may be a part: with the same
-                generator, the parts together get the masks of the whole.
+            generator, mask, first_sample: see draw.
             with_pictures: also return what a panel is drawn from.
-        Returns: the loss and, if asked for, the pictures of masking.mask_pictures; group_map has the grid of cells.
-            Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
-            un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
-        Raises: ValueError if sides are no multiples of 32, or the mask does not fit.
+        Returns: the loss and, if asked for, the pictures of self.pictures.
+        Raises: ValueError as draw.
+        """
+        mask = self.draw(images, generator, mask, first_sample)  # (B, h, w)
+        encoded = self.encode(images, mask)  # (B, L, D)
+        predicted, hidden = self.decode(encoded, mask)  # (B, L, P) and (B, L)
+        target = self.targets(images)  # of (B, L, P)
+        loss = self.reconstruction_loss(predicted, target.patches, hidden)
+        return StepOutput(loss=loss, pictures=self.pictures(images, mask, predicted, target) if with_pictures else {})
+
+    def draw(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None,
+        mask: Tensor | None = None,
+        first_sample: int = 0,
+    ) -> Tensor:
+        """Draw which cells of each image are hidden, or check what the caller gives.
+
+        Args:
+            images: (B, C, H, W) float.
+            generator: CPU generator; needed unless mask is given.
+            mask: (B, h, w) or (1, h, w) bool, True = hidden, instead of drawing one per image.
+            first_sample: index of the first image in the global batch, of which this may be a part: with the same
+                generator, the parts together get the masks of the whole.
+        Returns: (B, h, w) bool, on the device of images.
+        Raises: ValueError if sides are no multiples of 32, the mask does not fit, or there is nothing to draw from.
         """
         check_images(images, self.encoder.in_channels)
-        mask = masks_of_batch(
+        return masks_of_batch(
             mask,
             num_samples=len(images),
             grid=cell_grid(images.shape[2], images.shape[3]),
@@ -117,11 +122,42 @@ class SimMIM(nn.Module):
             generator=generator,
             first_sample=first_sample,
         ).to(images.device)
+
+    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Encode images (B, C, H, W), with the mask token in hidden cells, to (B, L, D).
+
+        Hidden pixels are blanked too. Where patches do not overlap that changes nothing; an encoder whose first layer
+        reads across patches would otherwise see them.
+        """
+        return self.encoder(hide(images, mask), None, TokenFill(mask=mask, token=self.mask_token))
+
+    def decode(self, encoded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the pixels under each token.
+
+        Args: encoded: (B, L, D).  mask: (B, h, w) bool.
+        Returns: the prediction (B, L, P), for visible tokens too; and (B, L) bool, True = hidden.
+        """
+        tokens = MASK_UNIT_PX // self.stride
+        hidden = upsample_group_map(mask, (mask.shape[1] * tokens, mask.shape[2] * tokens)).flatten(1)  # (B, L)
+        return self.decoder(encoded), hidden
+
+    def targets(self, images: Tensor) -> NormalisedPatches:
+        """Cut images into the pixels under each token (B, L, P), float32, normalised if the config says so."""
+        return target_patches(images, self.stride, normalise=self.config.normalise_targets)
+
+    def reconstruction_loss(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Average the absolute error over the hidden pixels of all images.
+
+        Args: predicted, target: (B, L, P).  mask: (B, L) bool.   Returns: float32 scalar.
+        """
+        return masked_mean((predicted.float() - target).abs().mean(dim=-1), mask)
+
+    def pictures(self, images: Tensor, mask: Tensor, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
+        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures. group_map has the grid of cells.
+
+        Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
+        un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        """
+        pixels = predicted.detach().float() * target.std + target.mean
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
-        predicted = self.decoder(self.encode(images, mask))  # (B, L, P)
-        target = self.targets(images)  # (B, L, P)
-        loss = self.reconstruction_loss(predicted, target.patches, upsample_group_map(mask, grid).flatten(1))
-        if not with_pictures:
-            return StepOutput(loss=loss)
-        pixels = predicted.float() * target.std + target.mean
-        return StepOutput(loss=loss, pictures=mask_pictures(images, unpatchify(pixels, self.stride, grid), mask))
+        return mask_pictures(images, unpatchify(pixels, self.stride, grid), mask)

@@ -92,7 +92,7 @@ def _depths(model: nn.Module, config: OptimConfig) -> tuple[dict[str, int], int]
         raise ValueError("layer_decay needs a model on an encoder; set it to None for this one.")
     rule = config.layer_decay_rule
     depths = dict.fromkeys((name for name, _ in model.named_parameters()), head_depth(encoder, rule))
-    depths |= {f"encoder.{name}": depth for name, depth in encoder.parameter_depths(rule).items()}
+    depths |= {f"encoder.{name}": depth for name, depth in encoder.parameter_depths().items()}
     return depths, encoder.num_blocks + 1
 
 

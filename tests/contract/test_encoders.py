@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mixmae.encoders.base import Encoder, TokenFill, fill_dim, head_depth
+from mixmae.encoders.base import Encoder, TokenFill, head_depth
 from mixmae.mixing import upsample_group_map
 from tests.factories import (
     group_maps,
@@ -66,10 +66,16 @@ def test_every_parameter_gets_a_gradient(build):
 
 
 @every_encoder
-@pytest.mark.parametrize("rule", ["official", "timm"])
-def test_every_parameter_has_one_depth(build, rule):
+def test_features_and_final_tokens_come_from_one_pass(build):
+    encoder, images, group_map = build(), noise_images(2), group_maps(2)
+    for given in (None, group_map):
+        assert torch.equal(encoder.final(encoder.features(images, given)[-1], given), encoder(images, given))
+
+
+@every_encoder
+def test_every_parameter_has_one_depth(build):
     encoder = build()
-    depths = encoder.parameter_depths(rule)
+    depths = encoder.parameter_depths()
     assert list(depths) == [name for name, _ in encoder.named_parameters()]
     assert sorted(set(depths.values())) == list(range(encoder.num_blocks + 1))
     assert head_depth(encoder, "official") == encoder.num_blocks
@@ -114,7 +120,7 @@ def test_without_a_group_map_groups_do_leak_at_every_stage(build):
 
 
 @every_encoder
-def test_equal_maps_a_sample_are_the_shared_map(build):
+def test_equal_maps_per_sample_are_the_shared_map(build):
     encoder, images, group_map = build(), noise_images(3), group_maps()
     torch.testing.assert_close(encoder(images, group_map), encoder(images, group_map.expand(3, -1, -1)))
 
@@ -136,15 +142,15 @@ def test_samples_do_not_see_each_other(build):
 @every_encoder
 def test_filled_cells_show_the_token_and_nothing_of_the_image(build):
     encoder, images = build(), noise_images(2)
-    cells = torch.rand(2, 3, 3, generator=seeded(1)) < 0.5
-    fill = TokenFill(cells=cells, token=torch.randn(fill_dim(encoder), generator=seeded(2)))
-    pixels = upsample_group_map(cells, (96, 96))[:, None]
+    mask = torch.rand(2, 3, 3, generator=seeded(1)) < 0.5
+    fill = TokenFill(mask=mask, token=torch.randn(encoder.fill_dim, generator=seeded(2)))
+    pixels = upsample_group_map(mask, (96, 96))[:, None]
     with torch.no_grad():
         filled = encoder(images, None, fill)
         other = encoder(torch.where(pixels, noise_images(2, seed=3), images), None, fill)
         torch.testing.assert_close(filled, other, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(filled, encoder(images))
-        none = TokenFill(cells=torch.zeros_like(cells), token=fill.token)
+        none = TokenFill(mask=torch.zeros_like(mask), token=fill.token)
         torch.testing.assert_close(encoder(images, None, none), encoder(images))
 
 

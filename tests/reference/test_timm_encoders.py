@@ -80,7 +80,7 @@ def test_vit(vit_pair):
     with torch.no_grad():
         tokens, expected = encoder(images), theirs.forward_features(images)[:, theirs.num_prefix_tokens :]
         assert_close(tokens, expected)
-        assert_close(encoder.norm(encoder.features(images)[0].permute(0, 2, 3, 1)).flatten(1, 2), expected)
+        assert_close(encoder.final(encoder.features(images)[0]), expected)
 
 
 def test_vit_on_visible_tokens(vit_pair):
@@ -189,7 +189,7 @@ def test_layer_decay_is_that_of_timm(build, name):
     with torch.device("meta"):
         encoder, theirs = build(), timm.create_model(name, pretrained=False)
     groups = group_parameters(theirs, theirs.group_matcher(coarse=False), reverse=True)
-    ours = encoder.parameter_depths("timm") | {
+    ours = encoder.parameter_depths() | {
         name: head_depth(encoder, "timm") for name in groups if name.startswith("head")
     }
     assert ours == {name: depth for name, depth in groups.items() if name != "pos_embed"}

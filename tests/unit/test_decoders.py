@@ -35,12 +35,6 @@ def test_sequences_are_decoded_one_by_one():
         torch.testing.assert_close(alone[0, 0], together[1, group])
 
 
-def test_other_grids_get_a_table_of_the_same_formula():
-    decoder = tiny_decoder()
-    wide = decoder.positions((2, 5)).view(2, 5, -1)
-    assert torch.equal(wide[:2, :3], decoder.pos_embed.view(3, 3, -1)[:2])
-
-
 @pytest.mark.parametrize("options", [{"dim": 24, "num_heads": 5}, {"dim": 18, "num_heads": 2}, {"depth": 0}])
 def test_bad_sizes(options):
     with pytest.raises(ValueError, match="must be"):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mixmae.convert.architecture import StateDict
 from mixmae.convert.names.renaming import rename
-from mixmae.encoders.pyramid import STRIDES
+from mixmae.encoders.base import STRIDES
 
 _TO_OURS = (
     (r"patch_embed\.", r"encoder.stages.0.patch_embed."),

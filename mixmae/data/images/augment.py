@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.order import Draw, uniforms
+from mixmae.patches import image_sides
 
 _ATTEMPTS = 10
 _bicubic: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa
@@ -50,7 +51,7 @@ class AugmentConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Output (height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return image_sides(self.image_size)
 
 
 def draw_crops(

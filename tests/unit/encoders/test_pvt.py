@@ -15,7 +15,7 @@ from tests.factories import group_maps, noise_images, seeded, tiny_pvt, tiny_pvt
     [
         ({"image_size": 200}, "192 x 192"),
         ({"in_channels": 0}, "at least 1"),
-        ({"depths": (2, 2, 2)}, "one a stage"),
+        ({"depths": (2, 2, 2)}, "one per stage"),
         ({"sr_ratios": (8, 4, 2, 0)}, "at least 1"),
         ({"mlp_ratios": (8.0, 8.0, 4.0, 0.0)}, "above 0"),
         ({"num_heads": (3, 2, 5, 8)}, "change embed_dims or num_heads"),
@@ -78,9 +78,9 @@ def test_every_table_counts_at_another_size():
 def test_filled_cells_of_a_mix_are_not_seen_by_the_overlapping_patches():
     """The contract has the fill without a map. Here: neighbours of one group, some of them filled."""
     encoder, images = tiny_pvt_v2(), noise_images(2)
-    cells = torch.tensor([[[False, True, False], [True, False, False], [False, False, True]]])
-    fill = TokenFill(cells=cells, token=torch.zeros(encoder.channels[0]))
-    pixels = cells.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    mask = torch.tensor([[[False, True, False], [True, False, False], [False, False, True]]])
+    fill = TokenFill(mask=mask, token=torch.zeros(encoder.fill_dim))
+    pixels = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
     changed = torch.where(pixels, noise_images(2, seed=3), images)
     with torch.no_grad():
         group_map = group_maps(num_images=2)
@@ -114,6 +114,6 @@ def test_depths_by_hand():
         "norm.weight": 7,
     }
     assert {name: depths[name] for name in expected} == expected
-    depths = tiny_pvt_v2().parameter_depths("timm")
+    depths = tiny_pvt_v2().parameter_depths()
     assert [depths[f"stages.{stage}.norm.weight"] for stage in range(4)] == [2, 3, 5, 7]
     assert [depths[f"stages.{stage}.patch_embed.proj.bias"] for stage in range(4)] == [0, 3, 4, 6]

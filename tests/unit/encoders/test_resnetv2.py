@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mixmae.encoders.base import fill_dim
 from mixmae.encoders.resnetv2 import ResNetV2Config, StdConv2d
 from mixmae.mixing import upsample_group_map
 from tests.factories import group_maps, noise_images, tiny_resnetv2, tiny_swin
@@ -14,7 +13,7 @@ from tests.factories import group_maps, noise_images, tiny_resnetv2, tiny_swin
     [
         ({"image_size": 200}, "192 x 192"),
         ({"in_channels": 0}, "at least 1"),
-        ({"depths": (3, 4, 6)}, "one a stage"),
+        ({"depths": (3, 4, 6)}, "one per stage"),
         ({"stem_dim": 100}, "multiple of num_norm_groups"),
         ({"drop_path": 1.0}, "below 1"),
     ],
@@ -33,8 +32,8 @@ def test_a_filter_counts_by_its_shape_alone():
 
 
 def test_a_fill_is_as_wide_as_what_it_replaces():
-    assert fill_dim(tiny_resnetv2()) == 8
-    assert fill_dim(tiny_swin()) == tiny_swin().channels[0]
+    assert tiny_resnetv2().fill_dim == 8
+    assert tiny_swin().fill_dim == tiny_swin().channels[0]
 
 
 def test_pretraining_in_half_precision_keeps_groups_apart():

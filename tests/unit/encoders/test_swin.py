@@ -15,7 +15,7 @@ from tests.factories import noise_images, tiny_shifted_swin, tiny_swin
         ({"image_size": 200}, "192 x 192"),
         ({"image_size": (64, 100)}, "64 x 96"),
         ({"in_channels": 0}, "at least 1"),
-        ({"depths": (2, 2, 2)}, "one a stage"),
+        ({"depths": (2, 2, 2)}, "one per stage"),
         ({"window_sizes": (7, 7, 7, 0)}, "at least 1"),
         ({"embed_dim": 98}, "multiple of 4"),
         ({"num_heads": (3, 8, 16, 32)}, "change embed_dim or num_heads"),

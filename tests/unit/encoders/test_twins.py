@@ -14,7 +14,7 @@ from tests.factories import noise_images, tiny_pcpvt, tiny_svt
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"window_sizes": (7, 7, 7)}, "one a stage"),
+        ({"window_sizes": (7, 7, 7)}, "one per stage"),
         ({"window_sizes": (7, 7, 0, 7)}, "at least 1"),
         ({"sr_ratios": (8, 8, 2, 1)}, "its sr_ratio must divide 4"),
     ],
@@ -31,7 +31,7 @@ def test_svt_alternates_windows_and_the_whole_image():
     assert all(isinstance(block.attn, SpatialReductionAttention) for block in tiny_pcpvt().stages[2].blocks)
 
 
-def test_positions_are_added_once_a_stage_after_its_first_block():
+def test_positions_are_added_once_per_stage_after_its_first_block():
     """Without it PCPVT is blind to the order of cells: nothing else knows where a token is."""
     order, encoder, image = [], tiny_svt(), noise_images(1)
     stage = encoder.stages[0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mixmae.layers.positions import relative_position_bias, sin_cos_positions
+from mixmae.layers.positions import positions_on_grid, relative_position_bias, sin_cos_positions
 
 
 def test_sin_cos_by_hand():
@@ -14,6 +14,13 @@ def test_sin_cos_by_hand():
     row, column = 1, 2
     expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in (1.0, 0.01)]
     assert table[row * 3 + column].tolist() == pytest.approx(expected)
+
+
+def test_the_stored_grid_gets_the_table_and_others_one_of_the_same_formula():
+    table = sin_cos_positions(16, (3, 3))[None]
+    assert positions_on_grid(table, (3, 3), (3, 3)) is table
+    wide = positions_on_grid(table, (3, 3), (2, 5)).view(2, 5, -1)
+    assert torch.equal(wide[:2, :3], table.view(3, 3, -1)[:2])
 
 
 def test_sin_cos_needs_a_multiple_of_four():

@@ -80,8 +80,8 @@ def test_padding_changes_nothing_without_a_group_map():
     """What stands in the padding is never read: not even its gradient exists."""
     plan = plan_windows((5, 7), 3, None)
     assert plan.padding == (1, 2)
-    assert plan.blocked is not None
-    assert plan_windows((6, 9), 3, None).blocked is None
+    assert plan.attn_mask is not None
+    assert plan_windows((6, 9), 3, None).attn_mask is None
 
 
 @pytest.mark.parametrize(

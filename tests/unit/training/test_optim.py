@@ -45,6 +45,7 @@ class _ThreeBlocks(nn.Module):
     """An Encoder in the names and depths of its parameters, which is all that an optimiser asks."""
 
     image_size, in_channels, strides, channels, group_isolation, num_blocks = (32, 32), 3, (32,), (2,), "none", 3
+    fill_dim = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,10 @@ class _ThreeBlocks(nn.Module):
     def features(self, images, group_map=None, fill=None):
         raise NotImplementedError
 
-    def parameter_depths(self, rule="official"):
+    def final(self, feature, group_map=None):
+        raise NotImplementedError
+
+    def parameter_depths(self):
         blocks = {f"blocks.{i}.{kind}": i + 1 for i in range(3) for kind in ("weight", "bias")}
         return {"stem.weight": 0, "stem.bias": 0, "relative_position_bias_table": 2} | blocks
 

@@ -1,0 +1,204 @@
+"""What every objective promises (mixmae/methods). A new objective is a line in METHODS.
+
+What makes each one itself (which cells it hides, how it weighs them, its fills) is in tests/unit/methods.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from mixmae.mixing import upsample_group_map
+from tests.factories import (
+    DECODER,
+    noise_images,
+    seeded,
+    tiny_mae,
+    tiny_mixmae,
+    tiny_resnetv2,
+    tiny_simmim,
+    tiny_swin,
+    tiny_vit,
+)
+
+
+def mixmae_on_vit(image_size=96, in_channels=3, **options):
+    return MixMAE(tiny_vit(image_size, in_channels), MixMAEConfig(decoder=DECODER, **options))
+
+
+def simmim_on(encoder):
+    return lambda image_size=96, in_channels=3, **options: tiny_simmim(encoder(image_size, in_channels), **options)
+
+
+def mae(image_size=96, in_channels=3, **options):
+    return tiny_mae(tiny_vit(image_size, in_channels), **options)
+
+
+def with_options(build, **fixed):
+    return lambda *size, **options: build(*size, **fixed, **options)
+
+
+METHODS = {
+    "mixmae": tiny_mixmae,
+    "mixmae_2_per_sample": with_options(tiny_mixmae, num_images=2, group_map_per="sample"),
+    "mixmae_once": with_options(tiny_mixmae, num_images=2, pairing="once", group_map_per="sample"),
+    "mixmae_first_alone": with_options(tiny_mixmae, dual=False),
+    "mixmae_zeros": with_options(tiny_mixmae, num_images=2, fill="zero"),
+    "mixmae_vit": with_options(mixmae_on_vit, num_images=2),
+    "simmim": simmim_on(tiny_swin),
+    "simmim_vit": simmim_on(tiny_vit),
+    "simmim_resnetv2": simmim_on(tiny_resnetv2),
+    "mae": mae,
+}
+every_method = pytest.mark.parametrize("build", METHODS.values(), ids=METHODS)
+
+
+def given(method, pictures):
+    """The map or mask of some pictures as an argument of the method's forward."""
+    group_map = pictures["group_map"]
+    return {"group_map": group_map} if isinstance(method, MixMAE) else {"mask": group_map == 1}
+
+
+@every_method
+@pytest.mark.parametrize(("size", "channels"), [((96, 160), 1), ((224, 320), 5), ((256, 256), 3), ((64, 64), 3)])
+def test_loss_and_pictures_at_any_size(build, size, channels):
+    method, images = build(in_channels=channels), noise_images(4, size, channels)  # built for 96 px
+    assert not method(images, generator=seeded()).pictures
+    step = method(images, generator=seeded(), with_pictures=True)
+    step.loss.backward()
+    assert step.loss.dtype == torch.float32
+    assert torch.isfinite(step.loss)
+    assert set(step.pictures) == {"originals", "mixed", "reconstructions", "group_map", "partners"}
+    assert not any(picture.requires_grad for picture in step.pictures.values())
+    num_mixes, num_reconstructed = step.pictures["partners"].shape
+    assert torch.equal(step.pictures["originals"], images)
+    assert step.pictures["mixed"].shape == (num_mixes, channels, *size)
+    assert step.pictures["reconstructions"].shape == (num_mixes, num_reconstructed, channels, *size)
+    group_map = step.pictures["group_map"]
+    assert group_map.dtype == torch.int64
+    assert len(group_map) in (1, num_mixes)
+    assert not any(side % cells for side, cells in zip(size, group_map.shape[1:], strict=True))
+
+
+@every_method
+def test_every_parameter_learns(build):
+    method = build()
+    method(noise_images(8), generator=seeded()).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@every_method
+def test_the_generator_decides_and_a_given_map_takes_its_place(build):
+    method, images = build(), noise_images(4)
+    drawn = method(images, generator=seeded(3), with_pictures=True)
+    assert torch.equal(method(images, generator=seeded(3)).loss, drawn.loss)
+    assert torch.equal(method(images, **given(method, drawn.pictures)).loss, drawn.loss)
+    assert not torch.equal(method(images, generator=seeded(4)).loss, drawn.loss)
+
+
+@every_method
+def test_parts_of_a_batch_are_the_whole(build):
+    """The same maps and pixels, reconstructions as close as other batch sizes allow, and the loss is the mean."""
+    method, images = build().eval(), noise_images(8)
+    whole = method(images, generator=seeded(), with_pictures=True)
+    losses, done = [], 0
+    for part in (images[:4], images[4:]):
+        first = len(part) * len(losses)
+        step = method(part, generator=seeded(), first_sample=first, with_pictures=True)
+        mixes = slice(done, done := done + len(step.pictures["partners"]))
+        losses.append(step.loss)
+        maps = whole.pictures["group_map"]
+        assert torch.equal(step.pictures["group_map"], maps if len(maps) == 1 else maps[mixes])
+        assert torch.equal(step.pictures["partners"] + first, whole.pictures["partners"][mixes])
+        assert torch.equal(step.pictures["mixed"], whole.pictures["mixed"][mixes])
+        expected = whole.pictures["reconstructions"][mixes]
+        torch.testing.assert_close(step.pictures["reconstructions"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(losses).mean(), whole.loss)
+
+
+@every_method
+@torch.no_grad()
+def test_only_what_an_image_shows_reaches_its_reconstruction(build):
+    """Not one bit of its hidden pixels does; of the visible ones it must, or the first half could not fail."""
+    method, images = build(normalise_targets=False), noise_images(4)
+
+    def reconstructions(images):
+        return method(images, generator=seeded(), with_pictures=True).pictures["reconstructions"]
+
+    pictures = method(images, generator=seeded(), with_pictures=True).pictures
+    groups = upsample_group_map(pictures["group_map"], (96, 96))[0]
+    before = reconstructions(images)
+    for group, image in enumerate(pictures["partners"][0].tolist()):
+        for pixels, reaches in ((groups != group, False), (groups == group, True)):
+            changed = images.clone()
+            changed[image] += 5.0 * pixels
+            assert torch.equal(reconstructions(changed)[0, group], before[0, group]) != reaches
+
+
+@every_method
+@pytest.mark.parametrize("normalise", [False, True])
+def test_perfect_predictions_reconstruct_the_originals(monkeypatch, build, normalise):
+    method, images = build((96, 160), normalise_targets=normalise), noise_images(8, (96, 160))
+    target, decode = method.targets(images).patches, method.decode
+
+    def perfect(encoded, drawn):
+        predicted, hidden = decode(encoded, drawn)
+        wanted = target[drawn.partners] if isinstance(method, MixMAE) else target
+        assert wanted.shape == predicted.shape
+        return wanted, hidden
+
+    monkeypatch.setattr(method, "decode", perfect)
+    step = method(images, generator=seeded(), with_pictures=True)
+    assert step.loss.item() == 0.0
+    expected = images[step.pictures["partners"]]
+    torch.testing.assert_close(step.pictures["reconstructions"], expected, rtol=1e-5, atol=1e-5)
+
+
+@every_method
+def test_mixed_precision_keeps_the_loss_in_float32(build):
+    method, images = build(), noise_images(4)
+    exact = method(images, generator=seeded()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = method(images, generator=seeded()).loss
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["mixmae_2_per_sample", "simmim", "mae"])
+def test_learns_to_overfit_a_batch(name):
+    method = METHODS[name](normalise_targets=name.startswith("mixmae"))
+    images = noise_images(2) * 0.1 + torch.linspace(-2, 2, 96)  # a ramp in every image: easy to learn
+    optimiser = torch.optim.AdamW(method.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = method(images, generator=seeded()).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+
+
+@every_method
+def test_bad_inputs_name_the_remedy(build):
+    method, images = build(), noise_images(4)
+    with pytest.raises(ValueError, match="multiples of 32 px, got 100 x 96; use for example 96 x 96"):
+        method(noise_images(4, (100, 96)), generator=seeded())
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        method(noise_images(4, channels=1), generator=seeded())
+    with pytest.raises(ValueError, match="normalised floats"):
+        method(images.to(torch.uint8), generator=seeded())
+    with pytest.raises(ValueError, match="pass generator="):
+        method(images)
+
+
+@every_method
+def test_a_batch_of_as_many_images_as_mix_is_enough(build):
+    method = build()
+    mixed = method.config.images_mixed
+    assert "images_mixed" not in {field.name for field in dataclasses.fields(method.config)}  # never written to a run
+    assert torch.isfinite(method(noise_images(mixed), generator=seeded()).loss)
+    if mixed > 1:
+        with pytest.raises(ValueError, match=f"multiple of {mixed}"):
+            method(noise_images(mixed + 1), generator=seeded())
