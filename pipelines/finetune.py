@@ -67,7 +67,9 @@ def prepare(
         return None
     source, validation = open_data(arguments.data, run.data_folder, HELDOUT_IMAGES)
     folder = run.folder.path
-    job = run.settle(job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained))
+    job = run.record_data(
+        job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained)
+    )
     if pretrained is None:
         print("note: no --pretrained weights: starting from random ones")
     elif weights is not None:

@@ -41,7 +41,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if run is None:
         return 0
     source, heldout = open_data(arguments.data, run.data_folder, HELDOUT_IMAGES)
-    job = run.settle(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
+    job = run.record_data(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
     run.join_cluster(job)
     job = run.track(job)
     print(run.headline(job))

@@ -1,7 +1,7 @@
 """A run between its command line and its end: folder, record, MLflow, workers. All pipelines that train use it.
 
     run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
-    job = run.settle(job)                 # the training set is recorded, or refused if it is another one than before
+    job = run.record_data(job)                 # the training set is recorded, or refused if it is another one than before
     run.join_cluster(job)
     job = run.track(job)                  # MLflow's run is open
     done = run.train(job)                 # the workers train, the record is closed
@@ -106,7 +106,7 @@ class Run:
         """Whether steps of it may have been trained before."""
         return self.before is not None and self.before.mlflow is not None
 
-    def settle(self, job: JobT) -> JobT:
+    def record_data(self, job: JobT) -> JobT:
         """Record the training set and the classes; returns the job with the data as they were recorded at first.
 
         Raises: ValueError if the run was begun on others.
@@ -147,7 +147,7 @@ class Run:
     def open(self, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> RunRef:
         """The MLflow run, and a record that it is under way."""
         data = self.record.data
-        assert data is not None, "settle comes first"
+        assert data is not None, "record_data comes first"
         ref = self._reopen() or create_run(
             uri=self.uri,
             experiment=self.arguments.experiment,

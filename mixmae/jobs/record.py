@@ -90,10 +90,10 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The content of run.json."""
-        content = {name: value for name, value in vars(self).items() if value is not None}
-        parts = {name: asdict(content[name]) for name in ("pretrained", "data", "mlflow") if name in content}
+        content: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        content |= {name: asdict(content[name]) for name in ("pretrained", "data", "mlflow") if name in content}
         unused = [name for name in ("cached", "metrics", "reason") if not content[name]]
-        return {name: value for name, value in {**content, **parts}.items() if name not in unused}
+        return {name: value for name, value in content.items() if name not in unused}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
