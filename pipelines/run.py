@@ -1,7 +1,7 @@
 """A run between its command line and its end: folder, record, MLflow, workers. All pipelines that train use it.
 
     run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
-    job = run.record_data(job)                 # the training set is recorded, or refused if it is another one than before
+    job = run.record_data(job)            # the training set is recorded, or refused if it is not that of before
     run.join_cluster(job)
     job = run.track(job)                  # MLflow's run is open
     done = run.train(job)                 # the workers train, the record is closed
