@@ -176,22 +176,25 @@ def test_a_killed_run_is_continued_to_the_same_files(folder, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
-    while len(list(out.glob("*.parquet"))) < 5:
+    while len(list(out.glob("[!.]*.parquet"))) < 5:
         assert killed.poll() is None
         time.sleep(0.002)
     killed.kill()
     killed.wait()
     assert not (out / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.parquet")}
     for path in kept:
         pq.read_table(path)  # whole
     made = make_shards(source, out, shard_mb=0.005)
-    assert len(list(out.glob("*.parquet"))) > len(kept) >= 5
+    assert len(list(out.glob("[!.]*.parquet"))) > len(kept) >= 5
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     straight = make_shards(source, tmp_path / "straight", shard_mb=0.005)
     assert made.digest == straight.digest
     assert contents(made.folder) == contents(straight.folder)
-    assert len([name for name in contents(made.folder) if name.endswith(".index")]) == len(list(out.glob("*.parquet")))
+    indexes = [name for name in contents(made.folder) if name.endswith(".index")]
+    assert len(indexes) == len(list(out.glob("[!.]*.parquet")))
+        list(out.glob("[!.]*.parquet"))
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
