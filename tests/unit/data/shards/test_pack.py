@@ -193,8 +193,6 @@ def test_a_killed_run_is_continued_to_the_same_files(folder, tmp_path):
     assert contents(made.folder) == contents(straight.folder)
     indexes = [name for name in contents(made.folder) if name.endswith(".index")]
     assert len(indexes) == len(list(out.glob("[!.]*.parquet")))
-        list(out.glob("[!.]*.parquet"))
-    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
