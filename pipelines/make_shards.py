@@ -51,7 +51,7 @@ class MakeShardsArguments:
 
 def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Run the jobs on the Ray cluster that this process has joined, one task per shard."""
-    task = ray.remote(num_cpus=1, max_retries=3)(lambda job: write(job))
+    task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda job: write(job))
     waiting = list(reversed(jobs))
     limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     running: dict[Any, ShardJob] = {}

@@ -42,7 +42,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if run is None:
         return 0
     source, heldout = open_for_training(arguments.data, run.data_folder, HELDOUT_IMAGES)
-    job = run.settle(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
+    job = run.record_data(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
     run.join_cluster(job)
     job = run.track(job)
     print(run.headline(job))
@@ -56,7 +56,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}{knn}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
-        f"MLflow UI   {job.run.ui_command}"
+        f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
     return 0

@@ -1,7 +1,7 @@
 """A run between its command line and its end: folder, record, MLflow, workers. All pipelines that train use it.
 
     run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
-    job = run.settle(job)                 # the training set is recorded, or refused if it is another one than before
+    job = run.record_data(job)            # the training set is recorded, or refused if it is not that of before
     run.join_cluster(job)
     job = run.track(job)                  # MLflow's run is open
     done = run.train(job)                 # the workers train, the record is closed
@@ -104,7 +104,7 @@ class Run:
         """Whether steps of it may have been trained before."""
         return self.before is not None and self.before.mlflow is not None
 
-    def settle(self, job: JobT) -> JobT:
+    def record_data(self, job: JobT) -> JobT:
         """Record the training set and the classes; returns the job with the data as they were recorded at first.
 
         Raises: ValueError if the run was begun on others.
@@ -145,7 +145,7 @@ class Run:
     def open(self, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> RunRef:
         """The MLflow run, and a record that it is under way."""
         data = self.record.data
-        assert data is not None, "settle comes first"
+        assert data is not None, "record_data comes first"
         ref = self._reopen() or create_run(
             uri=self.uri,
             experiment=self.arguments.experiment,
@@ -190,7 +190,6 @@ class Run:
         Raises: TrainingStopped, WorkersFailed.
         """
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
-        assert job.run is not None, "track comes first"
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
@@ -213,8 +212,8 @@ class Run:
         finally:
             with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
                 if folder.broken():
-                    log_file(job.run, folder.ledger)
-                finish_run(job.run, status=status, tags=tags, metrics=metrics)
+                    log_file(job.ref, folder.ledger)
+                finish_run(job.ref, status=status, tags=tags, metrics=metrics)
         self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
 
@@ -222,11 +221,10 @@ class Run:
         """What is trained, for how many steps, on what, where to."""
         doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.workers
         workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count > 1)}"
-        assert job.run is not None
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
-            f"output {self.folder.path}\nMLflow {job.run.uri}"
+            f"output {self.folder.path}\nMLflow {job.ref.uri}"
         )
 
     def print_broken(self) -> None:

@@ -95,7 +95,7 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
     if isinstance(config, FinetuneConfig):
         source, validation = open_for_training(data, run.data_folder, HELDOUT_IMAGES)
         pretrained = run.record.pretrained
-        return run.settle(
+        return run.record_data(
             ClassificationJob.of(config, source, validation, data=data, folder=folder, pretrained=pretrained)
         )
     assert isinstance(config, PretrainConfig)
@@ -105,7 +105,7 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
         raise DataError(
             f"the trials cannot be judged on {source.name}, see the note: give a set with labels (docs/data.md)."
         )
-    return run.settle(job)
+    return run.record_data(job)
 
 
 def fixed_for_all(space: Space, config: FinetuneConfig | PretrainConfig) -> dict[str, Any]:

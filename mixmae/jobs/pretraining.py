@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -43,9 +43,7 @@ class PretrainJob(Job):
     probe: Probe | None = None
 
     @classmethod
-    def of(
-        cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path
-    ) -> PretrainJob:
+    def of(cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path) -> Self:
         """The job on these images; prints what it cannot measure on them.   Args: data: what --data was."""
         if heldout.num_rows < config.method.images_mixed:
             print(
