@@ -191,7 +191,7 @@ def read_file_list(storage: Storage, path: str) -> tuple[Storage, str, Listing]:
             number, name, _ = entries[missing[0]]
             raise DataError(
                 f"{len(missing)} of the {len(files)} files in {shown} do not exist, such as {name} in line {number}: "
-                f"correct the list (paths are relative to the list's folder; the class comes after a tab)"
+                f"correct the list (a relative path starts at the list's folder; the class comes after a tab)"
             )
     labels = [label for _, _, label in entries]
     class_names = None
