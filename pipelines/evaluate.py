@@ -29,7 +29,7 @@ from mixmae.convert.files import NOT_STATED
 from mixmae.data.blocks import eval_batches
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.jobs.classification import HELDOUT_IMAGES

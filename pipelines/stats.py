@@ -26,7 +26,7 @@ from mixmae.data.images.decode import Uint8Array
 from mixmae.data.images.summary import Summary
 from mixmae.data.order import Draw, permutation
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.open import layout_of, list_splits, open_source
+from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import plain_place, writable_folder
 from mixmae.writing import write_json, writing
 from pipelines.command import command

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixmae.data.shards.pack import default_shapes, is_image_folder, make_shards
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
+from mixmae.data.sources import open_train_and_held_out
 
 
 def open_for_training(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source, Source]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
+from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig
@@ -24,9 +25,6 @@ from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength, run_length
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ from mixmae.data.shards.write import (
     write_shard,
 )
 from mixmae.data.source import DataError
-from mixmae.data.sources.open import MANIFEST_NAME, layout_of
+from mixmae.data.sources import layout_of
+from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import writable_folder
 from mixmae.writing import write_json

@@ -25,9 +25,9 @@ from mixmae.data.order import Draw, Plan, permutation
 from mixmae.data.shards import shapes
 from mixmae.data.shards.write import MANIFEST_FORMAT, StoredImage, shard_name, shard_schema
 from mixmae.data.source import DataError, Sample, Source, read_rows
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.folders import FilesSource
 from mixmae.data.sources.joined import JoinedSource
-from mixmae.data.sources.open import list_splits, open_source
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.storage import plain_place
 

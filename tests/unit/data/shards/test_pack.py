@@ -21,7 +21,7 @@ from mixmae.data.images import tiles
 from mixmae.data.images.decode import decode_rgb, image_size
 from mixmae.data.shards.pack import default_shapes, is_image_folder, make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.parquet import ParquetSource
 
 ROOT = Path(__file__).parents[4]

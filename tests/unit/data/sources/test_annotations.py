@@ -13,7 +13,7 @@ from mixmae.data.classes import read_classes
 from mixmae.data.prepare import open_for_training
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source
+from mixmae.data.sources import layout_of, list_splits, open_source
 
 Contents = dict[str, tuple[int, str]]
 """Of every image, by its path in the set: its number, from which its pixels come, and the name of its class."""

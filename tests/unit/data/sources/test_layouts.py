@@ -19,7 +19,7 @@ from mixmae.data.images.decode import MAX_PIXELS
 from mixmae.data.order import Plan
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source, open_train_and_held_out
+from mixmae.data.sources import layout_of, list_splits, open_source, open_train_and_held_out
 
 
 def all_samples(source):
@@ -77,6 +77,19 @@ class TestFolders:
         assert [(sample.path, sample.label) for sample in all_samples(held_out)][2:4] == [
             ("val/a/2.png", 0),
             ("val/b/0.png", 1),
+        ]
+
+    def test_a_dev_folder_is_a_validation_split(self, files):
+        folder = files("train/a/1.jpg", "train/b/2.jpg", "dev/a/3.jpg", "dev/b/4.jpg")
+        assert list_splits(folder) == ("train", "validation")
+        assert [sample.path for sample in all_samples(open_source(folder, "validation"))] == [
+            "dev/a/3.jpg",
+            "dev/b/4.jpg",
+        ]
+        both = files("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg", "dev/a/5.jpg", below="both")
+        assert [sample.path for sample in all_samples(open_source(both, "validation"))] == [
+            "val/a/3.jpg",
+            "val/b/4.jpg",
         ]
 
     def test_a_file_that_vanishes_is_a_broken_row(self, files):

@@ -21,7 +21,7 @@ from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source
+from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import locate
 
 pytestmark = pytest.mark.timeout(120)
