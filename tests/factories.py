@@ -131,3 +131,11 @@ def noise_images(batch: int, size: tuple[int, int] = (96, 96), channels: int = 3
 
 def group_maps(num_maps: int = 1, grid: tuple[int, int] = (3, 3), num_images: int = 4, seed: int = 0) -> Tensor:
     return draw_group_map(grid, num_images, seeded(seed), num_maps)
+
+
+def vit_state() -> dict[str, Tensor]:
+    """The weights of a tiny ViT of timm."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=7).state_dict()
