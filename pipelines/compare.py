@@ -28,7 +28,7 @@ from torch import nn
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
+from mixmae.data.sources import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
@@ -192,7 +192,7 @@ def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: S
 
 def run(arguments: Arguments) -> list[Result]:
     """All arms and seeds; those that results.csv already has are kept."""
-    from pipelines.make_shards import default_shapes
+    from mixmae.data.shards.pack import default_shapes
 
     torch.set_num_threads(1)
     config = find_recipe(arguments.recipe, PRETRAIN_RECIPES)()

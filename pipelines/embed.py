@@ -30,7 +30,7 @@ from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
 from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb
 from mixmae.data.source import Sample, Source, read_rows
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
 from pipelines.console import fail
 from pipelines.features import SAY_EVERY_S, FrozenEncoder, ahead, load_frozen

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from mixmae.convert import EncoderMetadata, build_model, read_weights
 from mixmae.convert.files import NOT_STATED
 from mixmae.data.blocks import eval_batches
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.jobs.classification import HELDOUT_IMAGES
@@ -37,7 +38,6 @@ from mixmae.probing.features import predict_logits
 from mixmae.training.checkpoint import upgraded
 from mixmae.training.run_folder import run_around, weights_of
 from pipelines.console import fail
-from pipelines.run import open_data
 
 SHOWN_CLASSES = 60
 """Classes whose names fit beside a picture of confusions."""
@@ -175,7 +175,7 @@ def _open(arguments: Arguments) -> Source:
         trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
         if arguments.data is None or plain_place(arguments.data) == trained_on:
             data = None if trained_on == "built-in" else arguments.data or trained_on
-            return open_data(data, run.parent / "data", HELDOUT_IMAGES)[1]
+            return open_for_training(data, run.parent / "data", HELDOUT_IMAGES)[1]
     if arguments.data is None:
         raise ValueError("say on which images: --data SOURCE (it may be left out for a run, and without --split).")
     there = list_splits(arguments.data)

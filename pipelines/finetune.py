@@ -18,6 +18,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from mixmae.data.prepare import open_for_training
 from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
@@ -25,7 +26,7 @@ from mixmae.jobs.record import read_begun
 from mixmae.tracking import tag_run
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.run import Run, RunArguments, begin, open_data, output_folder
+from pipelines.run import Run, RunArguments, begin, output_folder
 
 JobT = TypeVar("JobT", bound=ClassificationJob)
 
@@ -65,7 +66,7 @@ def prepare(
     run = begin(replace(arguments, config=config), recipe, pretrained=pretrained, cached=cached)
     if run is None:
         return None
-    source, validation = open_data(arguments.data, run.data_folder, HELDOUT_IMAGES)
+    source, validation = open_for_training(arguments.data, run.data_folder, HELDOUT_IMAGES)
     folder = run.folder.path
     job = run.record_data(
         job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained)

@@ -22,6 +22,7 @@ import tyro
 
 from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.jobs.classification import HELDOUT_IMAGES
@@ -30,7 +31,6 @@ from mixmae.tracking import create_run, finish_run, resolve_uri, tag_run
 from mixmae.training.run_folder import run_around
 from pipelines.console import fail
 from pipelines.features import FrozenEncoder, load_frozen
-from pipelines.run import open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def knn(arguments: Arguments) -> int:
     )
     run = run_around(arguments.weights)
     base = run.parent if run else Path("runs")
-    train, validation = open_data(arguments.data, base / "data", HELDOUT_IMAGES)
+    train, validation = open_for_training(arguments.data, base / "data", HELDOUT_IMAGES)
     classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
     check_voters(train.read_labels()[rows], validation.read_labels(), config.k)

@@ -19,7 +19,7 @@ import tyro
 
 from mixmae.data.blocks import eval_batch
 from mixmae.data.images.decode import Uint8Array
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from pipelines.console import fail
 from pipelines.evaluate import load_classifier
 from pipelines.stats import CELL_PX, SHEET_SIDE, draw_contact_sheet

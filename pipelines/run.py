@@ -21,8 +21,6 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import RunConfig, differences, to_json
@@ -30,7 +28,7 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
 from mixmae.training.cluster import Device, join
-from mixmae.training.loop import TrainState, step_seed
+from mixmae.training.loop import TrainState
 from mixmae.training.run_folder import RunFolder
 from mixmae.training.worker import fit
 from pipelines.console import ProgressView
@@ -291,22 +289,3 @@ def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None
             f"{path} holds a run begun with other settings ({'; '.join(changed[:3])}{more}): continue it with the "
             "ones it was begun with, or choose another --output."
         )
-
-
-def open_data(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source, Source]:
-    """The training and the held-out source; image folders and the built-in set become shards in `folder` first.
-
-    Args: holdout_rows: most images that are held out of a set without a validation split.
-    Raises: DataError.
-    """
-    from pipelines.make_shards import default_shapes, is_image_folder, make_shards
-
-    if data is None:
-        place = str(default_shapes(folder / "shapes"))
-    elif is_image_folder(data):
-        path = Path(data).expanduser().resolve()
-        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
-        place = str(make_shards(path, shards, overwrite=True).folder)  # what has changed since is packed anew
-    else:
-        place = data
-    return open_train_and_held_out(place, holdout_rows)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mixmae.convert.architecture import StateDict, describe, encoder_config, num_classes
 from mixmae.convert.formats import FORMATS, detect_format
+from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import EncoderConfig, build_encoder, config_from_json, config_to_json
 from mixmae.finetune.classification import ImageClassifier
@@ -42,8 +43,6 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.json"
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NOT_STATED = "not stated"
 

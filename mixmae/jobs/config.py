@@ -15,18 +15,16 @@ from torch import Tensor
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
+from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
-from mixmae.methods.build import MethodConfig, images_mixed
+from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.probing.ridge import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength, run_length
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +99,7 @@ class PretrainConfig(RunConfig):
     """The evaluations during pretraining, of the encoder's features on labelled images."""
 
     def __post_init__(self) -> None:
-        mixed = images_mixed(self.method)
+        mixed = self.method.images_mixed
         if self.loop.batch_size % mixed:
             raise ValueError(
                 f"A batch of {self.loop.batch_size} images cannot be mixed {mixed} at a time: make "
@@ -112,7 +110,7 @@ class PretrainConfig(RunConfig):
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or not be mixed."""
         share = super().share(num_workers=num_workers, rank=rank)
-        mixed = images_mixed(self.method)
+        mixed = self.method.images_mixed
         if share.micro_batch % mixed:
             raise ValueError(
                 f"With {num_workers} workers the model sees {share.micro_batch} images at once, which cannot be mixed "

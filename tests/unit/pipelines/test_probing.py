@@ -13,7 +13,7 @@ import torch
 
 from mixmae.convert import Preprocessing, digest_of, load_encoder, save_encoder
 from mixmae.data.blocks import eval_batches
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.jobs.config import to_json
 from mixmae.probing.features import extract_features
 from mixmae.probing.knn import KnnConfig, knn_classify
