@@ -1,6 +1,14 @@
-"""Tiny things for tests: a model that runs in milliseconds, images of noise, group maps."""
+"""Tiny things for tests: models that run in milliseconds, images of noise, group maps, image files and tars."""
 
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mixmae.decoders import DecoderConfig
@@ -139,3 +147,21 @@ def vit_state() -> dict[str, Tensor]:
 
     torch.manual_seed(0)
     return VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=7).state_dict()
+
+
+def jpeg(seed: int, height: int = 40, width: int = 56) -> bytes:
+    """A smooth colour image; each seed has its own pixels."""
+    low = np.random.default_rng(seed).integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC))
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95)
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+    """A tar of (name, bytes) members; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as stream:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            stream.addfile(entry, io.BytesIO(data))
+    return path
