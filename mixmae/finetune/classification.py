@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
 from mixmae.metrics import UNKNOWN, label_ranks
+from mixmae.pixels import normalise
 from mixmae.step import StepOutput
 
 HEAD_STD = 2e-5
@@ -64,7 +65,7 @@ class Predictor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Take uint8 (B, C, H, W) of the size that the model is for; returns (B, num_classes), rows that sum to 1."""
-        return self.model((images.float() / 255 - self.mean) / self.std).softmax(dim=1)
+        return self.model(normalise(images, mean=self.mean, std=self.std)).softmax(dim=1)
 
 
 def classification_step(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixmae.data.images.augment import AugmentConfig
@@ -19,14 +18,12 @@ from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig, images_mixed
 from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from mixmae.probing.ridge import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength, run_length
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +83,7 @@ class RunConfig:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> normalised float32, on the images' device."""
-        mean = torch.tensor(self.pixel_mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.pixel_std, device=images.device)[:, None, None]
-        return (images.float() / 255 - mean) / std
+        return normalise(images, mean=self.pixel_mean, std=self.pixel_std)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.encoders.base import Encoder
+from mixmae.pixels import normalise
 
 
 class LabelledBatch(Protocol):
@@ -61,11 +62,10 @@ def _collect(
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     device = next(parameter.device for _, parameter in model.named_parameters())
-    shift, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     outputs, labels = [], []
     with torch.no_grad(), _evaluating(model):
         for batch in batches:
-            images = (batch.images.to(device).float() / 255 - shift) / scale
+            images = normalise(batch.images.to(device), mean=mean, std=std)
             outputs.append(compute(images).float().cpu())
             labels.append(batch.labels.cpu())
     if not outputs:

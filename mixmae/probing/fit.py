@@ -17,7 +17,7 @@ from mixmae.training.schedule import learning_rate, run_length
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class LinearProbeConfig:
     """How a head is trained; the defaults are MAE's for linear probing of ImageNet (appendix A).
 
     They do not suit small sets: the way that LARS lets the weights go is proportional to base_lr x epochs x images, so
@@ -45,14 +45,14 @@ class ProbeConfig:
             )
 
 
-def small_set_probe() -> ProbeConfig:
+def small_set_probe() -> LinearProbeConfig:
     """Settings for sets of fewer than about 100,000 images: AdamW in batches of 256.
 
     Measured on a CPU in November 2026, accuracy on held-out images, against scikit-learn's LogisticRegression(C=0.1) on
     the same features: 1200 of scikit-learn's digits (512 random ReLU features) 0.978 against 0.978, 300 of them 0.941
     against 0.942, 100 of them 0.854 against 0.864; MAE's settings reach 0.588, 0.155 and 0.041 there.
     """
-    return ProbeConfig(batch_size=256, optim=OptimConfig(base_lr=0.01, weight_decay=0.0))
+    return LinearProbeConfig(batch_size=256, optim=OptimConfig(base_lr=0.01, weight_decay=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def train_probe(
     head: nn.Module,
     features: Tensor,
     labels: Tensor,
-    config: ProbeConfig,
+    config: LinearProbeConfig,
     *,
     validation: tuple[Tensor, Tensor] | None = None,
 ) -> ProbeCurves:

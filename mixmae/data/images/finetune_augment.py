@@ -20,8 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.order import Draw, uniforms
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 _FILL = (124, 116, 104)
 """ImageNet's mean colour, for what a turned or shifted picture leaves free."""
