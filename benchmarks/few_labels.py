@@ -27,10 +27,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
+from mixmae.data.shards.pack import default_shapes
 from mixmae.data.source import read_rows
-from mixmae.data.sources.open import open_train_and_held_out
+from mixmae.data.sources import open_train_and_held_out
 from pipelines.command import command
-from pipelines.make_shards import default_shapes
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 

@@ -45,13 +45,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 from benchmarks.photographs import make_jpegs
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.share import WorkerShare
-from pipelines.make_shards import make_shards
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
 FORMAT = "3"
 """Of the cached files; another number makes them anew."""
@@ -107,7 +107,7 @@ def make_files(options: Options) -> Path:
     # Several times over, or a decoding process would keep the whole set in memory, as it never does with a real one.
     for number in range(_PLAIN_COPIES):
         pq.write_table(table, folder / "plain" / f"train-{number:05d}.parquet", row_group_size=100)
-    make_shards(folder / "files", folder / "prepared", tiles=True, say=lambda line: None)
+    make_shards(folder / "files", folder / "prepared", tiles=True, report=lambda line: None)
     (folder / "done").touch()
     return folder
 
@@ -247,7 +247,7 @@ class PillowRecipe:
                 transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
 
@@ -310,8 +310,8 @@ def _consume(config: dict[str, Any]) -> dict[str, Any]:
         stop_step=10**6,
         config=options.stream,
     )
-    scale = (1 / (255 * torch.tensor(STD))).view(3, 1, 1)
-    shift = (torch.tensor(MEAN) / torch.tensor(STD)).view(3, 1, 1)
+    scale = (1 / (255 * torch.tensor(IMAGENET_STD))).view(3, 1, 1)
+    shift = (torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)).view(3, 1, 1)
     normalised = torch.empty(BATCH, 3, 224, 224)
     batches = iter(stream)
     meter = Meter(config["pid"])

@@ -21,8 +21,7 @@ import numpy as np
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 from mixmae.data.source import Source, read_rows
-from mixmae.data.sources import parquet, storage
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source, parquet, storage
 from mixmae.data.sources.parquet import ParquetSource
 
 FILE_BYTES, SPREAD_BYTES = 107_000, 20_000

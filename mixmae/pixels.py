@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's pixels per channel (RGB), of values in 0..1; the default of all configs."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Their std."""
 
 
 def normalise(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:

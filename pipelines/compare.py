@@ -26,8 +26,9 @@ from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import default_shapes
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
+from mixmae.data.sources import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
@@ -179,8 +180,6 @@ def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: S
 
 def compare(arguments: Arguments) -> int:
     """Train and judge all arms and seeds, and write the table.   Returns: the process's exit status."""
-    from pipelines.make_shards import default_shapes
-
     torch.set_num_threads(1)
     config = find_recipe(arguments.recipe, PRETRAIN_RECIPES)()
     chosen = arms(config)

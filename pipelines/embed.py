@@ -26,7 +26,7 @@ import tyro
 
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import Source
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import (
     CROP_PCT,

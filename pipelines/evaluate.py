@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixmae.convert.files import NOT_STATED
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.inference import Classifier, Device, load_classifier
 from mixmae.jobs.classification import HELDOUT_IMAGES
@@ -31,7 +32,6 @@ from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, 
 from mixmae.training.run_folder import run_around, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
-from pipelines.run import open_data
 
 SHOWN_CLASSES = 60
 """Most classes whose names fit beside the picture of the confusion matrix."""
@@ -118,7 +118,7 @@ def _open(arguments: Arguments) -> Source:
         trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
         if arguments.data is None or plain_place(arguments.data) == trained_on:
             data = None if trained_on == "built-in" else arguments.data or trained_on
-            return open_data(data, run.parent / "data", HELDOUT_IMAGES)[1]
+            return open_for_training(data, run.parent / "data", HELDOUT_IMAGES)[1]
     if arguments.data is None:
         raise ValueError("say on which images: --data SOURCE (it may be left out for a run, and without --split).")
     there = list_splits(arguments.data)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
+from mixmae.data.prepare import open_for_training
 from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
@@ -25,7 +26,9 @@ from mixmae.jobs.record import read_begun
 from mixmae.tracking import tag_run
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.run import Run, RunArguments, begin, open_data, output_folder
+from pipelines.run import Run, RunArguments, begin, output_folder
+
+JobT = TypeVar("JobT", bound=ClassificationJob)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,8 @@ def finetune(arguments: Arguments, recipe: str) -> int:
 
 
 def prepare(
-    arguments: Arguments, recipe: str, usual: FinetuneConfig, job_type: type[ClassificationJob], *, cached: bool = False
-) -> tuple[Run, ClassificationJob] | None:
+    arguments: Arguments, recipe: str, usual: FinetuneConfig, job_type: type[JobT], *, cached: bool = False
+) -> tuple[Run, JobT] | None:
     """Read the weights, take the folder, look at the data: what a user got wrong is found here, before the run starts.
 
     Args: usual: the recipe's config.  cached: whether it is a linear probe on cached features.
@@ -63,9 +66,11 @@ def prepare(
     run = begin(replace(arguments, config=config), recipe, pretrained=pretrained, cached=cached)
     if run is None:
         return None
-    source, validation = open_data(arguments.data, run.data_folder, HELDOUT_IMAGES)
+    source, validation = open_for_training(arguments.data, run.data_folder, HELDOUT_IMAGES)
     folder = run.folder.path
-    job = run.settle(job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained))
+    job = run.record_data(
+        job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained)
+    )
     if pretrained is None:
         print("note: no --pretrained weights: starting from random ones")
     elif weights is not None:
@@ -73,13 +78,12 @@ def prepare(
     return run, job
 
 
-def track(run: Run, job: ClassificationJob) -> ClassificationJob:
+def track(run: Run, job: JobT) -> JobT:
     """Open the MLflow run; it and the pretraining run point at each other where both are in one store."""
     job = run.track(job)
-    assert job.run is not None
     if job.pretrained and job.pretrained.run_id:
         mark = "finetuned" if job.stage == "finetune" else job.stage
-        tag_run(job.run.uri, job.pretrained.run_id, f"{mark}.{job.run.run_id}", run.folder.path.name)
+        tag_run(job.ref.uri, job.pretrained.run_id, f"{mark}.{job.ref.run_id}", run.folder.path.name)
     return job
 
 
@@ -100,7 +104,7 @@ def train_classifier(run: Run, job: ClassificationJob) -> int:
         f"loss {metrics['final/loss']:.4f} (validation)\n"
         f"best        {run.folder.best}  top-1 {metrics['best/top1']:.2%} at step {metrics['best/step']:.0f}\n"
         f"checkpoint  {done.checkpoint}\n"
-        f"MLflow UI   {job.run.ui_command}"
+        f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
     return 0

@@ -21,6 +21,7 @@ import tyro
 
 from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import CROP_PCT, Device, FrozenEncoder, load_frozen
@@ -30,7 +31,6 @@ from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run
 from mixmae.training.run_folder import run_around
 from mixmae.writing import write_json
 from pipelines.command import command
-from pipelines.run import open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def prepare(arguments: Arguments, data_folder: Path) -> Task:
         batch_size=arguments.batch_size,
         bfloat16=arguments.precision == "bfloat16",
     )
-    train, validation = open_data(arguments.data, data_folder, HELDOUT_IMAGES)
+    train, validation = open_for_training(arguments.data, data_folder, HELDOUT_IMAGES)
     classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
     check_voters(train.read_labels()[rows], validation.read_labels(), config.k)

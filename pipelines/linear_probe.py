@@ -79,7 +79,6 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
     batch_size = min(job.config.loop.batch_size, job.source.num_rows)
     loop = replace(job.config.loop, batch_size=batch_size, micro_batch_size=None)
     job = track(run, replace(job, config=replace(job.config, loop=loop)))
-    assert job.run is not None
     print(
         f"Probing cached features of {job.source.name} ({job.source.num_rows} images): {job.num_classes} classes, "
         f"validation on {job.validation.num_rows} images of {job.validation.name}\noutput {run.folder.path}"
@@ -96,13 +95,13 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
     finally:
         with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
             tags = {"checkpoint": str(run.folder.best)} if metrics else {}
-            finish_run(job.run, status=status, tags=tags, metrics=metrics)
+            finish_run(job.ref, status=status, tags=tags, metrics=metrics)
     run.write(status="finished", checkpoint=str(run.folder.best), metrics=metrics)
     print(
         f"Finished: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%} (validation), "
         f"{metrics['train/top1']:.2%} of the training images\n"
         f"classifier  {run.folder.best}\n"
-        f"MLflow UI   {job.run.ui_command}"
+        f"MLflow UI   {job.ref.ui_command}"
     )
     return 0
 
@@ -116,7 +115,6 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     torch.manual_seed(step_seed(config.loop.seed, "init"))
     model = job.build_model().to(device)
     assert isinstance(model, LinearProbe)
-    assert job.run is not None
     frozen = FrozenEncoder(
         encoder=model.encoder,
         preprocessing=Preprocessing(image_size=config.augment.size, mean=config.pixel_mean, std=config.pixel_std),
@@ -139,7 +137,7 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     )
     curves = train_probe(model.head, features, labels, probe, validation=(judged, classes))
     print(f"the layer trained {config.loop.epochs:g} epochs in {time.monotonic() - start:.1f} s", flush=True)
-    with contextlib.closing(MlflowTracker(job.run, system_metrics=False)) as tracker:
+    with contextlib.closing(MlflowTracker(job.ref, system_metrics=False)) as tracker:
         for epoch, values in enumerate(zip(curves.loss, curves.train_top1, curves.val_top1, strict=True), start=1):
             names = ("train/loss", "train/top1", BEST_METRIC)
             tracker.log_metrics(dict(zip(names, values, strict=True)), step=round(epoch * job.length.steps_per_epoch))

@@ -18,7 +18,7 @@ import tyro
 
 from mixmae.data.blocks import eval_batch
 from mixmae.data.images.decode import Uint8Array
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.inference import Device, load_classifier
 from mixmae.writing import writing
 from pipelines.command import command

@@ -15,11 +15,12 @@ from typing import Annotated
 
 import tyro
 
+from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.pretraining import HELDOUT_IMAGES, PretrainJob, check_method
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.run import RunArguments, begin, open_data
+from pipelines.run import RunArguments, begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     run = begin(arguments, recipe)
     if run is None:
         return 0
-    source, heldout = open_data(arguments.data, run.data_folder, HELDOUT_IMAGES)
-    job = run.settle(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
+    source, heldout = open_for_training(arguments.data, run.data_folder, HELDOUT_IMAGES)
+    job = run.record_data(PretrainJob.of(config, source, heldout, data=arguments.data, folder=run.folder.path))
     run.join_cluster(job)
     job = run.track(job)
     print(run.headline(job))
@@ -55,7 +56,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}{knn}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
-        f"MLflow UI   {job.run.ui_command}"
+        f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
     return 0

@@ -1,7 +1,7 @@
 """A run between its command line and its end: folder, record, MLflow, workers. All pipelines that train use it.
 
     run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
-    job = run.settle(job)                 # the training set is recorded, or refused if it is another one than before
+    job = run.record_data(job)            # the training set is recorded, or refused if it is not that of before
     run.join_cluster(job)
     job = run.track(job)                  # MLflow's run is open
     done = run.train(job)                 # the workers train, the record is closed
@@ -21,8 +21,6 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from mixmae.data.source import Source
-from mixmae.data.sources.open import open_train_and_held_out
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import RunConfig, differences, to_json
@@ -30,7 +28,7 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
 from mixmae.training.cluster import Device, join
-from mixmae.training.loop import TrainState, step_seed
+from mixmae.training.loop import TrainState
 from mixmae.training.run_folder import RunFolder
 from mixmae.training.worker import fit
 from pipelines.console import ProgressView
@@ -106,7 +104,7 @@ class Run:
         """Whether steps of it may have been trained before."""
         return self.before is not None and self.before.mlflow is not None
 
-    def settle(self, job: JobT) -> JobT:
+    def record_data(self, job: JobT) -> JobT:
         """Record the training set and the classes; returns the job with the data as they were recorded at first.
 
         Raises: ValueError if the run was begun on others.
@@ -147,7 +145,7 @@ class Run:
     def open(self, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> RunRef:
         """The MLflow run, and a record that it is under way."""
         data = self.record.data
-        assert data is not None, "settle comes first"
+        assert data is not None, "record_data comes first"
         ref = self._reopen() or create_run(
             uri=self.uri,
             experiment=self.arguments.experiment,
@@ -192,7 +190,6 @@ class Run:
         Raises: TrainingStopped, WorkersFailed.
         """
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
-        assert job.run is not None, "track comes first"
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
@@ -215,8 +212,8 @@ class Run:
         finally:
             with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
                 if folder.broken():
-                    log_file(job.run, folder.ledger)
-                finish_run(job.run, status=status, tags=tags, metrics=metrics)
+                    log_file(job.ref, folder.ledger)
+                finish_run(job.ref, status=status, tags=tags, metrics=metrics)
         self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
 
@@ -224,11 +221,10 @@ class Run:
         """What is trained, for how many steps, on what, where to."""
         doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.workers
         workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count > 1)}"
-        assert job.run is not None
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
-            f"output {self.folder.path}\nMLflow {job.run.uri}"
+            f"output {self.folder.path}\nMLflow {job.ref.uri}"
         )
 
     def print_broken(self) -> None:
@@ -293,22 +289,3 @@ def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None
             f"{path} holds a run begun with other settings ({'; '.join(changed[:3])}{more}): continue it with the "
             "ones it was begun with, or choose another --output."
         )
-
-
-def open_data(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source, Source]:
-    """The training and the held-out source; image folders and the built-in set become shards in `folder` first.
-
-    Args: holdout_rows: most images that are held out of a set without a validation split.
-    Raises: DataError.
-    """
-    from pipelines.make_shards import default_shapes, is_image_folder, make_shards
-
-    if data is None:
-        place = str(default_shapes(folder / "shapes"))
-    elif is_image_folder(data):
-        path = Path(data).expanduser().resolve()
-        shards = folder / f"{path.name}-{step_seed(0, str(path)) % 16**6:06x}"
-        place = str(make_shards(path, shards, overwrite=True).folder)  # what has changed since is packed anew
-    else:
-        place = data
-    return open_train_and_held_out(place, holdout_rows)

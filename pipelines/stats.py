@@ -1,4 +1,4 @@
-"""Say what a collection of images holds: count, sizes, classes, mean and spread of the pixels, broken files, a picture.
+"""Say what a collection of images holds: count, sizes, classes, mean and std of the pixels, broken files, a picture.
 
     python pipelines/stats.py SOURCE [--output DIR]
 
@@ -15,26 +15,43 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from mixmae.data.chunks import Int64Array
+from mixmae.data.chunks import Int64Array, group_by_chunk
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.images.summary import Summary
 from mixmae.data.order import Draw, permutation
-from mixmae.data.shards.write import write_json
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.open import layout_of, list_splits, open_source
+from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import plain_place, writable_folder
+from mixmae.writing import write_json, writing
+from pipelines.command import command
 
 SHEET_SIDE = 8
 """Images in a row and rows of the contact sheet."""
 CELL_PX, CAPTION_PX = 128, 14
 _NAMED = 10
 """Classes and broken files that are printed; stats.json has all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line."""
+
+    source: tyro.conf.Positional[str]
+    """Folder of images, tars or Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI."""
+    output: str = "stats"
+    """Folder for stats.json and contact_sheet.png."""
+    sample: int | None = None
+    """Look at this many images of each split, chosen by a hash, instead of all."""
+    seed: int = 0
+    """Of the sample and of the contact sheet."""
+    workers: int = 0
+    """Threads that decode; 0 means one per core."""
 
 
 @dataclass(frozen=True)
@@ -53,52 +70,50 @@ def stats(
     sample: int | None = None,
     seed: int = 0,
     workers: int = 0,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Summarise every split of a collection and draw its contact sheet.
 
     Args:   source: what open_source takes.  output: folder for stats.json and contact_sheet.png, made if missing.
             sample: look only at so many images of each split.  seed: of the sample and of the contact sheet.
-            workers: threads that decode; 0 means one per core.  say: where the printed lines go.
+            workers: threads that decode; 0 means one per core.  report: gets the printed lines.
     Returns: what stats.json holds.   Raises: DataError if there is no such collection or no writable folder.
     """
     if sample is not None and sample < 1:
         raise DataError(f"sample is {sample}: give the number of images to look at, or leave it out to look at all")
     if workers < 0:
-        raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one a core")
+        raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one per core")
     sources = {split: open_source(source, split) for split in list_splits(source)}
     folder = writable_folder(output)
     content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
     for split, opened in sources.items():
-        summary, pictures = _look(opened, sample, seed, workers, say)
+        summary, pictures = _look(opened, sample, seed, workers, report)
         entry = {"name": opened.name, "digest": opened.digest, "rows": opened.num_rows}
         content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
         for line in _lines(split, content["splits"][split]):
-            say(line)
+            report(line)
         sheet = sheet or (opened, pictures)
     write_json(folder / "stats.json", content)
     if sheet is not None:
-        picture = folder / "contact_sheet.png"
-        partial = picture.with_name(".contact_sheet.partial.png")
-        draw_contact_sheet(sheet[1], sheet[0].class_names).save(partial)
-        os.replace(partial, picture)
-    say(f"written: {folder / 'stats.json'}, {folder / 'contact_sheet.png'}")
+        with writing(folder / "contact_sheet.png") as partial:
+            draw_contact_sheet(sheet[1], sheet[0].class_names).save(partial)
+    report(f"written: {folder / 'stats.json'}, {folder / 'contact_sheet.png'}")
     return content
 
 
 def draw_contact_sheet(pictures: dict[int, tuple[Uint8Array, int]], class_names: tuple[str, ...] | None) -> Image.Image:
     """A grid of images in the order of their rows, each with its class below it.
 
-    Args: pictures: by row, (h, w, 3) uint8 of at most CELL_PX a side, and the label.
+    Args: pictures: by row, (h, w, 3) uint8 of at most CELL_PX per side, and the label.
     """
     columns = min(SHEET_SIDE, max(1, len(pictures)))
     rows = max(1, -(-len(pictures) // columns))
     sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX)), (32, 32, 32))
     pen = ImageDraw.Draw(sheet)
-    for place, row in enumerate(sorted(pictures)):
+    for index, row in enumerate(sorted(pictures)):
         pixels, label = pictures[row]
-        x, y = place % columns * CELL_PX, place // columns * (CELL_PX + CAPTION_PX)
+        x, y = index % columns * CELL_PX, index // columns * (CELL_PX + CAPTION_PX)
         sheet.paste(
             Image.fromarray(pixels), (x + (CELL_PX - pixels.shape[1]) // 2, y + (CELL_PX - pixels.shape[0]) // 2)
         )
@@ -109,26 +124,19 @@ def draw_contact_sheet(pictures: dict[int, tuple[Uint8Array, int]], class_names:
 
 
 def _look(
-    source: Source, sample: int | None, seed: int, workers: int, say: Callable[[str], None]
+    source: Source, sample: int | None, seed: int, workers: int, report: Callable[[str], None]
 ) -> tuple[Summary, dict[int, tuple[Uint8Array, int]]]:
     """The summary of a source's rows, or of a sample, and some small pictures."""
     order = permutation(source.num_rows, Draw.HOLDOUT, seed)
     rows = np.sort(order[:sample]) if sample is not None else np.arange(source.num_rows)
     # A few more than the sheet shows, for the broken ones among them.
     shown = set(order[: 2 * SHEET_SIDE**2].tolist())
-    starts = np.concatenate([[0], np.cumsum(source.chunk_sizes)])
-    chunks = np.searchsorted(starts, rows, side="right") - 1
+    chunks, within = source.chunks.locate(rows)
 
-    firsts = np.flatnonzero(np.diff(chunks, prepend=-1))  # rows are sorted: where the next chunk begins
-
-    def tasks() -> Iterator[tuple[int, Int64Array]]:
-        for part in np.split(np.arange(len(rows)), firsts[1:]):
-            yield int(chunks[part[0]]), rows[part]
-
-    def look(task: tuple[int, Int64Array]) -> _Part:
-        chunk, wanted = task
+    def look(group: Int64Array) -> _Part:
         part = _Part(Summary(), {})
-        for row, found in zip(wanted.tolist(), source.read(chunk, wanted - starts[chunk]), strict=True):
+        samples = source.read(int(chunks[group[0]]), within[group])
+        for row, found in zip(rows[group].tolist(), samples, strict=True):
             pixels = part.summary.add(found.data, found.label, found.where, decode=True)
             if pixels is not None and row in shown:
                 part.pictures[row] = _small(pixels), found.label
@@ -136,14 +144,14 @@ def _look(
 
     whole = Summary()
     pictures: dict[int, tuple[Uint8Array, int]] = {}
-    said = time.monotonic()
+    reported = time.monotonic()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for part in pool.map(look, tasks()):
+        for part in pool.map(look, group_by_chunk(chunks)):
             whole.merge(part.summary)
             pictures |= part.pictures
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                say(f"{whole.num_images} of {len(rows)} images, {len(whole.broken)} broken")
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                report(f"{whole.num_images} of {len(rows)} images, {len(whole.broken)} broken")
     chosen = [row for row in order[: 2 * SHEET_SIDE**2].tolist() if row in pictures][: SHEET_SIDE**2]
     return whole, {row: pictures[row] for row in chosen}
 
@@ -187,27 +195,16 @@ def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
         yield f"    and {len(broken) - _NAMED} more in stats.json"
 
 
-def main(
-    source: Annotated[str, tyro.conf.Positional],
-    output: str = "stats",
-    sample: int | None = None,
-    seed: int = 0,
-    workers: int = 0,
-) -> None:
-    """Say what a collection of images holds: count, sizes, classes, pixels, broken files, and a contact sheet.
+def run(arguments: Arguments) -> int:
+    """Returns: the process's exit status."""
+    stats(**vars(arguments))
+    return 0
 
-    Args:
-        source: Folder of images, tars or Parquet files; a list of files (.txt); a glob; a JSON list of sources; a URI.
-        output: Folder for stats.json and contact_sheet.png.
-        sample: Look at so many images of each split, chosen by a hash, instead of all.
-        seed: Of the sample and of the contact sheet.
-        workers: Threads that decode; 0 means one per core.
-    """
-    try:
-        stats(source, output, sample=sample, seed=seed, workers=workers)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return command(run, Arguments, argv, program="stats.py", about=__doc__)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(main())

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError
 from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig
@@ -30,7 +31,7 @@ from mixmae.jobs.record import read_begun
 from mixmae.tracking import claim_model_name, finish_run
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
-from pipelines.run import Run, begin, open_data, output_folder
+from pipelines.run import Run, begin, output_folder
 from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
 from pipelines.sweeping.tuner import join_cluster, make_tuner
@@ -92,19 +93,19 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
     """The job that those of the trials are made of.   Raises: DataError for images that cannot judge the trials."""
     config, data, folder = run.arguments.config, run.arguments.data, run.folder.path
     if isinstance(config, FinetuneConfig):
-        source, validation = open_data(data, run.data_folder, HELDOUT_IMAGES)
+        source, validation = open_for_training(data, run.data_folder, HELDOUT_IMAGES)
         pretrained = run.record.pretrained
-        return run.settle(
+        return run.record_data(
             ClassificationJob.of(config, source, validation, data=data, folder=folder, pretrained=pretrained)
         )
     assert isinstance(config, PretrainConfig)
-    source, heldout = open_data(data, run.data_folder, PRETRAIN_HELDOUT_IMAGES)
+    source, heldout = open_for_training(data, run.data_folder, PRETRAIN_HELDOUT_IMAGES)
     job = PretrainJob.of(config, source, heldout, data=data, folder=folder)
     if job.probe is None:
         raise DataError(
             f"the trials cannot be judged on {source.name}, see the note: give a set with labels (docs/data.md)."
         )
-    return run.settle(job)
+    return run.record_data(job)
 
 
 def fixed_for_all(space: Space, config: FinetuneConfig | PretrainConfig) -> dict[str, Any]:

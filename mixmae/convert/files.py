@@ -27,6 +27,7 @@ from mixmae.convert.formats import FORMATS, detect_format
 from mixmae.encoders.base import Encoder
 from mixmae.encoders.build import EncoderConfig, build_encoder, config_from_json, config_to_json
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.writing import writing
 
 WRAPPERS = ("model", "state_dict")
@@ -42,8 +43,6 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.json"
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NOT_STATED = "not stated"
 

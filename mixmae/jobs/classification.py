@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import safetensors.torch
@@ -69,7 +69,7 @@ class ClassificationJob(Job):
         data: str | None,
         folder: Path,
         pretrained: Pretrained | None,
-    ) -> ClassificationJob:
+    ) -> Self:
         """The job on these images.   Args: data: what --data was.   Raises: DataError for labels that will not do."""
         return cls(
             config=config,

@@ -16,7 +16,7 @@ from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
-from mixmae.methods.build import MethodConfig, images_mixed
+from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from mixmae.probing.ridge import OnlineProbeConfig
@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
     """The evaluations during pretraining, of the encoder's features on labelled images."""
 
     def __post_init__(self) -> None:
-        mixed = images_mixed(self.method)
+        mixed = self.method.images_mixed
         if self.loop.batch_size % mixed:
             raise ValueError(
                 f"A batch of {self.loop.batch_size} images cannot be mixed {mixed} at a time: make "
@@ -107,7 +107,7 @@ class PretrainConfig(RunConfig):
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or not be mixed."""
         share = super().share(num_workers=num_workers, rank=rank)
-        mixed = images_mixed(self.method)
+        mixed = self.method.images_mixed
         if share.micro_batch % mixed:
             raise ValueError(
                 f"With {num_workers} workers the model sees {share.micro_batch} images at once, which cannot be mixed "

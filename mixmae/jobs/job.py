@@ -61,6 +61,12 @@ class Job:
     """The MLflow run; None until it is opened."""
 
     @property
+    def ref(self) -> RunRef:
+        """The MLflow run, once it is open."""
+        assert self.run is not None, "open the MLflow run first"
+        return self.run
+
+    @property
     def loop(self) -> LoopConfig:
         return self.config.loop
 
@@ -149,15 +155,13 @@ class Job:
             yield iter(stream)
 
     def open_tracker(self) -> MlflowTracker:
-        assert self.run is not None
-        return MlflowTracker(self.run)
+        return MlflowTracker(self.ref)
 
     def describe(self) -> dict[str, Any]:
         """What every checkpoint has beside the position: config, MLflow run, data, versions."""
-        assert self.run is not None
         return {
             "config": to_json(self.config),
-            "mlflow": vars(self.run),
+            "mlflow": vars(self.ref),
             "data": vars(self.data),
             "versions": versions(),
         }

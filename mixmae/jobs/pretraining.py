@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.job import Job
 from mixmae.jobs.probe import Probe, choose_probe
 from mixmae.jobs.record import DataRecord
-from mixmae.methods.build import build_method, images_mixed
+from mixmae.methods.build import build_method
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.step import StepOutput
@@ -43,11 +43,9 @@ class PretrainJob(Job):
     probe: Probe | None = None
 
     @classmethod
-    def of(
-        cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path
-    ) -> PretrainJob:
+    def of(cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path) -> Self:
         """The job on these images; prints what it cannot measure on them.   Args: data: what --data was."""
-        if heldout.num_rows < images_mixed(config.method):
+        if heldout.num_rows < config.method.images_mixed:
             print(
                 f"note: {heldout.num_rows} held-out images are fewer than a mix takes: no panels and no held-out loss"
             )
@@ -87,7 +85,7 @@ class PretrainJob(Job):
             return None, {}
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
-        num_images = images_mixed(self.config.method)
+        num_images = self.config.method.images_mixed
         shown = images[: PANEL_ROWS * num_images]
         generator = torch.Generator().manual_seed(step_seed(0, "panel"))
         # One mix per row, each of other images.
@@ -109,7 +107,7 @@ class PretrainJob(Job):
     @cached_property
     def _heldout_images(self) -> Tensor:
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images per mix."""
-        num_images = images_mixed(self.config.method)
+        num_images = self.config.method.images_mixed
         rows = np.arange(min(HELDOUT_IMAGES, self.heldout.num_rows))
         batch = next(eval_batches(self.heldout, self.config.augment.image_size, batch_size=len(rows), rows=rows))
         broken = [record.row for record in batch.broken]

@@ -90,20 +90,19 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The content of run.json."""
-        content = {name: value for name, value in vars(self).items() if value is not None}
-        parts = {name: asdict(content[name]) for name in ("pretrained", "data", "mlflow") if name in content}
+        content: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        content |= {name: asdict(content[name]) for name in ("pretrained", "data", "mlflow") if name in content}
         unused = [name for name in ("cached", "metrics", "reason") if not content[name]]
-        return {name: value for name, value in {**content, **parts}.items() if name not in unused}
+        return {name: value for name, value in content.items() if name not in unused}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
         """Read what to_json wrote, now or in an earlier version."""
         known = {item.name for item in fields(cls)}
         values = {name: value for name, value in content.items() if name in known and value is not None}
-        for name, kind in (("pretrained", Pretrained), ("data", DataRecord), ("mlflow", RunRef)):
-            if name in values:
-                values[name] = kind(**values[name])
-        return cls(**values)
+        kinds: dict[str, Any] = {"pretrained": Pretrained, "data": DataRecord, "mlflow": RunRef}
+        parts = {name: kind(**values[name]) for name, kind in kinds.items() if name in values}
+        return cls(**{**values, **parts})
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:

@@ -22,7 +22,3 @@ _METHODS: dict[type, Callable[[Any, Any], nn.Module]] = {MixMAEConfig: MixMAE, S
 def build_method(encoder: Encoder, config: MethodConfig) -> nn.Module:
     """Put an objective around an encoder.   Raises: ValueError if the encoder cannot do what the objective needs."""
     return _METHODS[type(config)](encoder, config)
-
-
-def images_mixed(config: MethodConfig) -> int:
-    return config.images_mixed

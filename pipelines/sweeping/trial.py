@@ -93,7 +93,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     run = begin(arguments, shared.space.recipe, pretrained=shared.pretrained, trial=values)
     assert run is not None
     run.use_gpu = shared.use_gpu
-    job = run.settle(shared.job.of_trial(arguments.config, run.folder.path))
+    job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))
     job = run.track(job, tags={"trial": trial_id}, parent_run_id=shared.run.run_id)
     try:
         run.train(job, [TuneReportCallback()])

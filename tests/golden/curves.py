@@ -37,7 +37,7 @@ from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.swin import SwinConfig
 from mixmae.encoders.vit import ViTConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.make_shards import make_shards
+from mixmae.data.shards.pack import make_shards
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -21,7 +21,7 @@ def test_ray_writes_the_same_shards(photos, tmp_path):
     lines: list[str] = []
     ray.init(num_cpus=4, address="local", include_dashboard=False, logging_level="ERROR")
     try:
-        made = make_shards(photos, tmp_path / "ray", shard_mb=0.03, ray_address="auto", say=lines.append)
+        made = make_shards(photos, tmp_path / "ray", shard_mb=0.03, ray_address="auto", report=lines.append)
     finally:
         ray.shutdown()
     here = make_shards(photos, tmp_path / "here", shard_mb=0.03)

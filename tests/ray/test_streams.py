@@ -26,7 +26,7 @@ from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 from mixmae.data.source import Source
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
 from mixmae.share import WorkerShare
 
@@ -213,7 +213,7 @@ import ray
 from benchmarks.ingest import Meter
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.data.streams import TrainStream
 from mixmae.share import WorkerShare
 

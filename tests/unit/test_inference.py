@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixmae.convert import Preprocessing, digest_of, save_encoder
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.inference import ahead, choose_device, load_classifier, load_frozen
 from tests.factories import tiny_swin

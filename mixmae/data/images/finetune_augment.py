@@ -121,7 +121,6 @@ def _solarize_add(picture: Image.Image, strength: float, sign: float) -> Image.I
     return picture.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
 
 
-#: (picture, strength in [0, 1], sign) -> picture. The order is part of a run: never change it.
 OPERATIONS: tuple[Operation, ...] = (
     lambda picture, strength, sign: ImageOps.autocontrast(picture),
     lambda picture, strength, sign: ImageOps.equalize(picture),
@@ -129,7 +128,7 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda picture, strength, sign: picture.rotate(
         sign * 30 * strength, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
     ),
-    lambda picture, strength, sign: ImageOps.posterize(picture, 4 - int(strength * 4)),
+    lambda picture, strength, sign: ImageOps.posterize(picture, max(1, 4 - int(strength * 4))),
     lambda picture, strength, sign: ImageOps.solarize(picture, 256 - min(256, int(strength * 256))),
     _solarize_add,
     _enhance(ImageEnhance.Color),
@@ -141,6 +140,7 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda picture, strength, sign: _affine(picture, 1, 0, sign * 0.45 * strength * picture.width, 0, 1, 0),
     lambda picture, strength, sign: _affine(picture, 1, 0, 0, 0, 1, sign * 0.45 * strength * picture.height),
 )
+"""RandAugment's operations. The order is part of a run's random draws: never change it."""
 
 
 def _erasing_box(

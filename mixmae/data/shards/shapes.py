@@ -95,7 +95,7 @@ def shape_images(seed: int, start: int, stop: int) -> Iterator[ShapeImage]:
     A plain child process: multiprocessing would import the caller's main module again, torch, Ray and all.
     """
     code = f"from mixmae.data.shards.shapes import _serve; _serve({seed}, {start}, {stop})"
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as child:
         assert child.stdout is not None

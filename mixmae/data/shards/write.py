@@ -3,16 +3,14 @@
 Columns: image, a struct of bytes (an image file) and path; label, int64, where there are classes; restart_offsets,
 the byte offsets of the restart intervals of a restart-tile JPEG (tiles.py), null for any other file; the built-in
 shapes add box and mask. Row groups are small, so that a reader fetches little more than it needs; pages are not
-compressed, because image files are, and a sidecar (shard_index.py) holds the address of every image's bytes. A shard
-and its sidecar are written under temporary names and renamed when they are whole. The manifest, written last, is what
-makes a set finished.
+compressed, because image files are, and a sidecar (shard_index.py) holds the address of every image's bytes. The
+manifest is written last: a set with a manifest is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.parquet import RESTART_COLUMN
 from mixmae.data.sources.shard_index import index_path, write_index
+from mixmae.writing import write_json, writing
 
 ROW_GROUP_ROWS = 64
 """Rows per row group: the chunk that a reader fetches at once."""
@@ -39,14 +38,14 @@ class StoredImage:
     data: bytes
     """The image file's bytes as they are."""
     path: str
-    """Where the image came from, below the root of its collection."""
+    """The file's path below the root of its collection."""
     label: int = -1
     box: tuple[int, int, int, int] | None = None
     """x0, y0, x1, y1 in pixels, the last two exclusive."""
     mask: bytes | None = None
     """A PNG of the image's size, nonzero on the object."""
     restart_offsets: NDArray[np.uint32] | None = None
-    """(num_intervals,) uint32: where the restart intervals begin in `data`, if it is a restart-tile JPEG."""
+    """(num_intervals + 1,) uint32: where the restart intervals begin in `data`, if it is a restart-tile JPEG."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, w
 
     Args: labelled: there are labels, even if their classes have no names.
     """
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    fields = [pa.field("image", picture)]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [pa.field("image", struct)]
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     if class_names is not None:
         fields.append(pa.field("label", pa.int64()))
@@ -76,23 +75,22 @@ def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, w
     fields.append(pa.field(RESTART_COLUMN, pa.list_(pa.uint32())))
     features[RESTART_COLUMN] = {"feature": {"dtype": "uint32", "_type": "Value"}, "_type": "Sequence"}
     if with_masks:
-        fields += [pa.field("box", pa.list_(pa.int64(), 4)), pa.field("mask", picture)]
+        fields += [pa.field("box", pa.list_(pa.int64(), 4)), pa.field("mask", struct)]
         features["box"] = {"feature": {"dtype": "int64", "_type": "Value"}, "length": 4, "_type": "Sequence"}
         features["mask"] = {"_type": "Image"}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """train-00000-of-00004.parquet and its kin."""
+    """The file name of a shard, such as train-00000-of-00004.parquet."""
     return f"{split}-{number:05d}-of-{count:05d}.parquet"
 
 
 def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) -> ShardFile:
-    """Write one shard and its sidecar: under temporary names, renamed when whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write one shard and its sidecar.   Returns: its entry for the manifest."""
     held = list(images)  # the sidecar is made by finding their bytes again
     labelled = "label" in schema.names
-    try:
+    with writing(path) as temporary:
         # Without statistics and dictionaries of the image bytes, which would only repeat them.
         writer = pq.ParquetWriter(
             temporary, schema, compression="none", use_dictionary=False, write_statistics=["label"]
@@ -109,10 +107,7 @@ def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) ->
             [image.label if labelled else -1 for image in held],
             [image.path for image in held],
             [image.restart_offsets for image in held],
-        )
-        os.replace(temporary, path)  # last: where a shard is, its sidecar is
-    finally:
-        temporary.unlink(missing_ok=True)
+        )  # before the shard has its name: where a shard is, its sidecar is
     return ShardFile(path.name, len(held), path.stat().st_size, file_sha256(path))
 
 
@@ -132,8 +127,9 @@ def write_manifest(
 ) -> None:
     """Write manifest.json: rows, bytes and checksums of every split, the classes, a digest of all, and the origin.
 
-    Args: summaries: of every split, see Summary.as_dict; pixels and damage are those of a sample.
-          fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
+    Args:
+        summaries: of every split, see Summary.as_dict; its pixel statistics are those of a sample.
+        fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
     """
     checksums = [shard.sha256 for shards in splits.values() for shard in shards]
     manifest = {
@@ -152,7 +148,7 @@ def write_manifest(
         "fingerprint": fingerprint,
         "origin": origin,
     }
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_json(folder / MANIFEST_NAME, manifest, indent=1)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -162,13 +158,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def file_sha256(path: Path) -> str:

@@ -96,7 +96,7 @@ class FilesSource(Chunked):
 def arrange(files: Sequence[StoredFile]) -> Listing:
     """Tell the splits and the classes of a folder's image files from the folders that they lie in.
 
-    Splits: a `train` folder makes its neighbours `val` and `test` splits; otherwise all is "train".
+    Splits: a `train` folder makes its neighbours `val` and `test` splits (see SPLIT_WORDS); otherwise all is "train".
     Classes: if every image lies exactly one folder deep (root/CLASS/x.jpg, root/train/CLASS/x.jpg) and there are at
     least two such folders, these are the classes, in the order of their names as torchvision's ImageFolder numbers
     them; otherwise the images have no class.

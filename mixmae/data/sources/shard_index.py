@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
 from mixmae.data.sources.storage import Storage
+from mixmae.writing import writing
 
 INDEX_SUFFIX = ".index"
 LENGTH_BYTES = 4
@@ -152,14 +152,13 @@ def load_index(storage: Storage, path: str, stamp: bytes) -> ShardIndex | None:
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:
-    """Write an Arrow file as one batch, under a temporary name that is then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa_ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write an Arrow file as one batch.   Raises: OSError."""
+    with (
+        writing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa_ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table.combine_chunks())
 
 
 def read_arrow(storage: Storage, path: str) -> pa.Table:

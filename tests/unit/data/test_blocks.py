@@ -13,7 +13,7 @@ import torch
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.share import WorkerShare
 

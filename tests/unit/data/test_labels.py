@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixmae.data.sources.open import open_source
-from mixmae.data.sources.splits import split_holdout
+from mixmae.data.sources import open_source, split_holdout
 
 
 def by_reading(source) -> list[int]:

@@ -36,7 +36,7 @@ def photos(tmp_path):
 
 def test_a_folder(photos, tmp_path):
     lines: list[str] = []
-    content = stats(str(photos), tmp_path / "out", say=lines.append)
+    content = stats(str(photos), tmp_path / "out", report=lines.append)
     assert json.loads((tmp_path / "out" / "stats.json").read_text()) == content
     train = content["splits"]["train"]
     assert content["layout"] == "files"
@@ -64,11 +64,11 @@ def test_a_folder(photos, tmp_path):
 
 def test_a_sample_of_shards(write_shards, tmp_path):
     folder = write_shards(300)
-    content = stats(str(folder), tmp_path / "out", sample=50, say=lambda line: None)
+    content = stats(str(folder), tmp_path / "out", sample=50, report=lambda line: None)
     train = content["splits"]["train"]
     assert (train["rows"], train["looked_at"]) == (300, 50)
     assert sum(train["classes"].values()) == 50
-    assert stats(str(folder), tmp_path / "out", sample=50, workers=1, say=lambda line: None) == content
+    assert stats(str(folder), tmp_path / "out", sample=50, workers=1, report=lambda line: None) == content
     with pytest.raises(DataError, match="sample is 0"):
         stats(str(folder), tmp_path / "out", sample=0)
     with pytest.raises(DataError, match="workers is -1"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mixmae.data.blocks import eval_batches
-from mixmae.data.sources.open import Source, open_source
+from mixmae.data.source import Source
+from mixmae.data.sources import open_source
 from mixmae.jobs import classification
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.metrics import top_k_accuracy

@@ -7,7 +7,7 @@ from dataclasses import replace
 import cloudpickle
 import pytest
 
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.job import PLAIN_NAMES, Job
 from mixmae.jobs.linear_probe import LinearProbeJob

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mixmae.data.blocks import eval_batches
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.jobs import probe as module
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.probe import Probe, choose_probe

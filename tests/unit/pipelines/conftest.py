@@ -10,7 +10,7 @@ import torch
 
 from mixmae.convert import Preprocessing, load_encoder, save_encoder
 from mixmae.data.blocks import eval_batches
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.probing.features import extract_features
 from mixmae.training import cluster

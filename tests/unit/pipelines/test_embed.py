@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixmae.convert import digest_of, load_encoder
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.inference import Embedder, load_frozen
 from pipelines import embed
 from tests.unit.conftest import coloured_jpeg

@@ -58,9 +58,9 @@ class TestMistakes:
         assert "number" in text
 
     def test_truncated_parquet_is_named(self, error, tmp_path, photos):
-        from pipelines.make_shards import make_shards
+        from mixmae.data.shards.pack import make_shards
 
-        shards = make_shards(photos, tmp_path / "shards", say=lambda _: None).folder
+        shards = make_shards(photos, tmp_path / "shards", report=lambda _: None).folder
         victim = next(shards.glob("train-*.parquet"))
         victim.write_bytes(victim.read_bytes()[:-100])
         text = error(main, "demo", "--data", shards, "--output", tmp_path / "out")

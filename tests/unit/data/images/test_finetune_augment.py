@@ -14,7 +14,7 @@ from timm.data import auto_augment
 from mixmae.data.blocks import load_block
 from mixmae.data.images.finetune_augment import OPERATIONS, FinetuneAugmentConfig, augment_further
 from mixmae.data.images.mixup import MixupConfig, mix_batch
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 
 
 def picture() -> np.ndarray:
@@ -39,6 +39,20 @@ def test_operations_are_timms(monkeypatch, number, sign, strength):
     kwargs = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
     expected = auto_augment.NAME_TO_OP[name](image, *arguments, **kwargs)
     assert np.array_equal(np.asarray(OPERATIONS[number](image, strength, sign)), np.asarray(expected)), name
+
+
+@pytest.mark.parametrize("number", range(len(OPERATIONS)))
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_operations_take_the_weakest_and_the_strongest(number, strength):
+    """One draw in 650 has full strength; posterizing must keep a bit then, which Pillow insists on."""
+    image = Image.fromarray(picture())
+    for sign in (-1.0, 1.0):
+        assert OPERATIONS[number](image, strength, sign).size == image.size
+
+
+def test_posterizing_at_full_strength_keeps_one_bit():
+    levels = np.asarray(OPERATIONS[4](Image.fromarray(picture()), 1.0, 1.0))
+    assert set(np.unique(levels)) <= {0, 128}
 
 
 def test_it_depends_on_seed_epoch_and_row_alone():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mixmae.data.images import tiles
 from mixmae.data.images.decode import decode_rgb, image_size
+from mixmae.data.shards.pack import default_shapes, is_image_folder, make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import list_splits, open_source
+from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.parquet import ParquetSource
-from pipelines.make_shards import default_shapes, is_image_folder, make_shards
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_flat_folder_keeps_every_byte(folder, tmp_path):
         *(f"{i}.jpg" for i in range(30)), **{"odd.PNG": png.getvalue(), "empty.jpg": b"", "notes.txt": b"x"}
     )
     lines: list[str] = []
-    made = make_shards(source, tmp_path / "out", tiles=False, say=lines.append)
+    made = make_shards(source, tmp_path / "out", tiles=False, report=lines.append)
     assert made.rows == {"train": 24, "validation": 8}  # a quarter at most is held out
     assert made.class_names is None
     assert made.num_broken == 1  # the empty file stays a row: a run counts it and names it in its ledger
@@ -158,7 +158,7 @@ def test_an_interrupted_run_is_continued(folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_shards(source, tmp_path / "out", shard_mb=0.1, workers=1, say=interrupt)
+        make_shards(source, tmp_path / "out", shard_mb=0.1, workers=1, report=interrupt)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert kept
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -176,22 +176,23 @@ def test_a_killed_run_is_continued_to_the_same_files(folder, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
-    while len(list(out.glob("*.parquet"))) < 5:
+    while len(list(out.glob("[!.]*.parquet"))) < 5:
         assert killed.poll() is None
         time.sleep(0.002)
     killed.kill()
     killed.wait()
     assert not (out / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.parquet")}
     for path in kept:
         pq.read_table(path)  # whole
     made = make_shards(source, out, shard_mb=0.005)
-    assert len(list(out.glob("*.parquet"))) > len(kept) >= 5
+    assert len(list(out.glob("[!.]*.parquet"))) > len(kept) >= 5
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     straight = make_shards(source, tmp_path / "straight", shard_mb=0.005)
     assert made.digest == straight.digest
     assert contents(made.folder) == contents(straight.folder)
-    assert len([name for name in contents(made.folder) if name.endswith(".index")]) == len(list(out.glob("*.parquet")))
+    indexes = [name for name in contents(made.folder) if name.endswith(".index")]
+    assert len(indexes) == len(list(out.glob("[!.]*.parquet")))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -283,17 +284,17 @@ class TestTiles:
         def retile(data: bytes) -> tuple[bytes, np.ndarray] | None:
             return (data + b"tiles", np.array([20, len(data)], dtype=np.uint32)) if len(data) % 2 else None
 
-        tiles = types.SimpleNamespace(retile=retile, tool_path=lambda: "/usr/bin/jpegtran")
-        monkeypatch.setitem(sys.modules, "mixmae.data.images.tiles", tiles)
+        monkeypatch.setattr(tiles, "retile", retile)
+        monkeypatch.setattr(tiles, "tool_path", lambda: "/usr/bin/jpegtran")
 
     @pytest.fixture
     def without_tool(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "mixmae.data.images.tiles", types.SimpleNamespace(tool_path=lambda: None))
+        monkeypatch.setattr(tiles, "tool_path", lambda: None)
 
     def test_offsets_travel_with_the_image(self, with_tool, folder, tmp_path):
         source = folder(*(f"{i}.jpg" for i in range(40)))
         lines: list[str] = []
-        made = make_shards(source, tmp_path / "out", say=lines.append)
+        made = make_shards(source, tmp_path / "out", report=lines.append)
         assert not any("jpegtran" in line for line in lines)
         kinds = set()
         for sample in all_rows(open_source(made.folder)):
@@ -313,7 +314,7 @@ class TestTiles:
     def test_without_the_tool(self, without_tool, folder, tmp_path):
         source = folder(*(f"{i}.jpg" for i in range(10)))
         lines: list[str] = []
-        make_shards(source, tmp_path / "out", say=lines.append)
+        make_shards(source, tmp_path / "out", report=lines.append)
         assert len([line for line in lines if "apt-get install libjpeg-turbo-progs" in line]) == 1
         with pytest.raises(DataError, match="brew install jpeg-turbo"):
             make_shards(source, tmp_path / "other", tiles=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from mixmae.data.classes import read_classes
+from mixmae.data.prepare import open_for_training
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source
-from pipelines.make_shards import make_shards
-from pipelines.run import open_data
+from mixmae.data.sources import layout_of, list_splits, open_source
 
 Contents = dict[str, tuple[int, str]]
 """Of every image, by its path in the set: its number, from which its pixels come, and the name of its class."""
@@ -139,7 +139,7 @@ def test_a_set_as_it_is_unpacked_becomes_shards(name, write, make_jpeg, tmp_path
     if name == "places365_easy":
         place = place / "places365_standard"
     lines: list[str] = []
-    made = make_shards(place, tmp_path / "shards", tiles=False, say=lines.append)
+    made = make_shards(place, tmp_path / "shards", tiles=False, report=lines.append)
     assert list_splits(place) == list_splits(made.folder) == ("train", "validation")
     assert made.class_names == CLASSES[name]
     assert made.rows == {"train": len(contents["train"]), "validation": len(contents["val"])}
@@ -162,7 +162,7 @@ def test_training_takes_the_folder_itself(write, tmp_path):
     files, contents = places205()
     place = write("set", files)
     assert layout_of(place) == "files"
-    train, validation = open_data(str(place), tmp_path / "data", 1000)
+    train, validation = open_for_training(str(place), tmp_path / "data", 1000)
     assert (train.num_rows, validation.num_rows) == (12, 6)
     assert train.exact_reads
     assert sorted(validation.read_labels()) == sorted(number % 3 for number, _ in contents["val"].values())
@@ -171,11 +171,11 @@ def test_training_takes_the_folder_itself(write, tmp_path):
 def test_unobfuscated_names_take_the_place_of_those_of_the_competition(write, tmp_path):
     files, _ = inaturalist(2018)
     place = write("set", files)
-    make_shards(place, tmp_path / "out", tiles=False, say=lambda line: None)
+    make_shards(place, tmp_path / "out", tiles=False, report=lambda line: None)
     names = {0: "Rosa canina", 2: "Sitta europaea", 5: "Parus major"}
     write("set", {"categories.json": [{"id": number, "name": name} for number, name in reversed(names.items())]})
     assert open_source(place).class_names == tuple(names.values())
-    again = make_shards(place, tmp_path / "out", tiles=False, overwrite=True, say=lambda line: None)
+    again = make_shards(place, tmp_path / "out", tiles=False, overwrite=True, report=lambda line: None)
     assert again.made  # nothing but the names has changed
     assert again.class_names == tuple(names.values())
 
@@ -193,7 +193,7 @@ def test_an_empty_image_is_a_row_that_is_counted(write, tmp_path):
     files, contents = places365()
     place = write("set", files)
     (place / next(iter(contents["train"]))).write_bytes(b"")
-    made = make_shards(place, tmp_path / "out", tiles=False, say=lambda line: None)
+    made = make_shards(place, tmp_path / "out", tiles=False, report=lambda line: None)
     assert (made.rows["train"], made.num_broken) == (12, 1)
 
 
@@ -251,7 +251,7 @@ def test_mistakes_are_told_before_anything_is_written(name, change, message, wri
     files, _ = SETS[name]()
     change(files)
     with pytest.raises(DataError, match=message):
-        make_shards(write("set", files), tmp_path / "out", say=lambda line: None)
+        make_shards(write("set", files), tmp_path / "out", report=lambda line: None)
     assert not list((tmp_path / "out").iterdir())
 
 

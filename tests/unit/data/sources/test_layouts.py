@@ -17,9 +17,9 @@ from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import MAX_PIXELS
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source, open_train_and_held_out
-from pipelines.make_shards import make_shards
+from mixmae.data.sources import layout_of, list_splits, open_source, open_train_and_held_out
 
 
 def all_samples(source):
@@ -77,6 +77,19 @@ class TestFolders:
         assert [(sample.path, sample.label) for sample in all_samples(held_out)][2:4] == [
             ("val/a/2.png", 0),
             ("val/b/0.png", 1),
+        ]
+
+    def test_a_dev_folder_is_a_validation_split(self, files):
+        folder = files("train/a/1.jpg", "train/b/2.jpg", "dev/a/3.jpg", "dev/b/4.jpg")
+        assert list_splits(folder) == ("train", "validation")
+        assert [sample.path for sample in all_samples(open_source(folder, "validation"))] == [
+            "dev/a/3.jpg",
+            "dev/b/4.jpg",
+        ]
+        both = files("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg", "dev/a/5.jpg", below="both")
+        assert [sample.path for sample in all_samples(open_source(both, "validation"))] == [
+            "val/a/3.jpg",
+            "val/b/4.jpg",
         ]
 
     def test_a_file_that_vanishes_is_a_broken_row(self, files):
@@ -257,7 +270,7 @@ class TestSeveral:
         (tmp_path / "mix.json").write_text(
             json.dumps([{"source": str(place), "weight": weight} for place, weight in mixture])
         )
-        made = make_shards(tmp_path / "mix.json", tmp_path / "out", tiles=False, say=lambda line: None).folder
+        made = make_shards(tmp_path / "mix.json", tmp_path / "out", tiles=False, report=lambda line: None).folder
         stored = [{sample.data for sample in all_samples(open_source(made, s))} for s in ("train", "validation")]
         assert not stored[0] & stored[1]
         assert len(stored[1]) == open_source(made, "validation").num_rows >= 7

@@ -19,10 +19,10 @@ from pyarrow.fs import GcsFileSystem
 
 from mixmae.data.blocks import load_block
 from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import layout_of, list_splits, open_source
+from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import locate
-from pipelines.make_shards import make_shards
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -150,7 +150,7 @@ def test_folders_lists_and_tars(store, tmp_path, make_jpeg):
 
 def test_make_shards_from_a_store(store, write_shards, tmp_path):
     uri = store.put("raw", write_shards(40))
-    made = make_shards(uri, tmp_path / "out", say=lambda line: None)
+    made = make_shards(uri, tmp_path / "out", report=lambda line: None)
     assert sum(made.rows.values()) == 40
     assert made.class_names == ("cat", "dog", "emu")
     assert "endpoint" not in (made.folder / "manifest.json").read_text()

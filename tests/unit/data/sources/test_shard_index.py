@@ -13,7 +13,7 @@ import pytest
 
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 from mixmae.data.source import DataError, read_rows
-from mixmae.data.sources.open import open_source
+from mixmae.data.sources import open_source
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, load_index
 

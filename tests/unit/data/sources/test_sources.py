@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixmae.data.source import DataError, RowRange, read_rows
-from mixmae.data.sources.open import list_splits, open_source, open_train_and_held_out
-from mixmae.data.sources.splits import split_holdout
+from mixmae.data.sources import list_splits, open_source, open_train_and_held_out, split_holdout
 
 
 def all_samples(source):

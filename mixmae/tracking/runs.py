@@ -1,0 +1,185 @@
+"""Runs in MLflow: made and ended by the driver, which alone says FINISHED or FAILED.
+
+Rank 0 of the workers logs to a run by its id, so that a restarted worker continues the same curves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixmae.tracking.store import RunRef, TrackingError, connect
+
+MAX_PARAM_CHARS = 6000
+"""MLflow's limit for the value of a parameter."""
+
+
+def create_run(
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    dataset: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> RunRef:
+    """Start a run with its parameters, tags and data set; it stays RUNNING until `finish_run`.
+
+    Args:
+        params: a nested mapping; it is logged flat, keys joined by dots, numbers as numbers.
+        dataset: name, digest and source of the training set.
+    Raises: TrackingError if the store cannot be reached within about ten seconds.
+    """
+    # A server that is not there should be said at once, not after MLflow's default minutes of retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    from mlflow.exceptions import MlflowException
+
+    client = connect(uri)
+    try:
+        experiment_id = _experiment_id(client, experiment, uri)
+        run_tags = {"mlflow.source.type": "JOB", **tags}
+        if commit := git_commit():
+            run_tags["mlflow.source.git.commit"] = commit
+        if parent_run_id is not None:
+            run_tags["mlflow.parentRunId"] = parent_run_id
+        run_id = client.create_run(experiment_id, run_name=name, tags=run_tags).info.run_id
+        flat = flatten(params)
+        client.log_batch(run_id, params=[Param(key, _param_text(value)) for key, value in flat.items()])
+        if dataset is not None:
+            entity = Dataset(
+                name=dataset["name"],
+                digest=dataset["digest"],
+                source_type="local",
+                source=json.dumps({"uri": dataset["source"]}),
+            )
+            client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+        client.log_text(run_id, json.dumps(params, indent=2, default=str) + "\n", "config.json")
+    except (MlflowException, OSError) as error:
+        first_line = str(error).splitlines()[0][:300]
+        raise TrackingError(
+            f"The MLflow store {uri} cannot be used ({first_line}): start the server, correct --mlflow-uri, or leave "
+            "it out to log to a local sqlite file."
+        ) from error
+    return RunRef(uri=uri, experiment_id=experiment_id, run_id=run_id)
+
+
+def finish_run(
+    run: RunRef,
+    *,
+    status: str,
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """End the run: status FINISHED, FAILED or KILLED.   Args: metrics: its result, a point each at step 0."""
+    client = connect(run.uri)
+    for key, number in (metrics or {}).items():
+        client.log_metric(run.run_id, key, number)
+    for key, value in (tags or {}).items():
+        client.set_tag(run.run_id, key, value)
+    client.set_terminated(run.run_id, status=status)
+
+
+def reopen_run(run: RunRef) -> bool:
+    """Set an interrupted run RUNNING again.   Returns: False if the store no longer has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        connect(run.uri).update_run(run.run_id, status="RUNNING")
+    except MlflowException:
+        return False
+    return True
+
+
+def tag_run(uri: str, run_id: str, key: str, value: str) -> RunRef | None:
+    """Tag a run that another program made.   Returns: where it is, or None if the store does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        connect(uri).set_tag(run_id, key, value)
+        return RunRef(uri=uri, experiment_id=connect(uri).get_run(run_id).info.experiment_id, run_id=run_id)
+    except MlflowException:
+        return None
+
+
+def log_file(run: RunRef, path: Path) -> None:
+    """Keep a file among the run's artifacts."""
+    connect(run.uri).log_artifact(run.run_id, str(path))
+
+
+def log_table(run: RunRef, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Keep rows of the same columns as a table that MLflow's page shows."""
+    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    connect(run.uri).log_table(run.run_id, columns, f"{name}.json")
+
+
+def metric_history(run: RunRef, key: str) -> list[tuple[int, float]]:
+    """The points (step, value) of a curve, the last one of each step; none if the store or the curve is not there."""
+    from mlflow.exceptions import MlflowException
+
+    if run.uri.startswith("sqlite:///") and not Path(run.uri.removeprefix("sqlite:///")).is_file():
+        return []
+    try:
+        points = connect(run.uri).get_metric_history(run.run_id, key)
+    except (MlflowException, OSError):
+        return []
+    latest = {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+    return sorted(latest.items())
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; None becomes "none" so that every run has the same keys."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "none" if value is None else value
+    return flat
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this file is in, with "-dirty" if files differ; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _param_text(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+
+
+def _experiment_id(client: Any, name: str, uri: str) -> str:
+    """The experiment's id, made if it is new; with sqlite its artifacts lie beside the database (absolute path)."""
+    from mlflow.exceptions import MlflowException
+
+    existing = client.get_experiment_by_name(name)
+    if existing is not None:
+        if existing.lifecycle_stage == "deleted":
+            raise TrackingError(f"The MLflow experiment {name!r} was deleted: restore it or give another --experiment.")
+        return existing.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process was faster
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
+            raise
+        return existing.experiment_id

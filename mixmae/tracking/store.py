@@ -1,0 +1,78 @@
+"""Where runs are kept: a tracking server, or a sqlite file on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow's page shows as the run's description: Markdown, at most 8000 characters."""
+TRAINING_SIDE = "workflowType=machine_learning"
+"""Of a link: MLflow's page opens on its side for language models otherwise."""
+
+
+class TrackingError(ValueError):
+    """The tracking server cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRef:
+    """Where a run is: all that another process needs to log to it."""
+
+    uri: str
+    """Tracking URI, absolute."""
+    experiment_id: str
+    run_id: str
+
+    @property
+    def ui_command(self) -> str:
+        """How a person opens the run."""
+        if self.uri.startswith("sqlite:"):
+            return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+        return f"open {shlex.quote(f'{self.uri}/{self.link}')}"
+
+    @property
+    def link(self) -> str:
+        """Its page, for the descriptions that MLflow's pages show."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}?{TRAINING_SIDE}"
+
+    def file_link(self, name: str) -> str:
+        """The page that shows one of its artifacts, likewise."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.run_id}/artifacts/{name}?{TRAINING_SIDE}"
+
+
+def resolve_uri(uri: str | None, folder: Path) -> str:
+    """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in `folder` (absolute).
+
+    Raises: TrackingError for a file store, which MLflow no longer writes, and for a relative sqlite path, which would
+    mean another file in every worker.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raise TrackingError(f"{uri} is a relative path: give sqlite://// and the absolute path of the file.")
+    if "://" not in uri or uri.startswith("file:"):
+        raise TrackingError(
+            f"MLflow cannot write to {uri}: give http(s)://HOST:PORT of a server or sqlite:////ABSOLUTE/PATH.db."
+        )
+    return uri.rstrip("/")
+
+
+def connect(uri: str) -> Any:
+    """MLflow's client of a store; the folder of a sqlite file is made."""
+    import logging
+
+    from mlflow import MlflowClient
+
+    # The first use of a sqlite file prints a page of schema migrations.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
