@@ -1,12 +1,12 @@
-"""Compare ways to pretrain at equal wall-clock time: how good are the features of each, after the same minutes?
+"""Compare ways to pretrain at equal time: how good are the features of each after the same seconds of training?
 
     python pipelines/compare.py [--data SOURCE] [--seconds 50] [--seeds 3] [--output DIR]
 
 Every arm gets the same encoder, images, batch and seconds of training on one core of this machine (plain torch, no
-Ray), as many steps as fit, under a schedule that ends there. Its frozen features are then judged by kNN and by a linear
-probe on the validation split. Prints a table, mean and spread over seeds, and writes results.csv and table.md.
+Ray): as many steps as fit, with a schedule that ends there. Its frozen features are then judged by kNN and by a linear
+probe on the validation split. Prints a table with mean and std over seeds, and writes results.csv and table.md.
 
-Seconds are those of the process on the core: other programs on the machine do not shorten an arm's training.
+Seconds are CPU time of the process: other programs on the machine do not shorten an arm's training.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from pipelines.command import command
 from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
 
 WARMUP_STEPS, TIMED_STEPS = 3, 20
-"""Steps that tell how long one takes, after a few that warm up."""
+"""Steps that are timed to find how many fit, after some that warm up."""
 JUDGED_IMAGES = 2000
 """Most images of each split that kNN and probe see."""
 
 
 def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
-    """What is compared, on one encoder; None is the encoder without any training."""
+    """The methods that are compared, on one encoder; None is the untrained encoder."""
     method = config.method
     if not isinstance(method, MixMAEConfig):
         raise ValueError(
@@ -72,12 +72,12 @@ def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare ways to pretrain at equal wall-clock time."""
+    """The command line: which arms, on which images, for how long."""
 
     recipe: str = "demo"
     """MixMAE recipe that gives encoder, images, batch and optimiser."""
     data: str | None = None
-    """Labelled images: anything that pretraining takes but a folder of files. Default: the built-in shapes."""
+    """Labelled images: any source but a folder of image files. Default: the built-in set of shapes."""
     seconds: float = 50.0
     """Training time of each arm and seed, on one core."""
     seeds: int = 3
@@ -85,7 +85,7 @@ class Arguments:
     only: tuple[str, ...] = ()
     """Names of arms; default all."""
     output: Path = Path("runs/compare")
-    """Folder of results.csv and table.md; finished runs in it are not made again."""
+    """Folder of results.csv and table.md; arms and seeds that results.csv has are not run again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,23 +232,23 @@ def run_arm(
 
 
 def _optim(optim: OptimConfig, method: MethodConfig) -> OptimConfig:
-    """SimMIM's absolute error wants its own clipping (its paper's); all else is the recipe's."""
+    """SimMIM's loss, an absolute error, gets the clipping of its paper; all else is the recipe's."""
     return replace(optim, clip_grad_norm=5.0) if isinstance(method, SimMIMConfig) else optim
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A Markdown table: mean and sample deviation over seeds, in per cent."""
+    """A Markdown table: mean and sample std over seeds, in %."""
     lines = ["| pretraining | steps | kNN top-1, % | linear probe top-1, % |", "| --- | ---: | ---: | ---: |"]
     for name in dict.fromkeys(result.arm for result in results):
         own = [result for result in results if result.arm == name]
         lines.append(
-            f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_spread([r.knn for r in own])} | "
-            f"{_spread([r.probe for r in own])} |"
+            f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_mean_and_std([r.knn for r in own])} | "
+            f"{_mean_and_std([r.probe for r in own])} |"
         )
     return "\n".join(lines)
 
 
-def _spread(shares: Sequence[float]) -> str:
+def _mean_and_std(shares: Sequence[float]) -> str:
     mean = f"{100 * statistics.mean(shares):.1f}"
     return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean
 
