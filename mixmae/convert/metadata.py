@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 METADATA_KEY = "mixmae"
 """Where an encoder file and a hub folder's config.json keep their metadata."""
