@@ -3,14 +3,14 @@
     python benchmarks/ingest.py [--seconds 20] [--images 1000] [--legs limit peer ...]
 
 All legs run one after the other on the same cores, on the same JPEGs, which this file makes itself (photographs.py):
-  limit      simplejpeg decodes whole pictures from memory on every core, and nothing else
-  peer       DataLoader, one worker a core: Pillow, RandomResizedCrop bicubic, flip, ToTensor, Normalize (what the
+  limit      simplejpeg decodes whole images from memory on every core, and nothing else
+  peer       DataLoader, one worker per core: Pillow, RandomResizedCrop bicubic, flip, ToTensor, Normalize (what the
              published code of MAE and MixMIM does): normalised float32
-  hard_peer  DataLoader, one worker a core: simplejpeg and torch's antialiased uint8 bicubic: uint8
+  hard_peer  DataLoader, one worker per core: simplejpeg and torch's antialiased uint8 bicubic: uint8
   ours       prepared shards (restart tiles) through Ray Data to a Train worker: uint8
   ours_normalised   the same, and the consumer makes normalised float32 of it
   plain      Parquet files as Hugging Face writes them, otherwise as ours
-Rates are of the steady state: each leg warms up first, and what it takes to start is told apart. A rate is images a
+Rates are of the steady state: each leg warms up first, and the time to start is reported apart. A rate is in images per
 second of wall time; `per_cpu_s` divides by the CPU seconds of the whole process tree instead.
 The last line is one JSON object.
 """
@@ -54,7 +54,7 @@ from mixmae.share import WorkerShare
 
 BATCH = 128
 FORMAT = "3"
-"""Of the cached files; another number makes them anew."""
+"""Version of the cached files; with another one they are made again."""
 _PLAIN_COPIES = 6
 Leg = Literal["limit", "peer", "hard_peer", "ours", "plain"]
 LEGS: tuple[Leg, ...] = ("limit", "peer", "hard_peer", "ours", "plain")
@@ -89,9 +89,6 @@ class Rate:
     wait_share: float = 0.0
 
 
-# The files ------------------------------------------------------------------------------------------------------------
-
-
 def make_files(options: Options) -> Path:
     """JPEG files, the same as Parquet in Hugging Face's manner, and as prepared tiles: made once."""
     folder = options.cache / f"v{FORMAT}_{options.images}"
@@ -104,7 +101,7 @@ def make_files(options: Options) -> Path:
         (folder / "files" / f"{number:05d}.jpg").write_bytes(data)
     images = [{"bytes": data, "path": f"{number:05d}.jpg"} for number, data in enumerate(jpegs)]
     table = pa.table({"image": images, "label": [number % 10 for number in range(len(jpegs))]})
-    # Several times over, or a decoding process would keep the whole set in memory, as it never does with a real one.
+    # Several copies: a decoding process would keep one in memory, which it cannot do with a real set.
     for number in range(_PLAIN_COPIES):
         pq.write_table(table, folder / "plain" / f"train-{number:05d}.parquet", row_group_size=100)
     make_shards(folder / "files", folder / "prepared", tiles=True, report=lambda line: None)
@@ -112,11 +109,8 @@ def make_files(options: Options) -> Path:
     return folder
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
 class Meter:
-    """CPU seconds and memory of a process and all that descend from it."""
+    """CPU seconds and memory of a process and all its descendants."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -176,9 +170,6 @@ def measure(arrivals: Iterator[int], started: float, seconds: float, warmup_s: f
     return Rate(count / elapsed, count / cpu, startup_s, *memory, waited / elapsed)
 
 
-# The limit and the peers ----------------------------------------------------------------------------------------------
-
-
 def _decode_forever(files: list[Path], count: Any) -> None:
     jpegs = [path.read_bytes() for path in files]
     while True:
@@ -188,7 +179,7 @@ def _decode_forever(files: list[Path], count: Any) -> None:
 
 
 def run_limit(options: Options, folder: Path) -> Rate:
-    """Whole pictures decoded from memory, a process a core."""
+    """Whole images decoded from memory, one process per core."""
     context = multiprocessing.get_context("fork")
     files = sorted((folder / "files").iterdir())
     counts = [context.Value("q", 0, lock=False) for _ in range(_cores())]
@@ -228,7 +219,7 @@ class Files(Dataset):
 
 
 class Forever(Sampler):
-    """Shuffled epochs without a pause between them, which would be the peers' loss."""
+    """Shuffled epochs without a pause between them, which would slow the peers."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -239,7 +230,7 @@ class Forever(Sampler):
 
 
 class PillowRecipe:
-    """What the published training code of MAE and of MixMIM does to an image."""
+    """The transform of the published training code of MAE and of MixMIM."""
 
     def __init__(self) -> None:
         self.transform = transforms.Compose(
@@ -271,7 +262,7 @@ class FastRecipe:
 
 
 def run_loader(options: Options, folder: Path, recipe: Callable[[Path], torch.Tensor]) -> Rate:
-    """A DataLoader with a worker a core."""
+    """A DataLoader with one worker per core."""
     dataset = Files(folder / "files", recipe)
     started = time.time()
     loader = DataLoader(
@@ -291,9 +282,6 @@ def run_loader(options: Options, folder: Path, recipe: Callable[[Path], torch.Te
         return measure(arrivals, started, options.seconds, options.warmup_s, Meter(os.getpid()))
     finally:
         del batches, arrivals, loader
-
-
-# Ours -----------------------------------------------------------------------------------------------------------------
 
 
 def _consume(config: dict[str, Any]) -> dict[str, Any]:
@@ -365,9 +353,6 @@ def run_ours(options: Options, source: Source, *, normalised: bool) -> dict[str,
     return {name: Rate(**values) for name, values in found.items()}
 
 
-# All ------------------------------------------------------------------------------------------------------------------
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -419,7 +404,7 @@ def run(options: Options) -> dict[str, Any]:
     return {
         **{name: round(rate.images_per_s, 1) for name, rate in rates.items()},
         **_ratios({name: rate.images_per_s for name, rate in rates.items()}),
-        # The same of CPU seconds: what to look at where other programs took part of the cores.
+        # Ratios of CPU seconds, for a machine that runs other programs too.
         "cpu_ratios": _ratios({name: rate.per_cpu_s for name, rate in rates.items()}),
         "per_cpu_s": {name: round(rate.per_cpu_s, 1) for name, rate in rates.items()},
         "startup_s": {name: round(rate.startup_s, 1) for name, rate in rates.items()},

@@ -1,9 +1,9 @@
-"""Say what a collection of images holds: count, sizes, classes, mean and std of the pixels, broken files, a picture.
+"""Show what a collection of images contains: count, sizes, classes, mean and std of the pixels, broken files.
 
     python pipelines/stats.py SOURCE [--output DIR]
 
 SOURCE is whatever open_source takes (docs/data.md). Every image is decoded once, so that the list of broken files is
-complete; --sample N looks at N rows chosen by a hash instead. Writes stats.json and contact_sheet.png.
+complete; --sample N decodes only N rows, chosen by a hash. Writes stats.json and contact_sheet.png.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Part:
     """What one task found."""
 
     summary: Summary
-    pictures: dict[int, tuple[Uint8Array, int]]
+    thumbnails: dict[int, tuple[Uint8Array, int]]
     """Small images for the contact sheet, with their labels, by row."""
 
 
@@ -88,12 +88,12 @@ def stats(
     content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
     for split, opened in sources.items():
-        summary, pictures = _look(opened, sample, seed, workers, report)
+        summary, thumbnails = _look(opened, sample, seed, workers, report)
         entry = {"name": opened.name, "digest": opened.digest, "rows": opened.num_rows}
         content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
         for line in _lines(split, content["splits"][split]):
             report(line)
-        sheet = sheet or (opened, pictures)
+        sheet = sheet or (opened, thumbnails)
     write_json(folder / "stats.json", content)
     if sheet is not None:
         with writing(folder / "contact_sheet.png") as partial:
@@ -102,17 +102,19 @@ def stats(
     return content
 
 
-def draw_contact_sheet(pictures: dict[int, tuple[Uint8Array, int]], class_names: tuple[str, ...] | None) -> Image.Image:
+def draw_contact_sheet(
+    thumbnails: dict[int, tuple[Uint8Array, int]], class_names: tuple[str, ...] | None
+) -> Image.Image:
     """A grid of images in the order of their rows, each with its class below it.
 
-    Args: pictures: by row, (h, w, 3) uint8 of at most CELL_PX per side, and the label.
+    Args: thumbnails: by row, (h, w, 3) uint8 of at most CELL_PX per side, and the label.
     """
-    columns = min(SHEET_SIDE, max(1, len(pictures)))
-    rows = max(1, -(-len(pictures) // columns))
+    columns = min(SHEET_SIDE, max(1, len(thumbnails)))
+    rows = max(1, -(-len(thumbnails) // columns))
     sheet = Image.new("RGB", (columns * CELL_PX, rows * (CELL_PX + CAPTION_PX)), (32, 32, 32))
     pen = ImageDraw.Draw(sheet)
-    for index, row in enumerate(sorted(pictures)):
-        pixels, label = pictures[row]
+    for index, row in enumerate(sorted(thumbnails)):
+        pixels, label = thumbnails[row]
         x, y = index % columns * CELL_PX, index // columns * (CELL_PX + CAPTION_PX)
         sheet.paste(
             Image.fromarray(pixels), (x + (CELL_PX - pixels.shape[1]) // 2, y + (CELL_PX - pixels.shape[0]) // 2)
@@ -126,7 +128,7 @@ def draw_contact_sheet(pictures: dict[int, tuple[Uint8Array, int]], class_names:
 def _look(
     source: Source, sample: int | None, seed: int, workers: int, report: Callable[[str], None]
 ) -> tuple[Summary, dict[int, tuple[Uint8Array, int]]]:
-    """The summary of a source's rows, or of a sample, and some small pictures."""
+    """The summary of a source's rows, or of a sample, and thumbnails of some rows."""
     order = permutation(source.num_rows, Draw.HOLDOUT, seed)
     rows = np.sort(order[:sample]) if sample is not None else np.arange(source.num_rows)
     # A few more than the sheet shows, for the broken ones among them.
@@ -139,21 +141,21 @@ def _look(
         for row, found in zip(rows[group].tolist(), samples, strict=True):
             pixels = part.summary.add(found.data, found.label, found.where, decode=True)
             if pixels is not None and row in shown:
-                part.pictures[row] = _small(pixels), found.label
+                part.thumbnails[row] = _small(pixels), found.label
         return part
 
     whole = Summary()
-    pictures: dict[int, tuple[Uint8Array, int]] = {}
+    thumbnails: dict[int, tuple[Uint8Array, int]] = {}
     reported = time.monotonic()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         for part in pool.map(look, group_by_chunk(chunks)):
             whole.merge(part.summary)
-            pictures |= part.pictures
+            thumbnails |= part.thumbnails
             if time.monotonic() - reported > 5:
                 reported = time.monotonic()
                 report(f"{whole.num_images} of {len(rows)} images, {len(whole.broken)} broken")
-    chosen = [row for row in order[: 2 * SHEET_SIDE**2].tolist() if row in pictures][: SHEET_SIDE**2]
-    return whole, {row: pictures[row] for row in chosen}
+    chosen = [row for row in order[: 2 * SHEET_SIDE**2].tolist() if row in thumbnails][: SHEET_SIDE**2]
+    return whole, {row: thumbnails[row] for row in chosen}
 
 
 def _small(pixels: Uint8Array) -> Uint8Array:
@@ -175,7 +177,7 @@ def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
                 yield f"    {edge:>5} px and more  {count:>9}  {'#' * max(1, round(40 * count / peak))}"
     if entry["pixels"]:
         mean, std = (" ".join(f"{value:.3f}" for value in entry["pixels"][key]) for key in ("mean", "std"))
-        yield f"  pixels (0 to 1, R G B): mean {mean}, standard deviation {std}, of {entry['pixels']['images']} images"
+        yield f"  pixels (0 to 1, R G B): mean {mean}, std {std}, of {entry['pixels']['images']} images"
     classes = entry["classes"]
     if classes:
         counts = sorted(classes.values())

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mixmae.data.source import Sample, Source, read_rows
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.pvt import PvtConfig, PvtEncoder
 from mixmae.encoders.resnetv2 import ResNetV2Config, ResNetV2Encoder
@@ -165,3 +166,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w")
             entry.size = len(data)
             stream.addfile(entry, io.BytesIO(data))
     return path
+
+
+def all_samples(source: Source) -> list[Sample]:
+    return read_rows(source, range(source.num_rows))

@@ -33,7 +33,7 @@ _MIN_PARTS = 8
 
 @dataclass(frozen=True)
 class BrokenRecord:
-    """A row that could not be decoded and why: one line of the ledger."""
+    """A row that could not be decoded and why: one line of broken_images.jsonl."""
 
     row: int
     where: str
@@ -53,7 +53,7 @@ class Block:
     epochs: Int64Array
     """(n,) int64."""
     broken: dict[int, BrokenRecord]
-    """What could not be decoded, by its index in the block."""
+    """The images that could not be decoded, by their index in the block."""
 
     @classmethod
     def join(cls, blocks: Sequence[Block]) -> Block:
@@ -236,7 +236,7 @@ def eval_batches(
     Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
         the decoding.  image_size, resize_share: as eval_batch.
     Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
-        that no model is judged by it, and is among the batch's broken ones.
+        that no metric counts it, and is among the batch's broken ones.
     """
     size = image_sides(image_size)
     rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)

@@ -20,7 +20,7 @@ CHUNK_ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class ChunkIndex:
-    """Finds rows in chunks: the only place that knows where a chunk begins."""
+    """Finds rows in chunks."""
 
     sizes: Int64Array
     """(num_chunks,) rows per chunk, in storage order."""

@@ -8,10 +8,10 @@ from mixmae.data.source import DataError, Source
 
 
 def read_classes(source: Source, validation: Source) -> list[str]:
-    """The names of the classes, after a look at all labels; prints what is odd about them.
+    """The names of the classes, after checking all labels; prints a note on classes without images and the like.
 
-    Returns: the name of each class by its number; where there are no names, the number itself.
-    Raises: DataError if the labels are no classes that can be trained, or the validation set cannot judge them.
+    Returns: the name of each class by its index; without names, the index itself.
+    Raises: DataError if the labels cannot be trained on, or the validation set has none of the classes.
     """
     remedy = "give images in a folder for each class, shards with an integer column `label`, or tars with .cls files"
     if not source.has_labels:

@@ -1,11 +1,11 @@
-"""Who is seen when: the order of a whole run as a pure function of (seed, epoch, row). No Ray, no torch.
+"""Which image is seen when: the order of a whole run as a pure function of (seed, epoch, row). No Ray, no torch.
 
-Words: a *row* is an image's number in storage order; a *chunk* is what storage reads at once (a Parquet row group);
+Words: a *row* is an image's index in storage order; a *chunk* is what storage reads at once (a Parquet row group);
 a *window* is a run of permuted chunks whose rows are shuffled together; a *position* counts images over the whole run.
 
 Epoch e permutes the chunks, cuts them into windows of at least `window_rows` rows and permutes the rows inside each
 window. The run is the concatenation of its epochs: position q belongs to epoch q // num_rows. Every row comes exactly
-once an epoch and none is dropped between epochs, because a global batch may straddle two of them.
+once per epoch and none is dropped between epochs, because a global batch may contain images of two epochs.
 Tail rule: only the last incomplete global batch of the whole run is not trained on.
 
 Randomness is a stateless hash, not a generator: an order or a crop depends on its keys alone, so it is the same on

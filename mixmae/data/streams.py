@@ -52,15 +52,16 @@ class StreamConfig:
     """How the stream is executed. Nothing here changes which images come or in which order."""
 
     target_block_images: int = 512
-    """Aim for the images that one task decodes; whole micro-batches are packed up to it."""
+    """Images that one task decodes, at most; a block has as many whole micro-batches as fit."""
     target_block_mb: float = 80.0
-    """Aim for the size of a finished block; the smaller of the two aims holds."""
+    """Size of a finished block, at most; the smaller of the two limits holds."""
     decode_concurrency: int | None = None
     """Decode tasks at once, per worker. None: the cluster's CPUs beyond one per worker, shared by the workers."""
     decode_threads: int | None = None
-    """Threads in a decode task. None: 1, or more where the tasks at once are fewer than the cores."""
+    """Threads in a decode task. None: 1, or more if there are fewer tasks at once than cores."""
     decode_cpus: float | None = None
-    """CPUs that Ray books for a decode task. None: one, or less where the CPUs beyond the workers' would not do."""
+    """CPUs that Ray books for a decode task. None: 1, or a fraction if fewer CPUs than tasks are left after the
+    workers'."""
     prefetch_blocks: int = 2
     """Finished blocks that wait in a worker for the loop."""
     object_store_mb: float | None = None
@@ -81,7 +82,7 @@ class TrainStream:
 
     Args:
         source, plan, augment: what is seen, when, and how it is cropped; the plan is of this source.
-        share: which images of each global batch are this worker's, and how many are in one Batch.
+        share: which images of each global batch are this worker's, and how many are in one ImageBatch.
         start_step, stop_step: steps of the run, the last exclusive.
         config: how it is executed.
     Raises: ValueError if the plan is of another source.
@@ -181,7 +182,7 @@ class TrainStream:
 
 
 class _Segment:
-    """One execution, drained by a thread into a short queue so that blocks are at hand when the loop asks."""
+    """One execution, drained by a thread into a short queue so that blocks are ready when the loop asks for them."""
 
     def __init__(self, dataset: ray.data.Dataset, stop: int, prefetch_blocks: int) -> None:
         self.stop = stop
@@ -227,7 +228,7 @@ class _Segment:
 
 
 def _block_images(config: StreamConfig, image_bytes: int, store_bytes: float) -> int:
-    """Images to aim for in a block: what the config says, and less where a dozen blocks would not fit in the store."""
+    """Images per block: those of the config, or fewer if a dozen blocks would not fit in the object store."""
     most_bytes = min(config.target_block_mb * 1e6, store_bytes / 12)
     return max(1, min(config.target_block_images, int(most_bytes / image_bytes)))
 
@@ -235,7 +236,7 @@ def _block_images(config: StreamConfig, image_bytes: int, store_bytes: float) ->
 def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArray[np.int64]:
     """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one.
 
-    Args: target: images to aim for in a block.
+    Args: target: images per block, at most.
     """
     if micro_batch <= target:
         edges = np.arange(start, stop, target // micro_batch * micro_batch)
@@ -262,10 +263,10 @@ def _loader(source: Source, augment: AugmentConfig, seed: int, threads: int) -> 
 
 @lru_cache(maxsize=1)
 def _keep_freed_memory() -> None:
-    """Let a decoding process use its memory again instead of giving it back to the system after every picture.
+    """Let a decoding process reuse its memory instead of returning it to the system after every image.
 
-    Each picture and block is large enough for the C library to map it anew, and to have its pages zeroed anew: 7 % of
-    the time of an image (docs/benchmarks). Only glibc has the switch; elsewhere nothing happens.
+    Images and blocks are so large that the C library would map new memory for each, which the kernel zeroes: 7 % of
+    the time per image (docs/benchmarks). Only glibc has the switch; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -282,7 +283,7 @@ def _pool(threads: int) -> ThreadPoolExecutor | None:
 def _pack(index: int, block: Block) -> pa.Table:
     """A block as a table of one row, which Ray Data can neither split nor convert."""
     columns = {name: _binary(getattr(block, name)) for name in ("images", "rows", "labels", "epochs")}
-    broken = json.dumps([[place, asdict(record)] for place, record in block.broken.items()])
+    broken = json.dumps([[position, asdict(record)] for position, record in block.broken.items()])
     shape = pa.array([list(block.images.shape)], type=pa.list_(pa.int64()))
     return pa.table({"index": pa.array([index], type=pa.int64()), "shape": shape, "broken": [broken], **columns})
 
@@ -298,7 +299,7 @@ def _unpack(table: pa.Table) -> tuple[int, Block]:
     def view(name: str, kind: type) -> NDArray[Any]:
         return np.frombuffer(table[name][0].as_buffer(), dtype=kind)
 
-    broken = {place: BrokenRecord(**record) for place, record in json.loads(table["broken"][0].as_py())}
+    broken = {position: BrokenRecord(**record) for position, record in json.loads(table["broken"][0].as_py())}
     images = view("images", np.uint8).reshape(table["shape"][0].as_py())
     block = Block(images, view("rows", np.int64), view("labels", np.int64), view("epochs", np.int64), broken)
     return table["index"][0].as_py(), block
@@ -314,8 +315,8 @@ def _as_read_only_batch(block: Block) -> ImageBatch:
 def _task_shape(config: StreamConfig, num_workers: int) -> tuple[int, float, int]:
     """Decode tasks at once for one worker, the CPUs that each of them books, and its threads.
 
-    The tasks of all workers together book what the workers, taken to hold one CPU each, leave free: more would make
-    one worker's tasks wait for another's, and Ray start processes beyond the cores.
+    Each worker counts as one CPU; the tasks of all workers together book the CPUs that remain. With more, one worker's
+    tasks would wait for another's, and Ray would start more processes than there are cores.
     """
     total = ray.cluster_resources().get("CPU", 1)
     free = total - num_workers
@@ -328,8 +329,8 @@ def _task_shape(config: StreamConfig, num_workers: int) -> tuple[int, float, int
 def _store_shares(config: StreamConfig, block_bytes: int, concurrency: int, store_bytes: float) -> tuple[int, int]:
     """Blocks that wait in the worker, and bytes in the object store for the execution behind them.
 
-    What one worker holds, these two and the blocks in the hands of its thread and of its loop, fits into its part of
-    the store: Ray would spill the rest to disk. Where the part is small, less is decoded ahead.
+    These two, and the blocks that the worker's thread and loop hold, fit into the worker's part of the store: Ray would
+    spill the rest to disk. If the part is small, less is decoded ahead.
     """
     room = int(0.8 * store_bytes // block_bytes)
     prefetch = max(1, min(config.prefetch_blocks, room // 3))
@@ -343,7 +344,7 @@ def _data_context(block_bytes: int, budget: int) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = block_bytes  # what Ray Data reckons a task to put into the store
+    context.target_max_block_size = block_bytes  # Ray Data's estimate of what a task puts into the store
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=budget)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _RestWhileIdle]
@@ -353,8 +354,8 @@ def _data_context(block_bytes: int, budget: int) -> DataContext:
 class _RestWhileIdle(ExecutionCallback):
     """Keeps Ray Data's scheduling loop from spinning while all blocks are made and wait for the training loop.
 
-    Without it (ray 2.60) the loop takes a whole core, and in a training process the interpreter's lock with it: a demo
-    run that was never short of data went at 0.4 x the speed.
+    Without it (ray 2.60) the loop takes a whole core, and in a training process the GIL with it: a demo run that never
+    waited for data ran at 0.4 times the speed.
     """
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:

@@ -116,7 +116,7 @@ def resize(pixels: Uint8Array, flip: bool, out: torch.Tensor) -> None:
     Args: pixels: (h, w, 3) uint8, contiguous or not.  out: (3, H, W) uint8 contiguous, written to.
     Source: torch's uint8 kernel; mean absolute difference from Pillow's bicubic is about 0.05 of 255.
     """
-    # A packed copy of the crop is faster than the kernel's walk over rows with gaps.
+    # Copying the crop is faster than letting the kernel read rows with gaps.
     source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     if source.shape == out.shape:
         out.copy_(source)
@@ -133,7 +133,7 @@ def centre_crop(pixels: Uint8Array, size: tuple[int, int], resize_share: float =
             shorter one is resized to: 224 / 256 = 0.875 for ImageNet, 1 for no margin.
     Returns: (3, H, W) uint8.
     Source: resize(256) and centre crop(224) of the usual evaluation. Here both are one resize of the central box,
-            which spares the rounding in between.
+            without the rounding in between.
     """
     height, width = pixels.shape[:2]
     scale = min(height / size[0], width / size[1]) * resize_share

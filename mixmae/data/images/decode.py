@@ -1,8 +1,8 @@
 """From an image file's bytes to RGB pixels, with one set of rules for every format.
 
-simplejpeg (libjpeg-turbo) takes the plain JPEGs, grey or colour; Pillow takes all the rest and is the judge of what
-simplejpeg refuses. Both give the same pixels for the same JPEG. The rules:
-- Orientation: the EXIF orientation is applied, so a picture stands as its photographer held it. (MAE's and MixMIM's
+simplejpeg (libjpeg-turbo) decodes plain JPEGs, grey or colour; Pillow decodes everything else and what simplejpeg
+refuses. Both give the same pixels for the same JPEG. The rules:
+- Orientation: the EXIF orientation is applied, so an image is upright as it was photographed. (MAE's and MixMIM's
   loaders ignore it, which differs for a handful of ImageNet files.)
 - Alpha, in palettes too: composited on white.
 - CMYK: Pillow's conversion, which knows Adobe's inverted inks.
@@ -10,8 +10,8 @@ simplejpeg refuses. Both give the same pixels for the same JPEG. The rules:
 - Animations and multi-page files: the first frame.
 - Strictness: a file that ends too early is broken, even if part of it could be shown.
 
-Training wants a box of each picture: `read_header` and then `decode_box`, which decodes as little of the file as its
-layout lets it (tiles.py) and gives the pixels that decode_rgb would give.
+Training needs a box of each image: `read_header` and then `decode_box`, which decodes as little of the file as its
+layout allows (tiles.py) and gives the same pixels as decode_rgb.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mixmae.data.images.tiles import JpegLayout, Offsets, head, read_layout, spl
 Uint8Array = NDArray[np.uint8]
 
 MAX_PIXELS = 178_956_970
-"""Above this a file is called broken instead of eating the memory of the machine; Pillow's own limit for bombs."""
+"""A file with more pixels counts as broken, because it could fill the memory. Source: Pillow's limit."""
 
 _TURBO_COLORSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 _GROUND = (255, 255, 255)
@@ -40,13 +40,13 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class DecodeError(ValueError):
-    """A file that cannot be decoded; the message is the reason that goes to the ledger."""
+    """A file that cannot be decoded; the message is the reason in broken_images.jsonl."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Height and width in pixels after orientation, from the header alone.
 
-    Raises: DecodeError if the bytes are no image that we can read.
+    Raises: DecodeError if the bytes are not an image that can be read.
     """
     header = _jpeg_header(data)
     if header is not None:
@@ -58,13 +58,13 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 class Header(NamedTuple):
-    """What is known of an image file before it is decoded."""
+    """What the header of an image file contains."""
 
     height: int
     """In pixels, after orientation."""
     width: int
     layout: JpegLayout | None
-    """Of a baseline JPEG that stands upright; None for all else."""
+    """Of a baseline JPEG that is upright; None for all other files."""
 
 
 def read_header(data: bytes) -> Header:
@@ -80,7 +80,7 @@ def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets
     """Decode a box of an image.
 
     Args:   header: of this file.  box: (top, left, height, width) inside it.  offsets: of its restart tiles.
-    Returns: (height, width, 3) uint8 RGB, the same pixels as of the whole picture; most often not contiguous.
+    Returns: (height, width, 3) uint8 RGB, the same pixels as in the whole image; usually not contiguous.
     Raises: DecodeError with a one-line reason.
     """
     top, left, height, width = box
@@ -91,7 +91,7 @@ def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets
 
 
 def _decode_part(data: bytes, layout: JpegLayout, box: Sequence[int], offsets: Offsets | None) -> Uint8Array | None:
-    """The box of a baseline JPEG, decoded with little beside it; None if that does not go as it should."""
+    """The box of a baseline JPEG, decoded with little around it; None if that fails."""
     top, left, height, width = box
     try:
         if offsets is not None:
@@ -102,7 +102,7 @@ def _decode_part(data: bytes, layout: JpegLayout, box: Sequence[int], offsets: O
         else:
             return None
     except ValueError:
-        return None  # the whole file will tell what is the matter
+        return None  # decoding the whole file will give the reason
     return pixels[top : top + height, left : left + width]
 
 
@@ -118,7 +118,7 @@ def decode_rgb(data: bytes) -> Uint8Array:
         try:
             pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError:
-            pass  # Pillow tolerates some of libjpeg's warnings and words the others better.
+            pass  # Pillow tolerates some of libjpeg's warnings and has clearer messages for the others.
         else:
             return _turn(pixels, jpeg_orientation(data))
     with _open(data) as image:
@@ -167,7 +167,7 @@ def _tiff_orientation(tiff: bytes) -> int:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
-    """Height, width and colour space as stored, or None if libjpeg-turbo cannot say."""
+    """Height, width and colour space as stored, or None if libjpeg-turbo cannot read them."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -209,7 +209,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1  # Pillow would decode the whole file in search of a later chunk, and hide its damage.
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Damaged EXIF must not cost the picture.
+    except Exception:  # An image with damaged EXIF is still an image.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

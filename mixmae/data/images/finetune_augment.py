@@ -1,8 +1,8 @@
-"""What finetuning does to an image beyond crop and flip: RandAugment and random erasing, by (seed, epoch, row) alone.
+"""RandAugment and random erasing for finetuning; the random numbers depend on (seed, epoch, row) alone.
 
-RandAugment is timm's "rand-m9-mstd0.5-inc1": two of fifteen operations, with replacement, each carried out with
-probability one half, its strength drawn around 9 of 10; "inc1" means that every operation distorts more as the strength
-grows. Source: Cubuk et al., "RandAugment" (2019); the operations' ranges as documented in timm 1.0.
+RandAugment is timm's "rand-m9-mstd0.5-inc1": two of fifteen operations are drawn with replacement, each is carried out
+with probability 0.5, and its strength is drawn around 9 of 10; "inc1" means that every operation distorts more as the
+strength grows. Source: Cubuk et al., "RandAugment" (2019); the operations' ranges as documented in timm 1.0.
 Random erasing: Zhong et al., "Random Erasing Data Augmentation" (2017), with noise in every pixel as timm does it. Ours
 works on uint8 before normalisation, so the noise ends at 0 and 255.
 """
@@ -23,8 +23,9 @@ from mixmae.data.order import Draw, uniforms
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 _FILL = (124, 116, 104)
-"""ImageNet's mean colour, for what a turned or shifted picture leaves free."""
+"""ImageNet's mean colour, for the area that a rotated or shifted image leaves free."""
 Operation = Callable[[Image.Image, float, float], Image.Image]
+"""(image, strength in [0, 1], sign) -> image."""
 
 _FULL = 10.0
 _DRAWS_PER_OPERATION = 5
@@ -38,11 +39,11 @@ class FinetuneAugmentConfig(AugmentConfig):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of the crop as shares of the image's area."""
     num_operations: int = 2
-    """RandAugment's operations on an image; 0 for none."""
+    """RandAugment's operations per image; 0 for none."""
     magnitude: float = 9.0
     """Mean strength of an operation, 0 to 10."""
     magnitude_std: float = 0.5
-    """Standard deviation of the strength."""
+    """Std of the strength."""
     operation_probability: float = 0.5
     """Probability that a chosen operation is carried out."""
     erasing: float = 0.25
@@ -57,9 +58,7 @@ class FinetuneAugmentConfig(AugmentConfig):
         if self.num_operations < 0:
             raise ValueError(f"num_operations is {self.num_operations}: give 0 for none, or more")
         if not 0 <= self.magnitude <= _FULL or self.magnitude_std < 0:
-            raise ValueError(
-                f"magnitude is {self.magnitude} +- {self.magnitude_std}: give 0 to 10, and a deviation >= 0"
-            )
+            raise ValueError(f"magnitude is {self.magnitude} +- {self.magnitude_std}: give 0 to 10, and a std >= 0")
         for name in ("operation_probability", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a probability in [0, 1]")
@@ -90,55 +89,55 @@ def augment_further(config: FinetuneAugmentConfig, image: Uint8Array, *, seed: i
 
 
 def _rand_augment(config: FinetuneAugmentConfig, image: Uint8Array, draws: NDArray[np.float64]) -> None:
-    picture: Image.Image | None = None
+    changed: Image.Image | None = None
     for choice, doing, first, second, sign in draws.tolist():
         if doing >= config.operation_probability:
             continue
         normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)  # Box and Muller
         strength = min(_FULL, max(0.0, config.magnitude + config.magnitude_std * normal)) / _FULL
-        if picture is None:
-            picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        if changed is None:
+            changed = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
         operation = OPERATIONS[int(choice * len(OPERATIONS))]
-        picture = operation(picture, strength, -1.0 if sign < 0.5 else 1.0)
-    if picture is not None:
-        image[:] = np.asarray(picture).transpose(2, 0, 1)
+        changed = operation(changed, strength, -1.0 if sign < 0.5 else 1.0)
+    if changed is not None:
+        image[:] = np.asarray(changed).transpose(2, 0, 1)
 
 
-def _affine(picture: Image.Image, *matrix: float) -> Image.Image:
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
     )
 
 
 def _enhance(
     kind: Callable[[Image.Image], ImageEnhance._Enhance],
 ) -> Callable[[Image.Image, float, float], Image.Image]:
-    return lambda picture, strength, sign: kind(picture).enhance(max(0.1, 1 + sign * 0.9 * strength))
+    return lambda image, strength, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * strength))
 
 
-def _solarize_add(picture: Image.Image, strength: float, sign: float) -> Image.Image:
+def _solarize_add(image: Image.Image, strength: float, sign: float) -> Image.Image:
     added = min(128, int(strength * 110))
-    return picture.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
+    return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
 
 
 OPERATIONS: tuple[Operation, ...] = (
-    lambda picture, strength, sign: ImageOps.autocontrast(picture),
-    lambda picture, strength, sign: ImageOps.equalize(picture),
-    lambda picture, strength, sign: ImageOps.invert(picture),
-    lambda picture, strength, sign: picture.rotate(
+    lambda image, strength, sign: ImageOps.autocontrast(image),
+    lambda image, strength, sign: ImageOps.equalize(image),
+    lambda image, strength, sign: ImageOps.invert(image),
+    lambda image, strength, sign: image.rotate(
         sign * 30 * strength, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
     ),
-    lambda picture, strength, sign: ImageOps.posterize(picture, max(1, 4 - int(strength * 4))),
-    lambda picture, strength, sign: ImageOps.solarize(picture, 256 - min(256, int(strength * 256))),
+    lambda image, strength, sign: ImageOps.posterize(image, max(1, 4 - int(strength * 4))),
+    lambda image, strength, sign: ImageOps.solarize(image, 256 - min(256, int(strength * 256))),
     _solarize_add,
     _enhance(ImageEnhance.Color),
     _enhance(ImageEnhance.Contrast),
     _enhance(ImageEnhance.Brightness),
     _enhance(ImageEnhance.Sharpness),
-    lambda picture, strength, sign: _affine(picture, 1, sign * 0.3 * strength, 0, 0, 1, 0),
-    lambda picture, strength, sign: _affine(picture, 1, 0, 0, sign * 0.3 * strength, 1, 0),
-    lambda picture, strength, sign: _affine(picture, 1, 0, sign * 0.45 * strength * picture.width, 0, 1, 0),
-    lambda picture, strength, sign: _affine(picture, 1, 0, 0, 0, 1, sign * 0.45 * strength * picture.height),
+    lambda image, strength, sign: _affine(image, 1, sign * 0.3 * strength, 0, 0, 1, 0),
+    lambda image, strength, sign: _affine(image, 1, 0, 0, sign * 0.3 * strength, 1, 0),
+    lambda image, strength, sign: _affine(image, 1, 0, sign * 0.45 * strength * image.width, 0, 1, 0),
+    lambda image, strength, sign: _affine(image, 1, 0, 0, 0, 1, sign * 0.45 * strength * image.height),
 )
 """RandAugment's operations. The order is part of a run's random draws: never change it."""
 
@@ -162,7 +161,7 @@ def _erasing_box(
 def _noise(shape: tuple[int, int, int], seed: int, epoch: NDArray[np.int64], row: NDArray[np.int64]) -> Uint8Array:
     """What would be standard normal noise in normalised pixels, as uint8."""
     count = math.prod(shape)
-    # Keys beside those of the rectangle's draw: one more number makes others of them.
+    # One more key than the rectangle's draw has, so that the numbers are others.
     draws = uniforms(2 * -(-count // 2), Draw.RANDOM_ERASING, seed, epoch, row, 1)[0].reshape(2, -1)
     radius, angle = np.sqrt(-2 * np.log1p(-draws[0])), 2 * np.pi * draws[1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].reshape(shape)

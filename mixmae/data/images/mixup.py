@@ -1,6 +1,6 @@
 """Mixup and CutMix of a batch, with a passed generator; the labels come out as distributions.
 
-Legend: B images of a batch, H W their size, N classes. Each image is mixed with the one at the mirrored place.
+Legend: B images of a batch, H W their size, N classes. Image b is mixed with image B - 1 - b.
 Source: Zhang et al., "mixup" (2018); Yun et al., "CutMix" (2019); one of the two for a whole batch, as timm does it.
 """
 
@@ -25,7 +25,7 @@ class MixupConfig:
     switch: float = 0.5
     """Probability of CutMix where both are on."""
     label_smoothing: float = 0.1
-    """Share of the label that is spread over all classes."""
+    """Share of the label that is distributed over all classes."""
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):

@@ -1,4 +1,4 @@
-"""What a set of images holds: counts, sizes, classes, the mean and spread of its pixels, and what is broken."""
+"""Statistics of a set of images: counts, sizes, classes, mean and std of the pixels, and the broken files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Summary:
         self.largest = max(self.largest or large, large, key=lambda size: (max(size), size))
 
     def as_dict(self, class_names: tuple[str, ...] | None) -> dict[str, Any]:
-        """The summary as JSON: classes by name where they have one, pixels as mean and standard deviation.
+        """The summary as JSON: classes by name where they have one, pixels as mean and std.
 
         Every decoded image counts alike, whatever its size.
         """

@@ -3,10 +3,10 @@
 `retile` rewrites a baseline JPEG losslessly: the same coefficients with optimised Huffman tables and a restart marker
 after every few MCUs (minimum coded units, blocks of 8 or 16 px), so many that they divide a row of them. What lies
 between two markers is an *interval*, and can be decoded without its neighbours. The file stays an ordinary JPEG.
-`splice` makes of a box in such a file a small JPEG of its own: the header with another size, the intervals that the box
-touches, the markers numbered anew. Its pixels are bit for bit those of the whole picture, because the box is taken with
-a margin for the upsampling of colour, which looks at its neighbours.
-`head` does what can be done for a baseline JPEG without tiles: it ends the picture below the box.
+`splice` cuts a box out of such a file as a small JPEG: the header with another size, the intervals that the box
+touches, and the markers numbered anew. Its pixels are bit for bit those of the whole image, because the box is cut with
+a margin for the upsampling of colour, which reads neighbouring pixels.
+`head` is for a baseline JPEG without tiles: its decoder stops below the box.
 
 Offsets: (num_intervals + 1,) uint32, the byte in the file at which each interval begins, and the file's end. The two
 bytes before each of them but the first are the marker that ends the interval, so the last one follows the EOI.
@@ -35,14 +35,14 @@ _MARGIN_PX = 2
 """Fancy upsampling reads one colour sample, which is two pixels, beyond the pixel that it makes."""
 _SAMPLINGS = {(1, 1), (2, 1), (1, 2), (2, 2)}
 _MAX_TILE_PX = 48
-"""Tiles are at most so wide; wider ones are fewer bytes in the file and more pixels beside the crop."""
+"""Largest width of a tile; wider tiles need fewer bytes in the file but decode more pixels outside the crop."""
 _MIN_SAVING = 0.06
-"""Below this share of rows a shortened picture costs more than it saves."""
+"""If fewer than this share of the rows are left out, shortening the image costs more than it saves."""
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF0, _SOS, _DRI, _APP1, _COM = 0xC0, 0xDA, 0xDD, 0xE1, 0xFE
 _SKIPPED = (*range(0xE1, 0xEE), 0xEF, _COM)
-"""Segments that say nothing about pixels: all APPs but JFIF's (0) and Adobe's (14), and comments."""
+"""Segments that do not affect the pixels: all APPs but JFIF's (0) and Adobe's (14), and comments."""
 _CYCLE = np.tile(np.arange(0xD0, 0xD8, dtype=np.uint8), 1024)
 """Restart markers, numbered modulo 8."""
 
@@ -51,7 +51,7 @@ class JpegLayout(NamedTuple):
     """Where things are in a baseline JPEG of one scan."""
 
     height: int
-    """Of the stored picture, before EXIF orientation."""
+    """Of the stored image, before EXIF orientation."""
     width: int
     exif: tuple[int, int] | None
     """Start and stop of the EXIF block's TIFF part."""
@@ -94,7 +94,7 @@ def read_layout(data: bytes) -> JpegLayout | None:
             size_at = at + 5
             height, width = (data[at + 5] << 8) | data[at + 6], (data[at + 7] << 8) | data[at + 8]
             if num_components == 1:
-                mcu_h = mcu_w = 8  # one component is not interleaved: its sampling factors say nothing
+                mcu_h = mcu_w = 8  # one component is not interleaved, so its sampling factors have no meaning
             else:
                 across, down = data[at + 11] >> 4, data[at + 11] & 15
                 if (across, down) not in _SAMPLINGS or data[at + 14] != 0x11 or data[at + 17] != 0x11:
@@ -119,7 +119,7 @@ def read_layout(data: bytes) -> JpegLayout | None:
 def splice(data: bytes, layout: JpegLayout, offsets: Offsets, box: Sequence[int]) -> tuple[bytearray, int, int]:
     """A JPEG of the tiles that a box touches.
 
-    Args:   box: (top, left, height, width) in pixels of the stored picture.
+    Args:   box: (top, left, height, width) in pixels of the stored image.
     Returns: the JPEG, and the box's top and left inside it.
     Raises: ValueError if the offsets are not those of this file.
     """
@@ -156,10 +156,10 @@ def splice(data: bytes, layout: JpegLayout, offsets: Offsets, box: Sequence[int]
 
 
 def head(data: bytes, layout: JpegLayout, bottom: int) -> bytearray | None:
-    """A JPEG of the rows of a picture down to `bottom`, exclusive, with what follows left in the file undecoded.
+    """Change the height in a JPEG's header so that the decoder stops after row `bottom` (exclusive).
 
-    Its decoder warns of the bytes that it skips, so it hides damage: only for files that end with an EOI.
-    Returns: None if it would not spare enough to be worth it, or the file has no end.
+    The warning about the skipped bytes would hide damage, so this is only for files that end with an EOI.
+    Returns: the JPEG; None if it would save too little, or the file does not end with an EOI.
     """
     height = -(-(bottom + _MARGIN_PX) // layout.mcu_h) * layout.mcu_h
     if height > layout.height * (1 - _MIN_SAVING) or data[-2:] != _EOI:
@@ -172,8 +172,8 @@ def head(data: bytes, layout: JpegLayout, bottom: int) -> bytearray | None:
 def retile(data: bytes) -> tuple[bytes, Offsets] | None:
     """Rewrite a JPEG in restart tiles, without loss.
 
-    Returns: the new file and its offsets; None where the old file had better stay as it is: not a baseline JPEG with
-    usual sampling, damaged, too small to gain, or the tool is not there.
+    Returns: the new file and its offsets; None if the file should stay as it is: not a baseline JPEG with usual
+    sampling, damaged, too small to gain, or the tool is not installed.
     """
     layout = read_layout(data)
     tool = tool_path()
@@ -188,7 +188,7 @@ def retile(data: bytes) -> tuple[bytes, Offsets] | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:
-        return None  # 2 says that there were warnings, which are for the decoder of the original to judge
+        return None  # 2 means warnings: the decoder of the original will report what is wrong
     tiled = done.stdout
     try:
         offsets = _find_offsets(tiled, interval)
@@ -200,7 +200,7 @@ def retile(data: bytes) -> tuple[bytes, Offsets] | None:
 
 @lru_cache(maxsize=1)
 def tool_path() -> str | None:
-    """Where jpegtran is (Debian: apt-get install libjpeg-turbo-progs), or None: then JPEGs are stored as they come."""
+    """Where jpegtran is (Debian: apt-get install libjpeg-turbo-progs), or None: then JPEGs are stored as they are."""
     return shutil.which(_TOOL)
 
 

@@ -39,7 +39,7 @@ from mixmae.data.sources.storage import writable_folder
 from mixmae.writing import write_json
 
 SUMMARY_IMAGES = 64
-"""Images of each shard that are decoded for the manifest's mean and standard deviation: its first ones, any ones."""
+"""Images of each shard that are decoded for the manifest's mean and std: its first, which are shuffled."""
 
 _PROGRESS_NAME = ".making.json"
 _LEFTOVER = re.compile(r"\.partial\..*|\..*\.tmp")
@@ -57,14 +57,14 @@ class MadeShards:
     class_names: tuple[str, ...] | None
     digest: str
     num_broken: int
-    """Rows known to be no image, or a damaged one; the manifest names them, and a run that meets them its ledger."""
+    """Rows known to be broken; the manifest lists them, and so does a run that reads them."""
     made: bool
     """False if the shards were there already and up to date."""
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A shard that is there, and what it contains."""
+    """A finished shard and the statistics of its images."""
 
     file: ShardFile
     summary: Summary
@@ -106,7 +106,7 @@ def make_shards(
 
     Args:
         source: what open_source takes, or "shapes".  output: local folder to write, made if missing.
-        shard_mb: aim for the size of a shard in megabytes.
+        shard_mb: approximate size of a shard in megabytes.
         resize_longer_side: shrink images whose longer side has more pixels than this; others stay as they are.
         tiles: store restart-tile JPEGs; None does it if the tool is there.
         seed: of the shuffle and the held-out choice.  workers: shards written at once; 0 means one per core.
@@ -116,7 +116,7 @@ def make_shards(
     """
     started = time.monotonic()
     if shard_mb <= 0:
-        raise DataError(f"shard_mb is {shard_mb}: give the aim for a shard's size in megabytes, such as 128")
+        raise DataError(f"shard_mb is {shard_mb}: give the size of a shard in megabytes, such as 128")
     if resize_longer_side is not None and resize_longer_side < 1:
         raise DataError(f"resize_longer_side is {resize_longer_side}: give a length in pixels, such as 512")
     if workers < 0:
@@ -133,8 +133,8 @@ def make_shards(
     _prepare_output(folder, plan, overwrite)
     if str(source) != SHAPES and tiles is not False and restart_tiles.tool_path() is None:
         report(
-            "note: jpegtran is not installed, so JPEGs are stored as they are: training reads them, but decodes each "
-            "whole instead of the crop alone, at about two thirds of the speed. To install it: apt-get install "
+            "note: jpegtran is not installed, so JPEGs are stored as they are: training decodes all of each image "
+            "instead of the crop alone, at about two thirds of the speed. To install it: apt-get install "
             "libjpeg-turbo-progs (Debian, Ubuntu), brew install jpeg-turbo (macOS); then make the shards again"
         )
     write_json(folder / _PROGRESS_NAME, {"fingerprint": plan.fingerprint}, indent=1)
@@ -156,8 +156,8 @@ def make_shards(
         report(f"no usable image: {where}: {reason}")
     if broken:
         report(
-            f"{len(broken)} files are empty, unreadable or damaged: training shows others in their place, counts them "
-            f"and names them; {MANIFEST_NAME} lists these"
+            f"{len(broken)} files are empty, unreadable or damaged: training replaces them by others, counts and "
+            f"reports them; {MANIFEST_NAME} lists these"
         )
     counts = " + ".join(f"{rows} {split}" for split, rows in result.rows.items())
     classes = f" of {len(result.class_names)} classes" if result.class_names else ""

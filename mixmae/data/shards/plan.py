@@ -1,7 +1,7 @@
-"""What goes into which shard: the rows of every shard in their shuffled order, and each image as it is stored.
+"""Which images go into which shard: the rows of every shard in their shuffled order, and each image as it is stored.
 
 A plan is made before anything is written. Its jobs are small and picklable, so that the machines of a cluster can write
-shards side by side; the fingerprint says what they were made from.
+shards at the same time; the fingerprint identifies what they are made from.
 """
 
 from __future__ import annotations
@@ -164,10 +164,10 @@ def _hold_out(source: Source, rows: Int64Array, seed: int) -> tuple[Int64Array, 
 
 
 def _shuffled(source: Source, shard_mb: float, seed: int, number: int) -> Int64Array:
-    """All rows in a shuffled order that the source can be read in without reading its chunks many times.
+    """All rows in a shuffled order in which no chunk is read many times.
 
-    Where single rows can be read, any order will do. Elsewhere rows are shuffled inside windows of permuted chunks,
-    about one shard each, so that a chunk is read once or twice.
+    If single rows can be read, this is a permutation of all rows. Otherwise rows are shuffled inside windows of
+    permuted chunks, about one shard each, so that a chunk is read once or twice.
     """
     if source.exact_reads:
         return permutation(source.num_rows, Draw.HOLDOUT, seed, number)
@@ -197,7 +197,7 @@ def _draw_shapes(seed: int, start: int, stop: int) -> list[StoredImage]:
 
 
 def _read_images(source: Source, rows: Int64Array, longer_side: int | None, tile: bool) -> list[StoredImage]:
-    """These rows as they go into a shard; one without bytes stays a row, so that it is counted."""
+    """These rows as they go into a shard; an image without bytes stays a row, so that it is counted."""
     images = []
     for sample in read_rows(source, rows):
         data, restarts = sample.data, sample.restart_offsets

@@ -1,8 +1,9 @@
 """The embedded default set: one large textured shape on a textured ground, 20 classes, made from (seed, index) alone.
 
-Colour, texture, contrast, size, place and rotation are drawn alike for every class, and a shape is lighter than its
-ground as often as darker, so a linear classifier on pixels stays near chance (1 in 20): only the outline tells the
-class. Shapes fill 45 to 80 % of the shorter side and stand out by contrast, so a reconstruction can be judged by eye.
+Colour, texture, contrast, size, position and rotation are drawn alike for every class, and a shape is lighter than its
+ground as often as darker, so a linear classifier on pixels stays near the chance level (1 in 20): only the outline
+distinguishes the classes. Shapes fill 45 to 80 % of the shorter side and have a clear contrast, so a reconstruction can
+be compared by eye.
 Every image knows its class, the box of its shape and its pixels.
 """
 
@@ -75,8 +76,8 @@ def shape_image(seed: int, index: int) -> ShapeImage:
     outline = _outline(draw, label, (0.0, 0.0), size)
     low = np.min([part.min(axis=0) for part in outline], axis=0)
     high = np.max([part.max(axis=0) for part in outline], axis=0)
-    place = [draw.between(1 - low[axis], side - 1 - high[axis]) for axis, side in enumerate((width, height))]
-    coverage = _coverage([part + place for part in outline], height, width)
+    position = [draw.between(1 - low[axis], side - 1 - high[axis]) for axis, side in enumerate((width, height))]
+    coverage = _coverage([part + position for part in outline], height, width)
     canvas = _paint(canvas, coverage, _texture(draw, height, width, shape_colour))
 
     mask = coverage >= 0.5

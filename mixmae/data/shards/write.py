@@ -1,4 +1,4 @@
-"""Parquet shards in the Hugging Face ImageNet schema: how they are written and what their manifest says.
+"""Parquet shards in the Hugging Face ImageNet schema: how they are written, with their manifest.
 
 Columns: image, a struct of bytes (an image file) and path; label, int64, where there are classes; restart_offsets,
 the byte offsets of the restart intervals of a restart-tile JPEG (tiles.py), null for any other file; the built-in

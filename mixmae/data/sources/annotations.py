@@ -1,12 +1,12 @@
-"""Image sets as their makers hand them out, with the classes and splits in annotation files beside the images.
+"""Image sets as they are published, with the classes and splits in annotation files beside the images.
 
-    iNaturalist  train2018.json, val2018.json (likewise 2019): COCO's form, one class an image; optionally
-                 categories.json, whose names take the place of the made-up ones of the competition
+    iNaturalist  train2018.json, val2018.json (likewise 2019): COCO's form, one class per image; optionally
+                 categories.json, whose names replace the obfuscated ones of the competition
     Places365    places365_train_standard.txt (or _challenge), places365_val.txt: "/a/airfield/00000001.jpg 0"
     Places205    train_places205.csv, val_places205.csv: "a/abbey/gsun_0003586c3eedd97457b2d729ebfe18b5.jpg 0"
 
-The files are known by these names, wherever they lie below the folder that is opened, and so are the images: their
-makers' archives unpack to train_val2018/, data_256/ and val_256/, data/vision/torralba/deeplearning/images256/. Images
+The files are found by these names, anywhere below the folder that is opened, and so are the images: the archives
+unpack to train_val2018/, data_256/ and val_256/, data/vision/torralba/deeplearning/images256/. Images
 that no list names (test sets, whose classes are not public) are left out.
 
 Source: the READMEs of visipedia/inat_comp (2018, 2019) and zhoubolei/places_devkit, torchvision's Places365 (names of
@@ -43,7 +43,7 @@ class _Kind:
     names: str
     """The same for people."""
     folder: re.Pattern[str]
-    """A folder of its images: where it is without lists, they have been forgotten."""
+    """A folder of its images: if it is there without the lists, these are missing."""
 
 
 _KINDS = (
@@ -72,7 +72,7 @@ _KINDS = (
 
 
 def is_annotation(path: str) -> bool:
-    """Whether a file has the name of one that tells the classes of a set."""
+    """Whether a file has the name of a set's annotation file."""
     name = path.rpartition("/")[2]
     return any(pattern.fullmatch(name) for kind in _KINDS for pattern in kind.lists.values())
 
@@ -149,7 +149,7 @@ def _read_coco(
                 f"and name): download it again"
             ) from error
         if not known:
-            known, index = categories, {number: place for place, number in enumerate(sorted(categories))}
+            known, index = categories, {number: label for label, number in enumerate(sorted(categories))}
         elif not categories.items() <= known.items():
             raise DataError(f"{shown} has other categories than the train file: take both of one year")
         if not images:
@@ -167,18 +167,18 @@ def _read_coco(
                 )
         if num_annotations > len(classes):
             raise DataError(
-                f"{shown} has {num_annotations} annotations of {len(classes)} images: only one class an image is read"
+                f"{shown} has {num_annotations} annotations of {len(classes)} images: one class per image can be read"
             )
         entries[split] = [(name, index[classes[number]]) for name, number in images]
     names = {**known, **_better_names(storage, beside, known)}
     ordered = [names[number] for number in sorted(names)]
-    if len(set(ordered)) < len(ordered):  # classes are told by their names when sets are joined
+    if len(set(ordered)) < len(ordered):  # sets are joined by the names of their classes
         ordered = [f"{number} {names[number]}" for number in sorted(names)]
     return entries, tuple(ordered)
 
 
 def _better_names(storage: Storage, beside: Sequence[StoredFile], known: dict[int, str]) -> dict[int, str]:
-    """The names that a categories.json has for the same ids, if there is one."""
+    """The names in categories.json for the same ids; empty without that file."""
     file = next((file for file in beside if file.relative.rpartition("/")[2] == _CATEGORIES), None)
     if file is None:
         return {}
@@ -206,7 +206,7 @@ def _read_json(storage: Storage, file: StoredFile) -> Any:
 
 
 def _read_lines(storage: Storage, lists: dict[str, StoredFile]) -> tuple[dict[str, Entries], tuple[str, ...]]:
-    """Images and classes of lists with a path and a class index a line.
+    """Images and classes of lists with a path and a class index per line.
 
     A class is named after the folder of its training images: a/airfield is airfield, a/arena/rodeo is arena/rodeo.
     """
@@ -254,7 +254,7 @@ def _match(
 ) -> list[ImageFile]:
     """The files of the images that a list names.
 
-    The list's names count from a folder that is found by looking for one of them.
+    The list's paths are relative to a folder that is found by searching for one of them.
     """
     bases: list[str] = []
     for name, _ in entries[:: len(entries) // 8 + 1]:

@@ -1,4 +1,4 @@
-"""Image files as they lie in folders or are named in a list: which files, in which split, of which class."""
+"""Image files in folders or in a list: which files, in which split, of which class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 _USUAL_BYTES = 110_000
-"""Of an image of a remote list, whose sizes are not asked for: ImageNet's mean."""
+"""Assumed size of an image of a remote list, which is not asked for: the mean of ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Listing:
 
     splits: dict[str, list[ImageFile]]
     class_names: tuple[str, ...] | None
-    """Sorted names of the classes, or None where folders mean nothing."""
+    """Sorted names of the classes, or None if the images have no classes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +94,7 @@ class FilesSource(Chunked):
 
 
 def arrange(files: Sequence[StoredFile]) -> Listing:
-    """Tell the splits and the classes of a folder's image files from the folders that they lie in.
+    """Find the splits and the classes of image files by the folders that they are in.
 
     Splits: a `train` folder makes its neighbours `val` and `test` splits (see SPLIT_WORDS); otherwise all is "train".
     Classes: if every image lies exactly one folder deep (root/CLASS/x.jpg, root/train/CLASS/x.jpg) and there are at
@@ -152,9 +152,9 @@ def open_files(
 
 
 def read_file_list(storage: Storage, path: str) -> tuple[Storage, str, Listing]:
-    """The images that a text file names: one path a line, optionally a tab and a class (a number or a name).
+    """The images that a text file names: one path per line, optionally a tab and a class (a number or a name).
 
-    Paths are absolute or count from the list's folder; if they are URIs, all lie in one store. If every class is a
+    Paths are absolute or relative to the list's folder; if they are URIs, all are in one store. If every class is a
     whole number these are the indices; otherwise the sorted names are numbered. Empty lines and lines that start
     with # are skipped.
 
@@ -168,30 +168,30 @@ def read_file_list(storage: Storage, path: str) -> tuple[Storage, str, Listing]:
     entries = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
-            place, tab, label = line.partition("\t")
-            entries.append((number, place.strip(), label.strip() if tab else ""))
+            name, tab, label = line.partition("\t")
+            entries.append((number, name.strip(), label.strip() if tab else ""))
     if not entries:
-        raise DataError(f"the file list {shown} names no file: write one path a line")
+        raise DataError(f"the file list {shown} names no file: write one path per line")
     root = os.path.dirname(path)
     if is_uri(entries[0][1]):
         scheme, _, rest = entries[0][1].partition("://")
         storage, root = locate(f"{scheme}://{rest.split('/', 1)[0]}")
-        strangers = [number for number, place, _ in entries if not place.startswith(f"{scheme}://")]
+        strangers = [number for number, name, _ in entries if not name.startswith(f"{scheme}://")]
         if strangers:
             raise DataError(f"line {strangers[0]} of {shown} lies in another store than line 1: make a list for each")
-        entries = [(number, place.partition("://")[2], label) for number, place, label in entries]
-        files = [StoredFile(place, place.removeprefix(f"{root}/"), 0, 0) for _, place, _ in entries]
+        entries = [(number, name.partition("://")[2], label) for number, name, label in entries]
+        files = [StoredFile(name, name.removeprefix(f"{root}/"), 0, 0) for _, name, _ in entries]
     elif not storage.is_local:
-        # A request for every file would take hours: what is missing is found, and counted, when it is read.
-        files = [StoredFile(f"{root}/{place}", place, 0, 0) for _, place, _ in entries]
+        # A request for every file would take hours: missing files are found, and counted, when they are read.
+        files = [StoredFile(f"{root}/{name}", name, 0, 0) for _, name, _ in entries]
     else:
-        files = [storage.file(os.path.join(root, place), place) for _, place, _ in entries]
-        missing = [place for place, file in enumerate(files) if file.problem.startswith("No such file")]
+        files = [storage.file(os.path.join(root, name), name) for _, name, _ in entries]
+        missing = [index for index, file in enumerate(files) if file.problem.startswith("No such file")]
         if missing:
-            number, place, _ = entries[missing[0]]
+            number, name, _ = entries[missing[0]]
             raise DataError(
-                f"{len(missing)} of the {len(files)} files in {shown} do not exist, such as {place} in line {number}: "
-                f"correct the list (a relative path counts from the list's folder; the class comes after a tab)"
+                f"{len(missing)} of the {len(files)} files in {shown} do not exist, such as {name} in line {number}: "
+                f"correct the list (a relative path starts at the list's folder; the class comes after a tab)"
             )
     labels = [label for _, _, label in entries]
     class_names = None

@@ -1,7 +1,7 @@
 """Several sources as one, each counted with a weight.
 
-A row of a source of weight w comes floor(w) times an epoch, or once more: round((w - floor(w)) * rows) of its rows,
-chosen by a hash of the row, get one more. So each row comes exactly floor(w) or ceil(w) times; weight 1 is exactly
+A row of a source of weight w comes floor(w) times per epoch, or once more: round((w - floor(w)) * rows) of its rows are
+chosen by a hash of the row to come once more. So each row comes exactly floor(w) or ceil(w) times; weight 1 is exactly
 once, weight 3 exactly three times, and weight 0.25 a fixed quarter of the rows. The choice is the same in every epoch:
 an epoch stays a fixed set of rows, which is what makes it countable and resumable. Copies of a row are rows of their
 own with crops of their own.
@@ -23,7 +23,7 @@ from mixmae.data.source import Chunked, DataError, Sample, Source, read_rows, sh
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JoinedSource(Chunked):
-    """The chunks of all parts, as often as the weights say, then the rows that come once more."""
+    """Each part's chunks, floor(weight) times, then its rows that come once more."""
 
     parts: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -65,11 +65,11 @@ class JoinedSource(Chunked):
 
     @cached_property
     def _chunks(self) -> list[tuple[int, int]]:
-        """(part, chunk of it) of the whole chunks, then (part, -1 - first place among its extra rows)."""
+        """(part, chunk of it) of the whole chunks, then (part, -1 - first index among its extra rows)."""
         chunks = []
         for number, (part, weight) in enumerate(zip(self.parts, self.weights, strict=True)):
             chunks += [(number, chunk) for _ in range(math.floor(weight)) for chunk in range(len(part.chunk_sizes))]
-            chunks += [(number, -1 - place) for place in range(0, len(self._extra_rows[number]), CHUNK_ROWS)]
+            chunks += [(number, -1 - first) for first in range(0, len(self._extra_rows[number]), CHUNK_ROWS)]
         return chunks
 
     @cached_property
@@ -103,8 +103,8 @@ class JoinedSource(Chunked):
         if base >= 0:
             samples = self.parts[part].read(base, rows_in_chunk)
         else:
-            places = np.asarray(rows_in_chunk, dtype=np.int64) + (-1 - base)
-            samples = read_rows(self.parts[part], self._extra_rows[part][places])
+            indices = np.asarray(rows_in_chunk, dtype=np.int64) + (-1 - base)
+            samples = read_rows(self.parts[part], self._extra_rows[part][indices])
         return [self._relabel(part, sample) for sample in samples]
 
     def read_labels(self) -> Int64Array:
@@ -142,8 +142,8 @@ def join(parts: Sequence[Source], weights: Sequence[float], like: Source | None 
     """Several sources as one; a single one of weight 1 stays itself.
 
     Classes: parts that know the names of their classes are joined by name, in the order in which names first appear;
-    if no part knows names, labels are taken as they are. If only some do, numbers would mean different things, and the
-    whole counts as unlabelled. A part without labels changes nothing.
+    if no part has class names, labels are used as they are. If only some parts do, numbers would mean different things,
+    and all images count as unlabelled. A part without labels changes nothing.
 
     Args:   like: the training split of the same sources, whose numbers of the classes count here too.
     Raises: DataError if a weight is not above 0 or nothing remains.

@@ -1,6 +1,6 @@
 """Opening a collection of images, whatever its layout (docs/data.md lists them).
 
-Opening checks the collection: what is missing or damaged is an error now, not in the middle of a run.
+Opening checks the collection, so that a missing or damaged file is an error before a run starts.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def open_source(location: Location, split: str = "train") -> Source:
             a store that pyarrow knows (s3://, gs://); a list of these, each alone or as (location, weight), or a JSON
             file with such a list. joined.py explains weights; they apply to the split "train" only. Classes have the
             same indices in all splits.
-        split: train, validation or test, told by annotations or by the names of files and folders; what has no such
-            name is "train".
+        split: train, validation or test, given by annotations or by the names of files and folders; files without
+            such a name are "train".
     Raises: DataError if nothing is there, a file is damaged, or no column holds images.
     """
     if split not in SPLITS:
@@ -171,7 +171,7 @@ def _find(text: str) -> _Collection:
         file = storage.file(path)
         layout = _LAYOUTS.get(suffix_of(path))
         if is_annotation(path):
-            raise DataError(f"{shown} tells the classes of images beside it: give the folder that holds both")
+            raise DataError(f"{shown} has the classes of the images beside it: give the folder that contains both")
         if layout is None or layout == "files":
             raise DataError(
                 f"{shown} is a single file that is not Parquet, a tar or a list of files (.txt): give one of these, or "

@@ -35,7 +35,7 @@ _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 """Read at once from a file's end: most footers fit."""
 _CACHE_BYTES = 192_000_000
-"""Room for a window of the plan: 1024 images of 107 KB, and as much again for the turn to the next window."""
+"""Room for a window of the plan (1024 images of 107 KB), and most of the next one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +83,7 @@ class ParquetSource(Chunked):
         return self._read_exactly(self.files[file], index, rows + self.chunk_offsets[chunk])
 
     def _read_exactly(self, path: str, index: ShardIndex, rows: Int64Array) -> list[Sample]:
-        # The length before each value is read along: it tells in the act that the address is right.
+        # The length before each value is read too: it proves that the address is right.
         parts = self.storage.read_ranges(path, index.offsets[rows] - LENGTH_BYTES, index.lengths[rows] + LENGTH_BYTES)
         samples = []
         for row, part in zip(rows.tolist(), parts, strict=True):
@@ -91,7 +91,7 @@ class ParquetSource(Chunked):
             if length and int.from_bytes(part[:LENGTH_BYTES], "little") != length:
                 raise DataError(f"{self.storage.shown(path)} has changed since it was opened: was it overwritten?")
             original = index.paths[row].as_py() or ""
-            where = self._place(path, row, original)
+            where = self._where(path, row, original)
             data = part[LENGTH_BYTES:] if length else b""
             samples.append(Sample(data, int(index.labels[row]), where, index.restart_offsets(row), original))
         return samples
@@ -115,7 +115,7 @@ class ParquetSource(Chunked):
             intervals = None
             if restarts is not None and restarts[row].is_valid:
                 intervals = restarts[row].values.to_numpy(zero_copy_only=True)
-            where = self._place(path, offset + row, original)
+            where = self._where(path, offset + row, original)
             samples.append(Sample(data or b"", int(label) if label is not None else -1, where, intervals, original))
         return samples
 
@@ -132,7 +132,7 @@ class ParquetSource(Chunked):
             parts.append(column.cast(pa.int64()).fill_null(-1).to_numpy())
         return np.concatenate(parts)
 
-    def _place(self, path: str, row: int, original: str) -> str:
+    def _where(self, path: str, row: int, original: str) -> str:
         return f"{self.storage.shown(path)}#{row}" + (f" / {original}" if original else "")
 
     def where(self, row: int) -> str:
@@ -251,8 +251,8 @@ def read_footer(storage: Storage, file: StoredFile) -> tuple[pq.FileMetaData, by
 def _image_column(schema: pa.Schema, shown: str) -> str:
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and holds_bytes(kind.field(place).type)
+            index = kind.get_field_index("bytes")
+            return index >= 0 and holds_bytes(kind.field(index).type)
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     for name in _IMAGE_COLUMNS:
@@ -276,8 +276,8 @@ def _label_column(schema: pa.Schema) -> str | None:
 
 
 def _has_restarts(schema: pa.Schema) -> bool:
-    place = schema.get_field_index(RESTART_COLUMN)
-    return place >= 0 and schema.field(place).type == pa.list_(pa.uint32())
+    index = schema.get_field_index(RESTART_COLUMN)
+    return index >= 0 and schema.field(index).type == pa.list_(pa.uint32())
 
 
 def _group_has_labels(group: Any, label_column: str) -> bool:
@@ -303,7 +303,7 @@ def _class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...]
 
 
 def _joined(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array; combine_chunks copies even a single chunk, here up to a whole row group of pictures."""
+    """A column as one array; combine_chunks copies even a single chunk, here up to a whole row group of images."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 

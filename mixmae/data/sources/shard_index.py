@@ -1,4 +1,4 @@
-"""The sidecar of a shard: where every image's bytes lie in it, so that a reader fetches these and nothing else.
+"""The sidecar of a shard: the address of every image's bytes, so that a reader fetches these and nothing else.
 
 `train-00000-of-00004.index` is an Arrow file with a row for each row of `train-00000-of-00004.parquet`: offset and
 length of the image's bytes, label, path and restart offsets. Its metadata holds the shard's size and the checksum of

@@ -14,7 +14,7 @@ SPLIT_WORDS = {
     "validation": ("val", "validation", "valid", "dev"),
     "test": ("test",),
 }
-"""The words in names of files and folders that tell a split; where a folder has several, the first one counts."""
+"""The words in names of files and folders that name a split. If a folder of images has several, the first is used."""
 SPLITS = tuple(SPLIT_WORDS)
 
 _SPLIT_BY_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -32,8 +32,8 @@ def split_of(relative: str) -> str | None:
 def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:
     """Cut the last rows off a source.
 
-    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so ours do not. Of several
-    sources each gives its share, once: copies of a held-out row that a weight makes are not trained on.
+    A set that is stored by class gives a held-out part of few classes; make_shards shuffles, so its shards do not. Each
+    of several sources gives its share. No copy of a held-out row, as weights make them, is trained on.
 
     Args: num_rows: at least 1, at most all stored images but one.
     Returns: what remains for training, what is held out.   Raises: DataError if num_rows is out of range.

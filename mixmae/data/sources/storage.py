@@ -1,8 +1,7 @@
 """Where files lie: local paths, and the URIs of pyarrow's filesystems (s3://, gs://, ...), behind a few functions.
 
-A remote path is written as pyarrow's filesystem wants it, without the scheme (bucket/key): building URIs of single
-files would trip over every space and percent sign in a name. Messages show scheme://bucket/key, never a URI's
-credentials.
+A remote path is what pyarrow's filesystem takes, without the scheme (bucket/key): in URIs of single files every space
+and percent sign would have to be quoted. Messages show scheme://bucket/key, never a URI's credentials.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class StoredFile:
     num_bytes: int
     modified_ns: int
     problem: str = ""
-    """Why it cannot be read, if that is known already."""
+    """Why it cannot be read, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Storage:
         return {pa_fs.FileType.Directory: "folder", pa_fs.FileType.File: "file"}.get(info.type, "")
 
     def file(self, path: str, relative: str = "") -> StoredFile:
-        """A single file's entry; its problem says if it is missing."""
+        """A single file's entry; if it is missing, `problem` is set."""
         relative = relative or path.rsplit("/", 1)[-1]
         if self.is_local:
             return _local_file(path, relative)
@@ -101,7 +100,7 @@ class Storage:
         return self._ask(path, lambda: self.filesystem.open_input_file(path))
 
     def identity(self, path: str) -> tuple[int, ...]:
-        """What tells a local file from another one that took its name; a remote one is not asked for at every read.
+        """What distinguishes a local file from a later one of the same name; () for a remote one: it is not checked.
 
         Raises: DataError if it is gone.
         """
@@ -116,7 +115,7 @@ class Storage:
             return bytes(stream.readall())
 
     def read_files(self, paths: Sequence[str]) -> list[bytes | OSError]:
-        """Whole files, each with its bytes or the error; remote ones side by side."""
+        """The bytes of whole files, or the error of each; remote files are read at the same time."""
 
         def one(path: str) -> bytes | OSError:
             try:
@@ -127,7 +126,7 @@ class Storage:
         return [one(path) for path in paths] if self.is_local else list(_pool_of(os.getpid()).map(one, paths))
 
     def read_ranges(self, path: str, starts: Int64Array, lengths: Int64Array) -> list[bytes]:
-        """Byte ranges of one file, exactly these from local files; near ones in one request from remote ones.
+        """Byte ranges of one file. Of a local file exactly these are read; near ranges of a remote file in one request.
 
         Raises: DataError if the file is gone or shorter than it was.
         """
@@ -142,26 +141,26 @@ class Storage:
 
     def _read_remote_ranges(self, path: str, starts: Int64Array, lengths: Int64Array) -> list[bytes]:
         order = np.argsort(starts, kind="stable")
-        requests: list[list[int]] = []  # places that one request serves
+        requests: list[list[int]] = []  # the ranges that one request fetches, by their index
         begin = end = 0
-        for place in order:
-            start, stop = int(starts[place]), int(starts[place] + lengths[place])
+        for index in order:
+            start, stop = int(starts[index]), int(starts[index] + lengths[index])
             if requests and start - end <= _GAP_BYTES and stop - begin <= _REQUEST_BYTES:
-                requests[-1].append(int(place))
+                requests[-1].append(int(index))
                 end = max(end, stop)
             else:
-                requests.append([int(place)])
+                requests.append([int(index)])
                 begin, end = start, stop
         handle = _remote_handle(self, path)
         parts = [b""] * len(starts)
 
-        def fetch(places: list[int]) -> None:
-            first = int(starts[places[0]])
-            last = max(int(starts[place] + lengths[place]) for place in places)
+        def fetch(indices: list[int]) -> None:
+            first = int(starts[indices[0]])
+            last = max(int(starts[index] + lengths[index]) for index in indices)
             data = self._ask(path, lambda: handle.read_at(last - first, first))
-            for place in places:
-                at = int(starts[place]) - first
-                parts[place] = bytes(data[at : at + int(lengths[place])])
+            for index in indices:
+                at = int(starts[index]) - first
+                parts[index] = bytes(data[at : at + int(lengths[index])])
 
         for _ in _pool_of(os.getpid()).map(fetch, requests):
             pass
@@ -178,13 +177,13 @@ class Storage:
             raise DataError(f"{self.shown(path)} cannot be read ({reason}): {remedy}") from error
 
 
-def locate(place: str | Path) -> tuple[Storage, str]:
+def locate(location: str | Path) -> tuple[Storage, str]:
     """The storage of a path or URI and the path inside it.
 
-    Args: place: a local path (~ is expanded), file://, s3://bucket/prefix?endpoint_override=...&scheme=http, gs://, ...
+    Args: location: a local path (~ is expanded), file://, s3://bucket/prefix?endpoint_override=HOST&scheme=http, gs://
     Raises: DataError if the URI is none that pyarrow knows.
     """
-    text = str(place)
+    text = str(location)
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     if not is_uri(text):
@@ -192,11 +191,11 @@ def locate(place: str | Path) -> tuple[Storage, str]:
     return Storage(text), _connect(text)[1].rstrip("/")
 
 
-def writable_folder(place: str | Path) -> Path:
-    """A local folder to write to, made if it is missing.   Raises: DataError before time is lost if it cannot be."""
-    if is_uri(str(place)):
-        raise DataError(f"cannot write to {plain_place(str(place))}: the output must be a local folder")
-    folder = Path(place).expanduser().resolve()
+def writable_folder(location: str | Path) -> Path:
+    """A local folder to write to, made if it is missing.   Raises: DataError if it cannot be written to."""
+    if is_uri(str(location)):
+        raise DataError(f"cannot write to {plain_place(str(location))}: the output must be a local folder")
+    folder = Path(location).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -212,11 +211,11 @@ def is_uri(text: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
 
 
-def plain_place(place: str) -> str:
+def plain_place(location: str) -> str:
     """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
-    if not is_uri(place):
-        return str(Path(place).expanduser().absolute())
-    parts = urlsplit(place)
+    if not is_uri(location):
+        return str(Path(location).expanduser().absolute())
+    parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -251,7 +250,7 @@ class _Handle:
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
         if hasattr(os, "posix_fadvise"):  # not on macOS
-            # Without it the kernel reads ahead of every image: half as much again as is used.
+            # Without it the kernel reads ahead after every image: 1.5 times the bytes that are used.
             os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
@@ -260,7 +259,7 @@ class _Handle:
 
 
 def _identity(path: str) -> tuple[int, int, int]:
-    """What tells a file from another one that took its name: a handle of the old one would read the old bytes."""
+    """What distinguishes a file from a later one of the same name: a handle of the old one reads the old bytes."""
     try:
         stat = os.stat(path)
         return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -32,9 +32,9 @@ from mixmae.data.sources.storage import Storage, StoredFile
 _INDEX_FORMAT = b"1"
 _LABEL_KEYS = ("label", "cls", "class_id", "class_index")
 _SMALL_BYTES = 64 * 1024
-"""A label or a JSON beyond this is not one of an image."""
+"""A larger .cls or .json member is not the label of an image."""
 _READ_AHEAD_BYTES = 1024 * 1024
-"""Remote headers are found by reading on: at ImageNet's file sizes skipping would take a request for every image."""
+"""Remote tars are read through for their headers: to skip each image would take a request per image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +86,7 @@ class TarSource(Chunked):
 
 @dataclass
 class _Members:
-    """The images of one tar as they are met."""
+    """The images of one tar, in its order."""
 
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -105,7 +105,7 @@ def open_tars(
         tables = list(pool.map(lambda file: _index(storage, file), files))
     sizes = [cut_chunks(table.num_rows) for table in tables]
     whole = pa.concat_tables(tables).combine_chunks()
-    starts, lengths, labels = (whole.column(place).to_numpy() for place in range(3))
+    starts, lengths, labels = (whole.column(index).to_numpy() for index in range(3))
     facts = [f"{file.relative.rsplit('/', 1)[-1]} {file.num_bytes}" for file in files]
     return TarSource(
         name=name,
@@ -124,11 +124,11 @@ def open_tars(
 
 
 def _index(storage: Storage, file: StoredFile) -> pa.Table:
-    """Start, length, label and name of every image of a tar, from the kept index if it is still true."""
+    """Start, length, label and name of every image of a tar, from the kept index if the tar has not changed."""
     stamp = {b"format": _INDEX_FORMAT, b"tar": f"{file.num_bytes} {file.modified_ns}".encode()}
-    for place in _index_places(storage, file.path):
+    for path in _index_paths(storage, file.path):
         with contextlib.suppress(OSError, pa.ArrowException, DataError):
-            kept = read_arrow(Storage(), str(place))
+            kept = read_arrow(Storage(), str(path))
             if kept.schema.metadata == stamp:
                 return kept
     found = _read_headers(storage, file)
@@ -141,16 +141,16 @@ def _index(storage: Storage, file: StoredFile) -> pa.Table:
         },
         metadata=stamp,
     )
-    for place in _index_places(storage, file.path):
+    for path in _index_paths(storage, file.path):
         with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_arrow(place, table)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_arrow(path, table)
             break
     return table
 
 
-def _index_places(storage: Storage, path: str) -> Iterator[Path]:
-    """Where a tar's index may be kept, the best place first."""
+def _index_paths(storage: Storage, path: str) -> Iterator[Path]:
+    """The paths where a tar's index may be kept, the best first."""
     if storage.is_local:
         tar = Path(path)
         if os.access(tar.parent, os.W_OK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from mixmae.data.blocks import eval_batch, eval_batches, load_block, local_batches
 from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.decode import MAX_PIXELS
 from mixmae.data.order import Plan
 from mixmae.data.sources import open_source
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.share import WorkerShare
+from tests.factories import write_tar
 
 AUGMENT = AugmentConfig(image_size=(32, 48))
 
@@ -130,3 +134,62 @@ def test_eval_batches_are_all_rows_with_their_labels(write_shards, threads):
     (some,) = eval_batches(source, 32, batch_size=32, rows=np.array([75, 2, 69]))
     assert some.labels.tolist() == [0, 2, 0]
     assert torch.equal(some.images, eval_batch(source, [75, 2, 69], 32))
+
+
+def broken_files(make_jpeg) -> dict[str, bytes]:
+    """One file of every kind of damage."""
+    png = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(png, "PNG")
+    bomb = io.BytesIO()
+    side = int(MAX_PIXELS**0.5) + 1000
+    Image.new("1", (side, side)).save(bomb, "PNG")
+    middle = bytearray(png.getvalue())
+    middle[len(middle) // 2] ^= 0xFF
+    return {
+        "truncated.jpg": make_jpeg(0)[:-400],
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404 not found</html>",
+        "movie.jpg": b"\x00\x00\x00\x18ftypmp42" + bytes(500),
+        "header.jpg": make_jpeg(0)[:20],
+        "short.png": png.getvalue()[:-600],
+        "flipped.png": bytes(middle),
+        "bomb.png": bomb.getvalue(),
+        "zeros.webp": bytes(2000),
+    }
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "shards"])
+def test_half_a_percent_of_broken_files_gives_a_complete_ledger(tmp_path, make_jpeg, layout, write_shards):
+    """All rows come out as images; every broken one is named once, with its place and a reason."""
+    damage = broken_files(make_jpeg)
+    damage |= {f"again_{name}": data for name, data in list(damage.items())[:1]}
+    good = [make_jpeg(i, 24, 24) for i in range(50)]
+    total = 200 * len(damage)
+    spots = {round((i + 0.5) * 200): name for i, name in enumerate(damage)}
+    named = [
+        (f"{row:05d}_{spots[row]}", damage[spots[row]]) if row in spots else (f"{row:05d}.jpg", good[row % 50])
+        for row in range(total)
+    ]
+    # A wrong extension is no damage: what counts is what is in the file.
+    named[7] = ("00007.png", good[7])
+    if layout == "folder":
+        place = tmp_path / "photos"
+        place.mkdir()
+        for name, data in named:
+            (place / name).write_bytes(data)
+    elif layout == "tar":
+        place = write_tar(tmp_path / "all.tar", named)
+    else:
+        place = write_shards(total, damaged={row: data for row, (_, data) in enumerate(named)})
+    source = open_source(place)
+    assert source.num_rows == total
+    block = load_block(source, AugmentConfig(image_size=16), np.arange(total), np.zeros(total, dtype=np.int64), seed=0)
+    assert sorted(block.broken) == sorted(spots)
+    for row, name in spots.items():
+        record = block.broken[row]
+        assert record.row == row
+        assert record.reason
+        if layout != "shards":
+            assert name in record.where
+    assert len({record.where for record in block.broken.values()}) == len(spots)
+    assert block.images.std(axis=(1, 2, 3)).min() > 0  # a good neighbour stands in

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmae.data.images.augment import AugmentConfig, draw_crops
 from mixmae.data.order import Plan, hash64, permutation, uniforms, worker_positions
 from mixmae.share import WorkerShare
 from mixmae.training.schedule import run_length
@@ -95,18 +94,6 @@ def test_a_run_resumed_by_other_workers_sees_the_very_next_images(plan, share, c
 
     seen = np.concatenate([steps(0, crash, before), steps(crash, crash + more, after)])
     assert np.array_equal(seen, plan.rows_at(0, (crash + more) * global_batch)[0])
-
-
-@given(st.integers(0, 2**62), st.integers(0, 5), st.lists(st.integers(0, 10**9), min_size=1, max_size=30), st.data())
-def test_crops_are_equal_whoever_draws_them(seed, epoch, rows, data):
-    rows = np.array(rows)
-    sizes = 30 + np.stack([rows % 400, rows % 300], axis=1)
-    epochs = np.full(len(rows), epoch)
-    boxes, flips = draw_crops(AugmentConfig(), sizes, seed=seed, epochs=epochs, rows=rows)
-    part = np.array(data.draw(st.permutations(range(len(rows)))))[: len(rows) // 2 + 1]
-    again = draw_crops(AugmentConfig(), sizes[part], seed=seed, epochs=epochs[part], rows=rows[part])
-    assert np.array_equal(boxes[part], again[0])
-    assert np.array_equal(flips[part], again[1])
 
 
 def test_how_well_a_class_sorted_set_is_mixed():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from skimage import data as photographs
+from skimage import data
 from torchvision.transforms import RandomResizedCrop
 
-from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize_crop
+from benchmarks.photographs import make_jpegs, photographs
+from mixmae.data.images import tiles
+from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
+from mixmae.data.images.decode import decode_box, read_header
 
 
 def draw(config: AugmentConfig, height: int, width: int, count: int, seed: int = 0, epoch: int = 0):
@@ -55,7 +62,7 @@ def test_a_crop_depends_on_seed_epoch_and_row_alone():
 
 
 def test_resize_is_pillows_bicubic_within_rounding():
-    pixels = photographs.astronaut()
+    pixels = data.astronaut()
     boxes, _ = draw(AugmentConfig(), *pixels.shape[:2], 40)
     differences = []
     for box in boxes:
@@ -70,7 +77,7 @@ def test_resize_is_pillows_bicubic_within_rounding():
 
 
 def test_a_flip_mirrors_the_result():
-    pixels, box = photographs.astronaut(), np.array([10, 20, 300, 200])
+    pixels, box = data.astronaut(), np.array([10, 20, 300, 200])
     plain, flipped = np.empty((2, 3, 64, 96), dtype=np.uint8)
     resize_crop(pixels, box, False, plain)
     resize_crop(pixels, box, True, flipped)
@@ -78,7 +85,7 @@ def test_a_flip_mirrors_the_result():
 
 
 def test_a_box_of_the_output_size_is_copied():
-    pixels = photographs.astronaut()
+    pixels = data.astronaut()
     out = np.empty((3, 64, 64), dtype=np.uint8)
     resize_crop(pixels, np.array([5, 7, 64, 64]), False, out)
     assert np.array_equal(out, pixels[5:69, 7:71].transpose(2, 0, 1))
@@ -104,3 +111,48 @@ def test_centre_crop():
 def test_bad_settings(fields, words):
     with pytest.raises(ValueError, match=words):
         AugmentConfig(**fields)
+
+
+def jpegs() -> list[bytes]:
+    """The photographs whole, and parts of them at ImageNet's sizes."""
+    whole = []
+    for picture in photographs():
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=92)
+        whole.append(stream.getvalue())
+    return whole + list(make_jpegs(20))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_crops_are_pillows_within_rounding(tiled):
+    if tiled and tiles.tool_path() is None:
+        pytest.skip("jpegtran (libjpeg-turbo-progs) is not installed")
+    differences = []
+    for number, original in enumerate(jpegs()):
+        file, offsets = (tiles.retile(original) or (original, None)) if tiled else (original, None)
+        header = read_header(file)
+        keys = {"epochs": np.arange(12), "rows": np.full(12, number)}
+        boxes, flips = draw_crops(AugmentConfig(), np.array([header[:2]] * 12), seed=1, **keys)
+        picture = Image.open(io.BytesIO(original))
+        for (top, left, height, width), flip in zip(boxes.tolist(), flips.tolist(), strict=True):
+            out = torch.empty((3, 224, 224), dtype=torch.uint8)
+            resize(decode_box(file, header, (top, left, height, width), offsets), flip, out)
+            crop = picture.crop((left, top, left + width, top + height)).resize((224, 224), Image.Resampling.BICUBIC)
+            expected = np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+            differences.append(np.abs(out.numpy().astype(int) - expected.transpose(2, 0, 1)).mean())
+    assert len(differences) > 300
+    assert np.mean(differences) < 0.1
+    assert np.max(differences) < 0.5
+
+
+@settings(deadline=None, max_examples=60)  # the time of an example depends on what else runs
+@given(st.integers(0, 2**62), st.integers(0, 5), st.lists(st.integers(0, 10**9), min_size=1, max_size=30), st.data())
+def test_crops_are_equal_whoever_draws_them(seed, epoch, rows, data):
+    rows = np.array(rows)
+    sizes = 30 + np.stack([rows % 400, rows % 300], axis=1)
+    epochs = np.full(len(rows), epoch)
+    boxes, flips = draw_crops(AugmentConfig(), sizes, seed=seed, epochs=epochs, rows=rows)
+    part = np.array(data.draw(st.permutations(range(len(rows)))))[: len(rows) // 2 + 1]
+    again = draw_crops(AugmentConfig(), sizes[part], seed=seed, epochs=epochs[part], rows=rows[part])
+    assert np.array_equal(boxes[part], again[0])
+    assert np.array_equal(flips[part], again[1])

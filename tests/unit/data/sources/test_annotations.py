@@ -264,7 +264,7 @@ def test_archives_that_are_not_unpacked(write):
 
 def test_the_lists_themselves_are_no_place(write):
     place = write("set", places365()[0])
-    with pytest.raises(DataError, match="tells the classes of images beside it: give the folder"):
+    with pytest.raises(DataError, match="has the classes of the images beside it: give the folder"):
         open_source(place / "places365_val.txt")
     place = write("other", inaturalist(2018)[0])
     with pytest.raises(DataError, match="annotations are read from their folder"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -61,15 +59,6 @@ def test_both_ways_of_reading_give_the_same(folder):
     assert source.where(101) == f"{folder}/train-00001-of-00002.parquet#1 / höfe/101 50%.jpg"
 
 
-def test_only_the_rows_asked_for_are_read(folder, monkeypatch):
-    read = []
-    honest = os.pread
-    monkeypatch.setattr(os, "pread", lambda *args: read.append(args[1]) or honest(*args))
-    source = open_source(folder)
-    sizes = [len(sample.data) for sample in source.read(0, [1, 2, 3])]
-    assert sum(read) == sum(sizes) + 3 * 4
-
-
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "of another shard", "garbage"])
 def test_without_a_true_sidecar_row_groups_are_read(folder, damage):
     reference = open_source(folder)
@@ -98,25 +87,6 @@ def test_a_shard_that_is_written_again_needs_its_own_sidecar(folder, make_jpeg):
     (folder / f"train-00000-of-00002{INDEX_SUFFIX}").write_bytes(stale)
     assert open_source(folder).stamps[0] is None
     assert open_source(folder).read(0, [3])[0].data == make_jpeg(1003)
-
-
-def test_row_groups_of_a_file_that_was_written_again_are_read_again(tmp_path):
-    def write(tag: bytes) -> None:
-        table = pa.table({"image": [tag + bytes([row]) for row in range(20)]})
-        pq.write_table(table, tmp_path / "new", row_group_size=10)
-        (tmp_path / "new").replace(tmp_path / "train.parquet")
-
-    for tag in (b"first", b"again"):  # of the same size: only the file's times and number tell
-        write(tag)
-        source = open_source(tmp_path)
-        assert [source.read(chunk, [3])[0].data[:5] for chunk in (0, 1)] == [tag, tag]
-
-
-def test_a_vanished_shard_is_said(folder):
-    source = open_source(folder)
-    (folder / shard_name("train", 1, 2)).unlink()
-    with pytest.raises(DataError, match="cannot be read any more"):
-        read_rows(source, [150])
 
 
 def test_compressed_shards_of_others_are_read_by_row_groups(folder):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import socket
-import tarfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +21,7 @@ from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import DataError, read_rows
 from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import locate
+from tests.factories import write_tar
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -135,13 +134,8 @@ def test_folders_lists_and_tars(store, tmp_path, make_jpeg):
     assert [(sample.data, sample.label) for sample in read_rows(listed, [0])] == [(make_jpeg(1), 0)]
 
     tars = tmp_path / "tars"
-    tars.mkdir()
-    with tarfile.open(tars / "a.tar", "w") as tar:
-        for number in range(30):
-            for name, data in ((f"{number}.jpg", make_jpeg(number)), (f"{number}.cls", str(number).encode())):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+    members = [((f"{i}.jpg", make_jpeg(i)), (f"{i}.cls", str(i).encode())) for i in range(30)]
+    write_tar(tars / "a.tar", [member for pair in members for member in pair])
     uri = store.put("tars", tars)
     for _ in range(2):  # the second time from the index in the cache
         assert same(open_source(uri), open_source(tars))

@@ -1,0 +1,49 @@
+"""What a stream refuses, and how it cuts a run into blocks; no Ray cluster is started."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixmae.data.blocks import Block, BrokenRecord
+from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.order import Plan
+from mixmae.data.sources import open_source
+from mixmae.data.streams import StreamConfig, TrainStream, _block_edges, _pack, _unpack
+from mixmae.share import WorkerShare
+
+
+def test_bad_arguments(write_shards):
+    with pytest.raises(ValueError, match="made for another source"):
+        TrainStream(
+            open_source(write_shards(5)),
+            Plan(chunk_sizes=np.array([3])),
+            AugmentConfig(),
+            share=WorkerShare(batch_size=1),
+            stop_step=1,
+        )
+    with pytest.raises(ValueError, match="prefetch_blocks is 0"):
+        StreamConfig(prefetch_blocks=0)
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 40), st.integers(1, 60))
+def test_blocks_are_whole_micro_batches_or_parts_of_one(first, count, micro_batch, target):
+    start, stop = first * micro_batch, (first + count) * micro_batch
+    edges = _block_edges(start, stop, micro_batch, target)
+    sizes = np.diff(edges)
+    assert (edges[0], edges[-1]) == (start, stop)
+    assert (sizes > 0).all()
+    assert (sizes <= target).all()
+    assert set(range(start, stop, micro_batch)) <= set(edges) or (edges % micro_batch == 0).all()
+
+
+def test_a_block_comes_through_the_object_store_as_it_was():
+    images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    block = Block(images, np.array([7, 9]), np.array([-1, 2]), np.array([0, 1]), {1: BrokenRecord(9, "a", "empty")})
+    index, copy = _unpack(_pack(3, block))
+    assert index == 3
+    assert copy.broken == block.broken
+    for name in ("images", "rows", "labels", "epochs"):
+        assert np.array_equal(getattr(copy, name), getattr(block, name))
