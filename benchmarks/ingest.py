@@ -44,12 +44,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/ing
 
 from benchmarks.photographs import make_jpegs
 from mixmae.data.images.augment import AugmentConfig
-from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.data.order import Plan
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import Source
 from mixmae.data.sources import open_source
 from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.share import WorkerShare
 
 BATCH = 128

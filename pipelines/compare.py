@@ -1,12 +1,12 @@
-"""Compare ways to pretrain at equal wall-clock time: how good are the features of each, after the same minutes?
+"""Compare ways to pretrain at equal time: how good are the features of each after the same seconds of training?
 
     python pipelines/compare.py [--data SOURCE] [--seconds 50] [--seeds 3] [--output DIR]
 
 Every arm gets the same encoder, images, batch and seconds of training on one core of this machine (plain torch, no
-Ray), as many steps as fit, under a schedule that ends there. Its frozen features are then judged by kNN and by a linear
-probe on the validation split. Prints a table, mean and spread over seeds, and writes results.csv and table.md.
+Ray): as many steps as fit, with a schedule that ends there. Its frozen features are then judged by kNN and by a linear
+probe on the validation split. Prints a table with mean and std over seeds, and writes results.csv and table.md.
 
-Seconds are those of the process on the core: other programs on the machine do not shorten an arm's training.
+Seconds are CPU time of the process: other programs on the machine do not shorten an arm's training.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
+from mixmae.data.shards.pack import default_shapes
 from mixmae.data.source import Source
 from mixmae.data.sources import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
@@ -38,22 +38,21 @@ from mixmae.probing.features import extract_features
 from mixmae.probing.fit import small_set_probe, train_probe
 from mixmae.probing.knn import KnnConfig, knn_classify
 from mixmae.probing.linear import LinearHead
-from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.loop import TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
-from mixmae.training.schedule import run_length
-from pipelines.console import fail
+from mixmae.writing import write_text, writing
+from pipelines.command import command
 from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
 
 WARMUP_STEPS, TIMED_STEPS = 3, 20
-"""Steps that tell how long one takes, after a few that warm up."""
+"""Steps that are timed to find how many fit, after some that warm up."""
 JUDGED_IMAGES = 2000
 """Most images of each split that kNN and probe see."""
 
 
 def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
-    """What is compared, on one encoder; None is the encoder without any training."""
+    """The methods that are compared, on one encoder; None is the untrained encoder."""
     method = config.method
     if not isinstance(method, MixMAEConfig):
         raise ValueError(
@@ -73,12 +72,12 @@ def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare ways to pretrain at equal wall-clock time."""
+    """The command line: which arms, on which images, for how long."""
 
     recipe: str = "demo"
     """MixMAE recipe that gives encoder, images, batch and optimiser."""
     data: str | None = None
-    """Labelled images: anything that pretraining takes but a folder of files. Default: the built-in shapes."""
+    """Labelled images: any source but a folder of image files. Default: the built-in set of shapes."""
     seconds: float = 50.0
     """Training time of each arm and seed, on one core."""
     seeds: int = 3
@@ -86,7 +85,7 @@ class Arguments:
     only: tuple[str, ...] = ()
     """Names of arms; default all."""
     output: Path = Path("runs/compare")
-    """Folder of results.csv and table.md; finished runs in it are not made again."""
+    """Folder of results.csv and table.md; arms and seeds that results.csv has are not run again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +132,15 @@ def pretrain_for(config: PretrainConfig, source: Source, seconds: float) -> tupl
 
 def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Module, TrainState]:
     loop = replace(config.loop, steps=steps, log_every_steps=max(1, steps // 10), micro_batch_size=None)
+    config = replace(config, loop=loop)
     torch.manual_seed(step_seed(loop.seed, "init"))
     model = build_method(build_encoder(config.sized_encoder()), config.method)
     state = TrainState()
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=loop.seed, window_rows=config.window_rows_for(source.exact_reads))
-    share = WorkerShare(batch_size=loop.batch_size)
-    batches = local_batches(source, plan, config.augment, share=share, stop_step=steps)
+    batches = local_batches(source, plan, config.augment, share=config.share(num_workers=1), stop_step=steps)
 
     def step(model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
-        return model(_normalise(config, batch.images), generator=generator, first_sample=first_sample)
+        return model(config.normalise(batch.images), generator=generator, first_sample=first_sample)
 
     train(
         model=model,
@@ -152,22 +151,11 @@ def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Modul
         batches=batches,
         state=state,
         config=loop,
-        length=run_length(
-            num_images=source.num_rows,
-            batch_size=loop.batch_size,
-            epochs=loop.epochs,
-            warmup_epochs=loop.warmup_epochs,
-            steps=steps,
-        ),
+        length=config.length(source.num_rows),
         events=_Silent(),
         device=torch.device("cpu"),
     )
     return model, state
-
-
-def _normalise(config: PretrainConfig, images: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.pixel_mean, config.pixel_std))
-    return (images.float() / 255 - mean) / std
 
 
 def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: Source) -> tuple[float, float]:
@@ -190,10 +178,8 @@ def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: S
     return knn.accuracy.top[1], curves.val_top1[-1]
 
 
-def run(arguments: Arguments) -> list[Result]:
-    """All arms and seeds; those that results.csv already has are kept."""
-    from mixmae.data.shards.pack import default_shapes
-
+def compare(arguments: Arguments) -> int:
+    """Train and judge all arms and seeds, and write the table.   Returns: the process's exit status."""
     torch.set_num_threads(1)
     config = find_recipe(arguments.recipe, PRETRAIN_RECIPES)()
     chosen = arms(config)
@@ -208,48 +194,61 @@ def run(arguments: Arguments) -> list[Result]:
 
     table = arguments.output / "results.csv"
     results = _read(table)
+    finished = {(result.arm, result.seed) for result in results}
     for seed in range(arguments.seeds):
-        for name, method in chosen.items():
-            if (arguments.only and name not in arguments.only) or any(
-                r.arm == name and r.seed == seed for r in results
-            ):
+        for name in chosen:
+            if (name, seed) in finished or (arguments.only and name not in arguments.only):
                 continue
             arm = replace(config, loop=replace(config.loop, seed=seed))
-            if method is None:
-                torch.manual_seed(step_seed(seed, "init"))
-                encoder, state, took = build_encoder(config.sized_encoder()), TrainState(), 0.0
-            else:
-                arm = replace(arm, method=method, optim=_optim(config.optim, method))
-                model, state, took = pretrain_for(arm, train_set, arguments.seconds)
-                encoder = model.encoder  # type: ignore[assignment]
-            knn, probe = judge(encoder, arm, train_set, validation)
-            loss = state.metrics.get("loss", float("nan"))
-            results.append(
-                Result(arm=name, seed=seed, steps=state.step, seconds=round(took, 1), loss=loss, knn=knn, probe=probe)
-            )
+            results.append(run_arm(name, chosen[name], arm, arguments.seconds, train_set, validation))
             print(f"{results[-1]}", flush=True)
             _write(table, results)
-    return results
+    text = summary(results)
+    write_text(arguments.output / "table.md", text + "\n")
+    print(text)
+    return 0
+
+
+def run_arm(
+    name: str,
+    method: MethodConfig | None,
+    config: PretrainConfig,
+    seconds: float,
+    train_set: Source,
+    validation: Source,
+) -> Result:
+    """Train one arm with one seed, and judge it."""
+    seed = config.loop.seed
+    if method is None:
+        torch.manual_seed(step_seed(seed, "init"))
+        encoder, state, took = build_encoder(config.sized_encoder()), TrainState(), 0.0
+    else:
+        config = replace(config, method=method, optim=_optim(config.optim, method))
+        model, state, took = pretrain_for(config, train_set, seconds)
+        encoder = model.encoder  # type: ignore[assignment]
+    knn, probe = judge(encoder, config, train_set, validation)
+    loss = state.metrics.get("loss", float("nan"))
+    return Result(arm=name, seed=seed, steps=state.step, seconds=round(took, 1), loss=loss, knn=knn, probe=probe)
 
 
 def _optim(optim: OptimConfig, method: MethodConfig) -> OptimConfig:
-    """SimMIM's absolute error wants its own clipping (its paper's); all else is the recipe's."""
+    """SimMIM's loss, an absolute error, gets the clipping of its paper; all else is the recipe's."""
     return replace(optim, clip_grad_norm=5.0) if isinstance(method, SimMIMConfig) else optim
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A Markdown table: mean and sample deviation over seeds, in per cent."""
+    """A Markdown table: mean and sample std over seeds, in %."""
     lines = ["| pretraining | steps | kNN top-1, % | linear probe top-1, % |", "| --- | ---: | ---: | ---: |"]
     for name in dict.fromkeys(result.arm for result in results):
         own = [result for result in results if result.arm == name]
         lines.append(
-            f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_spread([r.knn for r in own])} | "
-            f"{_spread([r.probe for r in own])} |"
+            f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_mean_and_std([r.knn for r in own])} | "
+            f"{_mean_and_std([r.probe for r in own])} |"
         )
     return "\n".join(lines)
 
 
-def _spread(shares: Sequence[float]) -> str:
+def _mean_and_std(shares: Sequence[float]) -> str:
     mean = f"{100 * statistics.mean(shares):.1f}"
     return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean
 
@@ -263,25 +262,15 @@ def _read(table: Path) -> list[Result]:
 
 
 def _write(table: Path, results: Sequence[Result]) -> None:
-    partial = table.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with writing(table) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(vars(results[0])))
         writer.writeheader()
         writer.writerows(vars(result) for result in results)
-    partial.replace(table)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    try:
-        arguments = tyro.cli(Arguments, args=argv, prog="compare.py", description=__doc__)
-        results = run(arguments)
-    except ValueError as error:
-        fail(error)
-    text = summary(results)
-    (arguments.output / "table.md").write_text(text + "\n")
-    print(text)
-    return 0
+    return command(compare, Arguments, argv, program="compare.py", about=__doc__)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python pipelines/evaluate.py MODEL [--data SOURCE] [--split SPLIT] [--output FOLDER]
 
 MODEL is a finetuning run's folder (its best weights), one of its checkpoints, a classifier file, a hub folder, or
-official finetuned weights. Written are metrics.json, classes.csv, confusions.png and calibration.png.
+official finetuned weights. The output folder gets metrics.json, classes.csv, confusions.png and calibration.png.
 """
 
 from __future__ import annotations
@@ -11,36 +11,30 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixmae.convert import EncoderMetadata, build_model, read_weights
-from mixmae.convert.files import NOT_STATED
-from mixmae.data.blocks import eval_batches
+from mixmae.convert.metadata import NOT_STATED
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
-from mixmae.finetune.classification import ImageClassifier
+from mixmae.inference import Classifier, Device, load_classifier
 from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
-from mixmae.probing.features import predict_logits
-from mixmae.training.checkpoint import upgraded
 from mixmae.training.run_folder import run_around, weights_of
-from pipelines.console import fail
+from mixmae.writing import write_json, writing
+from pipelines.command import command
 
 SHOWN_CLASSES = 60
-"""Classes whose names fit beside a picture of confusions."""
+"""Most classes whose names fit beside the picture of the confusion matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,80 +46,29 @@ class Arguments:
     data: str | None = None
     """Labelled images (docs/data.md). Without it: the images that the run itself held out."""
     split: Literal["train", "validation", "test"] | None = None
-    """Split to judge on. Default: the images that the run held out of this data, or for other data validation, else
-    test, else all there is."""
+    """Split to judge on. Default: the images that the run held out of this data; for other data validation, else test,
+    else train."""
     output: Path | None = None
     """Folder for the tables and pictures. Default: evaluations/NAME, after the run or the file."""
     batch_size: int = 64
-    """Images that are looked at at once."""
-    resize_share: float | None = None
-    """Side of the images' central crop over that of the whole. Default: the run's; 0.875 for files."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Images per batch."""
+    crop_pct: float | None = None
+    """Side of the images' central crop over that of the resized image. Default: the run's; 0.875 for files."""
+    device: Device = "auto"
     """Where the model runs; auto takes a GPU if there is one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """A model ready to look at images."""
-
-    model: ImageClassifier
-    metadata: EncoderMetadata
-    class_names: tuple[str, ...] | None
-    resize_share: float
-    device: torch.device
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.head.out_features
-
-    def name_of(self, label: int) -> str:
-        """The name of a class, or its number."""
-        return str(label) if self.class_names is None else self.class_names[label]
-
-    def logits(self, source: Source, batch_size: int) -> tuple[Tensor, Tensor]:
-        """(N, C) float32 and the labels (N,) int64 of all images of a source; broken images have label -1."""
-        preprocessing = self.metadata.preprocessing
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            batches = eval_batches(
-                source, preprocessing.image_size, batch_size=batch_size, resize_share=self.resize_share, pool=pool
-            )
-            return predict_logits(self.model, batches, mean=preprocessing.mean, std=preprocessing.std)
-
-
-def load_classifier(path: Path, *, device: Literal["auto", "cpu", "gpu"], resize_share: float | None) -> Classifier:
-    """Build a classifier from what finetuning or export wrote, or from official finetuned weights.
-
-    Raises: ValueError if it is none; FileNotFoundError.
-    """
-    path = weights_of(path)
-    model, metadata = build_model(read_weights(path), path)
-    if not isinstance(model, ImageClassifier):
-        raise ValueError(f"{path} holds an encoder without a classifier: finetune it first (pipelines/finetune.py).")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here: leave --device out, or give --device cpu.")
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    names = metadata.source.get("classes")
-    share = resize_share or upgraded(metadata.source.get("config", {})).get("crop_pct", 0.875)
-    return Classifier(
-        model=model.to(place),
-        metadata=metadata,
-        class_names=tuple(names) if names else None,
-        resize_share=share,
-        device=place,
-    )
-
-
 def evaluate(arguments: Arguments) -> int:
-    """Judge the model and write what came of it.   Returns: the process's exit status."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}: it must be at least 1.")
-    classifier = load_classifier(arguments.model, device=arguments.device, resize_share=arguments.resize_share)
+    """Judge the model and write the results.   Returns: the process's exit status."""
+    classifier = load_classifier(
+        arguments.model, device=arguments.device, crop_pct=arguments.crop_pct, batch_size=arguments.batch_size
+    )
     source = open_labelled(arguments, classifier)
     run = run_around(arguments.model)
     folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    logits, labels = classifier.logits(source, arguments.batch_size)
+    logits, labels = classifier.logits(source)
     images_per_s = len(labels) / (time.monotonic() - start)
     metrics = write_results(folder, classifier, logits, labels)
     origin = classifier.metadata.source
@@ -133,11 +76,11 @@ def evaluate(arguments: Arguments) -> int:
         "model": str(weights_of(arguments.model)),
         "run_id": origin.get("run_id", NOT_STATED),
         "data": {"name": source.name, "digest": source.digest},
-        "resize_share": classifier.resize_share,
+        "crop_pct": classifier.crop_pct,
         **metrics,
         "images_per_s": images_per_s,
     }
-    (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "metrics.json", content)
     print(
         f"{weights_of(arguments.model)} on {source.name}: top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, "
         f"loss {metrics['loss']:.4f}, calibration error {metrics['calibration_error']:.4f}\n"
@@ -149,7 +92,7 @@ def evaluate(arguments: Arguments) -> int:
 
 
 def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
-    """The images to judge on.   Raises: DataError if they have no classes, or others than the model."""
+    """The images to judge on.   Raises: DataError if they have no classes, or other ones than the model."""
     source = _open(arguments)
     labels = source.read_labels()
     if not (labels >= 0).any():
@@ -189,7 +132,7 @@ def write_results(folder: Path, classifier: Classifier, logits: Tensor, labels: 
     accuracy, measured = top_k_accuracy(logits, labels), calibration(logits, labels)
     table, confusions = per_class_accuracy(logits, labels), confusion_matrix(logits, labels)
     known = labels != UNKNOWN
-    with (folder / "classes.csv").open("w", newline="") as file:
+    with writing(folder / "classes.csv") as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "name", "images", "top1", "top5", "most_taken_for"])
         for label in range(classifier.num_classes):
@@ -245,11 +188,7 @@ def draw_calibration(measured: Calibration, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    arguments = tyro.cli(Arguments, args=argv, prog="evaluate.py", description=__doc__)
-    try:
-        return evaluate(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        fail(error)
+    return command(evaluate, Arguments, argv, program="evaluate.py", about=__doc__)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from mixmae.convert import Preprocessing
+from mixmae.inference import FrozenEncoder, choose_device
 from mixmae.jobs.classification import BEST_METRIC
 from mixmae.jobs.linear_probe import LinearProbeJob
 from mixmae.jobs.record import read_begun
 from mixmae.metrics import UNKNOWN, top_k_accuracy
-from mixmae.probing.fit import ProbeConfig, train_probe
+from mixmae.probing.fit import LinearProbeConfig, train_probe
 from mixmae.probing.linear import LinearProbe
 from mixmae.tracking import MlflowTracker, finish_run
 from mixmae.training.checkpoint import save_checkpoint
@@ -31,7 +32,6 @@ from mixmae.training.loop import step_seed
 from pipelines import finetune
 from pipelines.command import recipe_command
 from pipelines.console import elapsed_since
-from pipelines.features import FrozenEncoder, choose_place
 from pipelines.finetune import prepare, track, train_classifier
 from pipelines.recipes import LINEAR_PROBE_RECIPES
 from pipelines.run import output_folder
@@ -70,7 +70,7 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
             "--cached trains whole epochs in this process: leave out --loop.steps (--loop.epochs is its length), "
             "--ema-decay and --workers, or --cached."
         )
-    device = choose_place(arguments.device)
+    device = choose_device(arguments.device)
     prepared = prepare(arguments, recipe, LINEAR_PROBE_RECIPES[recipe](), LinearProbeJob, cached=True)
     if prepared is None:
         return 0
@@ -118,7 +118,7 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     frozen = FrozenEncoder(
         encoder=model.encoder,
         preprocessing=Preprocessing(image_size=config.augment.size, mean=config.pixel_mean, std=config.pixel_std),
-        resize_share=config.crop_pct,
+        crop_pct=config.crop_pct,
         device=device,
         bfloat16=config.loop.precision == "bfloat16",
     )
@@ -128,7 +128,7 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     print(f"{len(features) + len(judged)} images through the encoder in {elapsed_since(start)}", flush=True)
 
     start = time.monotonic()
-    probe = ProbeConfig(
+    probe = LinearProbeConfig(
         epochs=config.loop.epochs,
         warmup_epochs=config.loop.warmup_epochs,
         batch_size=config.loop.batch_size,

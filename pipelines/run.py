@@ -123,7 +123,8 @@ class Run:
         Raises: ValueError if the job's set is smaller than a batch, before that; ClusterError if Ray cannot hold the
             workers.
         """
-        arguments, _ = self.arguments, job.length
+        _ = job.length  # raises, before minutes are spent on a cluster
+        arguments = self.arguments
         self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")

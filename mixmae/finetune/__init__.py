@@ -1,1 +1,1 @@
-"""Tasks that use a pretrained encoder: classification, linear probing, nearest neighbours."""
+"""Finetuning a pretrained encoder: the classifier and its loss."""

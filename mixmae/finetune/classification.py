@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
 from mixmae.metrics import UNKNOWN, label_ranks
+from mixmae.pixels import normalise
 from mixmae.step import StepOutput
 
 HEAD_STD = 2e-5
-"""Deviation of the head's initial weights (official code): nearly zero, so that the first steps spare the encoder."""
+"""Std of the head's initial weights (official code): nearly zero, so that the encoder's first gradients are small."""
 
 Mix = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), labels (B,), CPU generator) -> (mixed images, targets (B, num_classes) whose rows sum to 1):
@@ -47,11 +48,11 @@ class ImageClassifier(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Say the probability of each class, of images as they come from a file.
+    """A classifier for images as they come from a file: uint8 pixels to the probability of each class.
 
     Args:
         model: a classifier.
-        mean, std: what it normalises pixels (0..1) with, a value a channel.
+        mean, std: of the pixel normalisation, in units of 0..1, one value per channel.
     """
 
     def __init__(self, model: ImageClassifier, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -63,8 +64,8 @@ class Predictor(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Take uint8 (B, C, H, W) of the size that the model is for; returns (B, num_classes), rows that sum to 1."""
-        return self.model((images.float() / 255 - self.mean) / self.std).softmax(dim=1)
+        """uint8 (B, C, H, W) of the size that the model is for -> (B, num_classes), rows that sum to 1."""
+        return self.model(normalise(images, mean=self.mean, std=self.std)).softmax(dim=1)
 
 
 def classification_step(
@@ -77,17 +78,17 @@ def classification_step(
     mix: Mix | None = None,
     label_smoothing: float = 0.0,
 ) -> StepOutput:
-    """Compare the logits of a batch with its classes.
+    """Compute the cross entropy of a batch.
 
     Args:
         model: maps (B, C, H, W) to logits; an ImageClassifier, wrapped by DDP or not.
-        images: (B, C, H, W) float, normalised. labels: (B,) int64, -1 = not known: such images are left out. On the CPU
-            a GPU is not waited for.
-        generator: of the step, on the CPU. first_sample: place of the batch's first image in the global batch; every
-            micro-batch of a step is mixed in its own way, whichever worker has it.
+        images: (B, C, H, W) float, normalised. labels: (B,) int64, -1 = not known: such images are left out. Pass
+            labels on the CPU: filtering them there avoids a GPU sync.
+        generator: of the step, on the CPU. first_sample: index of the batch's first image in the global batch; every
+            micro-batch of a step is mixed in its own way, the same on any worker.
         mix: mixes images and makes their targets, smoothed or not; None mixes nothing.
-        label_smoothing: share of the label that is spread over all classes where mix is None.
-    Returns: the cross entropy with the targets; without `mix` also `top1`: what a mixed image shows is not one class.
+        label_smoothing: share of the label that is spread over all classes if mix is None.
+    Returns: the cross entropy with the targets; without `mix` also `top1` (a mixed image has no single class).
     Raises: ValueError if no image of the batch has a class.
     Source: paper, table 12.
     """

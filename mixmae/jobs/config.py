@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
-from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.data.streams import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from mixmae.probing.ridge import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
@@ -84,9 +83,7 @@ class RunConfig:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> normalised float32, on the images' device."""
-        mean = torch.tensor(self.pixel_mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.pixel_std, device=images.device)[:, None, None]
-        return (images.float() / 255 - mean) / std
+        return normalise(images, mean=self.pixel_mean, std=self.pixel_std)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Judging an encoder without finetuning it: its features, kNN, ridge and linear layers on them."""
+"""Judging an encoder without finetuning it: its features; kNN, ridge regression and linear layers on them."""

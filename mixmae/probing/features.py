@@ -1,7 +1,7 @@
-"""What a trained model says of many images, in evaluation mode: pooled features of an encoder, logits of a classifier.
+"""Run a trained model on many images, in evaluation mode: pooled features of an encoder, logits of a classifier.
 
 Legend: N images in all, B in a batch, C channels, H W pixels, D width. A batch is anything with `images`, (B, C, H, W)
-uint8, and `labels`, (B,) int64 with -1 = not known; mixmae.data.blocks.eval_batches makes them of any source.
+uint8, and `labels`, (B,) int64 with -1 = not known; mixmae.data.blocks.eval_batches yields them from any source.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.encoders.base import Encoder
+from mixmae.pixels import normalise
 
 
 class LabelledBatch(Protocol):
@@ -34,9 +35,9 @@ def extract_features(
     """Pool the encoder's tokens for every image: the mean after the final norm, as ImageClassifier takes it.
 
     Args:
-        encoder: on the device where it shall run; for bfloat16 call this inside torch.autocast.
+        encoder: on the device where it runs; for bfloat16 call this inside torch.autocast.
         batches: read once, in order.
-        mean, std: of the pixel normalisation, in units of 0..1; one value a channel, those of pretraining.
+        mean, std: of the pixel normalisation, in units of 0..1, one value per channel; use those of pretraining.
     Returns: features (N, D) float32 and labels (N,) int64, on the CPU.
     Raises: ValueError if there is no batch.
     """
@@ -61,21 +62,20 @@ def _collect(
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     device = next(parameter.device for _, parameter in model.named_parameters())
-    shift, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     outputs, labels = [], []
     with torch.no_grad(), _evaluating(model):
         for batch in batches:
-            images = (batch.images.to(device).float() / 255 - shift) / scale
+            images = normalise(batch.images.to(device), mean=mean, std=std)
             outputs.append(compute(images).float().cpu())
             labels.append(batch.labels.cpu())
     if not outputs:
-        raise ValueError("there are no images to look at: the set is empty")
+        raise ValueError("there are no images: the set is empty")
     return torch.cat(outputs), torch.cat(labels)
 
 
 @contextlib.contextmanager
 def _evaluating(model: Encoder | nn.Module) -> Iterator[None]:
-    """Evaluation mode while the context is open; then each module is in the mode that it was in, frozen parts too."""
+    """Evaluation mode inside the context; after it each module has its former mode again, frozen parts too."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

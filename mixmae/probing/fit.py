@@ -1,4 +1,4 @@
-"""Train a head on features that were extracted once: MAE's linear probing without running the encoder again.
+"""Train a head on features that were extracted once: linear probing without running the encoder in every epoch.
 
 Legend: N images, D width of the features, C classes.
 """
@@ -17,11 +17,11 @@ from mixmae.training.schedule import learning_rate, run_length
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """How a head is trained; the defaults are MAE's for linear probing of ImageNet (appendix A).
+class LinearProbeConfig:
+    """How a linear probe is trained on cached features; the defaults are MAE's for ImageNet (appendix A).
 
-    They do not suit small sets: the way that LARS lets the weights go is proportional to base_lr x epochs x images, so
-    with a few thousand images the head hardly leaves its initial weights (small_set_probe has figures).
+    They do not suit small sets: the distance that LARS can move the weights grows with base_lr x epochs x images, so
+    with a few thousand images the head stays close to its initial weights (small_set_probe has figures).
     """
 
     epochs: float = 90
@@ -29,7 +29,7 @@ class ProbeConfig:
     warmup_epochs: float = 10
     """Epochs of linear warmup, part of `epochs`; then a cosine down to 0."""
     batch_size: int = 16384
-    """Images a step; a smaller set is one batch, and the learning rate follows."""
+    """Images per step; a smaller set is one batch, and the learning rate is scaled to it."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(optimizer="lars", base_lr=0.1, weight_decay=0.0))
     """The optimiser."""
     seed: int = 0
@@ -45,24 +45,24 @@ class ProbeConfig:
             )
 
 
-def small_set_probe() -> ProbeConfig:
+def small_set_probe() -> LinearProbeConfig:
     """Settings for sets of fewer than about 100,000 images: AdamW in batches of 256.
 
     Measured on a CPU in November 2026, accuracy on held-out images, against scikit-learn's LogisticRegression(C=0.1) on
     the same features: 1200 of scikit-learn's digits (512 random ReLU features) 0.978 against 0.978, 300 of them 0.941
     against 0.942, 100 of them 0.854 against 0.864; MAE's settings reach 0.588, 0.155 and 0.041 there.
     """
-    return ProbeConfig(batch_size=256, optim=OptimConfig(base_lr=0.01, weight_decay=0.0))
+    return LinearProbeConfig(batch_size=256, optim=OptimConfig(base_lr=0.01, weight_decay=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeCurves:
-    """How a head learned: one entry an epoch in each list, the last one also for a part of an epoch."""
+    """How a head learned: one entry per epoch in each list; the last epoch may be incomplete."""
 
     loss: list[float]
     """Mean cross entropy of the epoch's batches, each before its step."""
     train_top1: list[float]
-    """Their mean accuracy, likewise."""
+    """Mean accuracy on the same batches, each before its step."""
     val_top1: list[float]
     """Accuracy on the validation images after the epoch; empty without them."""
 
@@ -71,18 +71,18 @@ def train_probe(
     head: nn.Module,
     features: Tensor,
     labels: Tensor,
-    config: ProbeConfig,
+    config: LinearProbeConfig,
     *,
     validation: tuple[Tensor, Tensor] | None = None,
 ) -> ProbeCurves:
-    """Train a head on the features of a set and watch it on another.
+    """Train a head on the features of one set and evaluate it on another after every epoch.
 
-    The same head, set and config give the same result on a CPU. Batches go on over the ends of epochs, so no image is
-    left out for good.
+    The same head, set and config give the same result on a CPU. Batches run across the ends of epochs, so no
+    image is left out.
 
     Args:
         head: maps (B, D) to (B, C) logits; trained in place on the device where it is, and left in evaluation mode.
-        features: (N, D) float. labels: (N,) int64 in [0, C); images with -1 are left out.
+        features: (N, D) float.  labels: (N,) int64 in [0, C); images with -1 are left out.
         validation: features and labels of other images.
     Raises: ValueError if shapes disagree, features are not finite, labels are out of range, or fewer than two images
         have a class.
@@ -150,7 +150,7 @@ def train_probe(
 
 @torch.no_grad()
 def _top1(head: nn.Module, features: Tensor, labels: Tensor, batch_size: int, device: torch.device) -> float:
-    """Accuracy in evaluation mode; the head comes back in training mode."""
+    """Accuracy in evaluation mode; the head is in training mode afterwards."""
     head.eval()
     logits = torch.cat([head(part.to(device).float()).cpu() for part in features.split(batch_size)])
     head.train()

@@ -1,4 +1,4 @@
-"""Judge features without training: each image takes the classes of its nearest training images.
+"""Judge features without training: each image is classified by the votes of its nearest training images.
 
 Legend: N query images, M training images, D width, C classes, k neighbours.
 Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018), section 3.4; the
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from mixmae.metrics import UNKNOWN, Accuracy, top_k_accuracy
 
 MAX_SIMILARITIES = 2**26
-"""Entries of the table of similarities held at once: 256 MB in float32, whatever N and M are."""
+"""Most entries of the table of similarities that are in memory at once: 256 MB in float32 for any N and M."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
-    """The classifier; the defaults are DINO's."""
+    """The kNN classifier; the defaults are DINO's."""
 
     k: int = 20
     """Training images that vote."""
@@ -37,12 +37,12 @@ class KnnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """What the neighbours say."""
+    """Result of a kNN classification."""
 
     probabilities: Tensor
-    """(N, C) float32 on the CPU, the share of the votes' weight for each class; the rows sum to 1."""
+    """(N, C) float32 on the CPU: each class's share of the votes' weight; rows sum to 1."""
     accuracy: Accuracy
-    """Top-1 and top-5 of the queries with a known class. At most k classes have votes; the rest tie at 0."""
+    """Top-1 and top-5 over the queries with a known class. At most k classes have votes; the others tie at 0."""
 
 
 def knn_classify(
@@ -57,9 +57,9 @@ def knn_classify(
     """Classify images by the votes of the k training images with the most similar features (cosine).
 
     Args:
-        train_features: (M, D) float. The work is done on their device. train_labels: (M,) int64 in [0, C); images with
-            -1 do not vote.
-        features: (N, D) float. labels: (N,) int64 in [0, C), -1 = not judged.
+        train_features: (M, D) float. Everything is computed on their device.
+        train_labels: (M,) int64 in [0, C); -1 does not vote.
+        features: (N, D) float.  labels: (N,) int64 in [0, C); -1 is not judged.
     Raises: ValueError if shapes disagree, labels are out of range, features are not finite, fewer than k images can
         vote, or a class of the queries has no training image.
     """
@@ -88,7 +88,7 @@ def knn_classify(
 def knn_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, config: KnnConfig) -> KnnResult:
     """Classify each image of a set by the others: for sets that are too small to hold some images out.
 
-    Args: features: (N, D) float.  labels: (N,) int64 in [0, C), -1 = neither votes nor is judged.
+    Args: features: (N, D) float.  labels: (N,) int64 in [0, C); -1 neither votes nor is judged.
     Returns: probabilities of the images with a known class, in order, one row each; and their accuracy.
     Raises: ValueError as knn_classify. The only image of a class is judged, and cannot be right.
     """
@@ -120,7 +120,7 @@ def _vote(
 
 
 def _judge(probabilities: Tensor, labels: Tensor) -> KnnResult:
-    # The order of the votes is that of their logarithms: the metrics take them as they are.
+    # Ranks by votes are ranks by their logarithms, so the metrics take probabilities in place of logits.
     return KnnResult(probabilities=probabilities, accuracy=top_k_accuracy(probabilities, labels))
 
 

@@ -1,7 +1,7 @@
 """Judge a frozen encoder by a linear classifier on its pooled features.
 
-training/probe.py trains a LinearHead on features that were extracted once (features.py). LinearProbe is the same head
-on an encoder that runs on every batch, so that the normal loop can train it with augmentation, as MAE does.
+fit.py trains a LinearHead on features that were extracted once (features.py). LinearProbe is the same head on an
+encoder that runs on every batch, so that the training loop can train it with augmentation, as MAE does.
 
 Legend: B images, C channels, H W pixels, D the encoder's last width.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mixmae.encoders.base import Encoder
 
 HEAD_STD = 0.01
-"""Deviation of the head's initial weights (MAE)."""
+"""Std of the head's initial weights (MAE)."""
 NORM_EPS = 1e-6
 """Added to the variance of a feature (MAE)."""
 
@@ -38,7 +38,7 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.training and len(features) == 1:  # one image has no variance: take what the others had
+        if self.training and len(features) == 1:  # one image has no variance: use the running statistics
             mean, variance = self.norm.running_mean, self.norm.running_var
             features = F.batch_norm(features, mean, variance, eps=self.norm.eps)
         else:
@@ -47,7 +47,7 @@ class LinearHead(nn.Module):
 
     @torch.no_grad()
     def as_linear(self) -> nn.Linear:
-        """Fold the norm's running statistics into one new linear layer: what ImageClassifier has as its head."""
+        """Merge the norm's running statistics into one new linear layer, the kind of head that ImageClassifier has."""
         mean, variance = self.norm.running_mean, self.norm.running_var
         assert mean is not None
         assert variance is not None
@@ -58,10 +58,10 @@ class LinearHead(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """A head that trains on an encoder that does not; in its place, an ImageClassifier trains both.
+    """A frozen encoder with a head that trains; an ImageClassifier trains both.
 
     Args:
-        encoder: built; its parameters lose requires_grad, and it stays in evaluation mode whatever train() says.
+        encoder: built; its parameters lose requires_grad, and it stays in evaluation mode also after train().
         head: takes (B, D) features.
     """
 
@@ -87,7 +87,7 @@ class LinearProbe(nn.Module):
 
 
 def fold_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the weights of a LinearProbe into those of an ImageClassifier that says the same; others stay as they are.
+    """Turn a LinearProbe's weights into those of an ImageClassifier with the same outputs; others stay as they are.
 
     Args: state: names with head.norm.* and head.linear.* of a LinearHead; the encoder's may be among them.
     """

@@ -1,6 +1,6 @@
-"""Judge an encoder while it pretrains: how well its frozen features tell the classes of a few labelled images apart.
+"""Judge an encoder while it pretrains: how well its features separate the classes of a few labelled images.
 
-Each image is classified by the others (leave-one-out), so a small set is voters and judged at once.
+Each image is classified by all others (leave-one-out), so a small set is enough.
 Legend: N images, D width, C classes.
 """
 
@@ -17,17 +17,17 @@ from mixmae.metrics import UNKNOWN, Accuracy, top_k_accuracy
 from mixmae.probing.knn import KnnConfig, knn_leave_one_out
 
 IMAGES_PER_CLASS = 20
-"""Images of a class, where there are as many: with fewer the votes of k = 20 neighbours are mostly of other classes."""
+"""Images per class, if there are as many: with fewer, most of the k = 20 neighbours are of other classes."""
 RIDGE = 0.1
-"""Penalty of the linear probe, for each image, on features of variance 1."""
+"""Ridge penalty of the linear probe per image, on features of variance 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineProbeConfig:
-    """The probe of a pretraining run on images with classes, made whenever the held-out images are looked at."""
+    """The probe that a pretraining run on labelled images makes at each evaluation, by kNN and ridge regression."""
 
     images: int = 2000
-    """Images that it takes, of as many classes as give 20 images each; 0: no probe."""
+    """Images of the probe, 20 per class from as many classes as that allows; 0: no probe."""
     k: int = 20
     """Neighbours that vote."""
 
@@ -41,11 +41,11 @@ class OnlineProbeConfig:
 
 
 def choose_images(labels: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
-    """Choose the images of a probe, by their labels alone: every run on the same set looks at the same ones.
+    """Choose the images of a probe by their labels alone: the same in every run on the same set.
 
-    Args: labels: (N,) of all rows, below 0 where there is none.  num_images: at most so many.
-    Returns: rows in storage order, as many of each class as there are, up to an equal share; empty unless two classes
-        have two images each, for the only image of a class has nobody to vote for it.
+    Args: labels: (N,) of all rows, below 0 = not known.  num_images: most images to choose.
+    Returns: rows in storage order, of each class up to an equal share; empty unless two classes have two images each:
+        the only image of a class has no neighbour of its class.
     """
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     classes = classes[counts >= 2]
@@ -63,32 +63,32 @@ def choose_images(labels: NDArray[np.int64], num_images: int) -> NDArray[np.int6
 
 
 def _spread(length: int, count: int) -> NDArray[np.int64]:
-    """`count` places of `length`, evenly spread."""
+    """`count` indices in [0, length), evenly spread."""
     return np.arange(count, dtype=np.int64) * length // count
 
 
 def probe_features(features: Tensor, labels: Tensor, k: int) -> dict[str, float]:
-    """Classify each image by the others, by kNN and by a linear probe.
+    """Classify each image by all others, with kNN and with a ridge regression.
 
     Args: features: (N, D) float.  labels: (N,) int64, -1 = left out.
     Returns: probe/knn_top1 and probe/linear_top1, shares in 0..1.
     Raises: ValueError as knn_leave_one_out, for example for features that are not finite.
     """
     known = labels != UNKNOWN
-    # Of the classes of the set these may be a few: number them anew.
-    classes, places = labels[known].unique(return_inverse=True)
+    # These may be few of the set's classes: renumber them from 0.
+    classes, indices = labels[known].unique(return_inverse=True)
     count = len(classes)
-    knn = knn_leave_one_out(features[known], places, num_classes=count, config=KnnConfig(k=k)).accuracy
-    linear = ridge_leave_one_out(features[known], places, num_classes=count)
+    knn = knn_leave_one_out(features[known], indices, num_classes=count, config=KnnConfig(k=k)).accuracy
+    linear = ridge_leave_one_out(features[known], indices, num_classes=count)
     return {"probe/knn_top1": knn.top[1], "probe/linear_top1": linear.top[1]}
 
 
 def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, penalty: float = RIDGE) -> Accuracy:
-    """Classify each image by a linear layer that was fitted to the classes of all others, by least squares.
+    """Classify each image by a linear layer fitted to the classes of all others by least squares.
 
     The fit is in closed form, and so is leaving each image out: with the hat matrix H of the fit to all, the scores
-    that image i gets without itself are (H Y - h_ii y_i) / (1 - h_ii). Features are brought to mean 0 and variance 1
-    before, as the norm of MAE's linear probe does.
+    that image i gets without itself are (H Y - h_ii y_i) / (1 - h_ii). Features are first normalised to mean 0
+    and variance 1, as in MAE's linear probe.
 
     Args:
         features: (N, D) float. labels: (N,) int64 in [0, C).
@@ -101,7 +101,7 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, p
     targets = torch.nn.functional.one_hot(labels.cpu(), num_classes).double()  # (N, C)
     count, width = wide.shape
     shift = penalty * count
-    if count < width:  # the same matrix by the smaller product
+    if count < width:  # the same matrix from the smaller Gram matrix
         gram = wide @ wide.T  # (N, N)
         hat = torch.linalg.solve(gram + shift * torch.eye(count, dtype=gram.dtype), gram)
     else:

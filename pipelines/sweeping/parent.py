@@ -11,6 +11,7 @@ from ray import tune
 
 from mixmae.data.blocks import eval_batch
 from mixmae.finetune.classification import Predictor
+from mixmae.inference import load_classifier
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import to_json
 from mixmae.jobs.job import PLAIN_NAMES, Job
@@ -29,7 +30,6 @@ from mixmae.tracking import (
 from mixmae.training.run_folder import RunFolder, weights_of
 from mixmae.writing import write_json
 from pipelines.console import elapsed_since
-from pipelines.evaluate import load_classifier
 from pipelines.run import Run
 from pipelines.sweeping.results import (
     TrialResult,
@@ -151,7 +151,7 @@ def write_results(shared: Sweep, ended: Sequence[TrialResult], winner: TrialResu
 def register(shared: Sweep, run_id: str, name: str) -> str:
     """Add the best weights of the winner's run to MLflow's registry.   Returns: the version."""
     assert isinstance(shared.job, ClassificationJob)
-    classifier = load_classifier(shared.folder / "best", device="cpu", resize_share=None)
+    classifier = load_classifier(shared.folder / "best", device="cpu")
     preprocessing = classifier.metadata.preprocessing
     version = register_model(
         replace(shared.run, run_id=run_id),

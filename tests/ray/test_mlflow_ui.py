@@ -136,8 +136,14 @@ def follow(page: Any, link: Any) -> Any:
 
 
 def row(page: Any, entity: Any) -> Any:
-    """The fixed part of a run's row in the table, with its name."""
-    return page.locator(f'.ag-pinned-left-cols-container .ag-row[row-id="{entity.info.run_id}"]')
+    """The part of a run's row in the table that has its name."""
+    name = page.get_by_role("link", name=entity.info.run_name, exact=True)
+    return page.locator(f'[role="row"][row-id="{entity.info.run_id}"]').filter(has=name)
+
+
+def cell(page: Any, index: int, column: str) -> Any:
+    """A cell of the table, by the index of its row and MLflow's key of its column."""
+    return page.locator(f'[role="row"][row-index="{index}"] [role="gridcell"][col-id="{column}"]')
 
 
 def test_the_best_trial_is_found_in_three_clicks(page, store, keep):
@@ -183,19 +189,18 @@ def test_trials_are_grouped_under_their_sweep(page, store, keep):
 def test_the_ranked_view_puts_the_best_trial_on_top(page, store, keep):
     page.goto(f"{store.server}/{link_of(store.parent)}")
     page = follow(page, page.get_by_role("link", name="all trials, ranked"))
-    rows = page.locator(".ag-center-cols-container .ag-row")
-    expect(rows).to_have_count(len(store.trials))
-    expect(page.locator('.ag-header-cell[col-id="metrics.`final/top1`"]')).to_be_visible()
+    column = "metrics.`final/top1`"
+    expect(page.locator(f'[role="gridcell"][col-id="{column}"]')).to_have_count(len(store.trials))
+    expect(page.locator(f'[role="columnheader"][col-id="{column}"]')).to_be_visible()
     by_id = {trial.info.run_id: trial for trial in store.trials}
     shown = []
-    for place in range(len(store.trials)):
-        line = page.locator(f'.ag-center-cols-container .ag-row[row-index="{place}"]')
-        trial = by_id[line.get_attribute("row-id")]
+    for index in range(len(store.trials)):
+        trial = by_id[page.locator(f'[role="row"][row-index="{index}"]').first.get_attribute("row-id")]
         for column, value in (
             *((f"params.`{name}`", float(trial.data.params[name])) for name in AXES[:2]),
             ("metrics.`final/top1`", trial.data.metrics["final/top1"]),
         ):
-            assert float(line.locator(f'[col-id="{column}"]').inner_text()) == pytest.approx(value, rel=1e-3)
+            assert float(cell(page, index, column).inner_text()) == pytest.approx(value, rel=1e-3)
         shown.append(trial.data.metrics["final/top1"])
     assert shown == sorted(shown, reverse=True)
     keep(page, "ranked")
@@ -224,7 +229,7 @@ def test_the_comparison_shows_every_trial_on_numeric_axes(page, store, keep):
         for name in names:
             box.click()
             box.fill(name)
-            page.locator(".du-bois-light-select-item-option").get_by_text(name, exact=True).click()
+            page.get_by_title(name, exact=True).last.click()
         page.keyboard.press("Escape")
     plot = page.locator(".js-plotly-plot")
     expect(plot.locator(".axis-title")).to_have_text(AXES)

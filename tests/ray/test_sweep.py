@@ -150,7 +150,7 @@ def test_the_winner_is_a_registered_model_that_needs_none_of_our_code(swept, tmp
     import numpy as np
 
     from mixmae.finetune.classification import Predictor
-    from pipelines.evaluate import load_classifier
+    from mixmae.inference import load_classifier
 
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -162,7 +162,7 @@ model = mlflow.pyfunc.load_model("models:/tiny@best")
 numpy.save("probabilities.npy", model.predict(numpy.load("images.npy")))
 """
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True)
-    classifier = load_classifier(swept.output / "best", device="cpu", resize_share=None)
+    classifier = load_classifier(swept.output / "best", device="cpu")
     preprocessing = classifier.metadata.preprocessing
     predictor = Predictor(classifier.model, mean=preprocessing.mean, std=preprocessing.std)
     with torch.no_grad():

@@ -19,8 +19,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import Uint8Array
-from mixmae.data.images.statistics import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.data.order import Draw, uniforms
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 _FILL = (124, 116, 104)
 """ImageNet's mean colour, for the area that a rotated or shifted image leaves free."""

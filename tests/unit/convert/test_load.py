@@ -15,12 +15,11 @@ from mixmae.convert import (
     save_encoder,
     to_official,
 )
-from mixmae.convert.files import Preprocessing
+from mixmae.convert.metadata import Preprocessing
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.layers.positions import sin_cos_positions
-from tests.factories import noise_images, tiny_mixmae, tiny_pvt, tiny_swin
-from tests.unit.convert.test_formats import vit_state
+from tests.factories import noise_images, tiny_mixmae, tiny_pvt, tiny_swin, vit_state
 
 
 def cubic(values, places):

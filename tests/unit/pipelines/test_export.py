@@ -20,12 +20,13 @@ from mixmae.convert import (
     save_encoder,
     to_official,
 )
+from mixmae.convert.exported import compare
 from mixmae.encoders.build import config_to_json
 from mixmae.encoders.pvt import PvtEncoder, pvt_v2_b0
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.tracking import create_run, metric_history
 from mixmae.training.checkpoint import save_checkpoint
-from pipelines.export import Arguments, compare, main, read
+from pipelines.export import Arguments, main, read
 from tests.contract.test_encoders import ENCODERS
 from tests.factories import ablation_mixmae, noise_images, tiny_mae, tiny_mixmae, tiny_simmim, tiny_swin, tiny_vit
 
@@ -171,6 +172,18 @@ def run_of(model, base):
     save_checkpoint(checkpoint, model=model, optimizer=None, state={"config": config, "position": {"step": 1}})
     (checkpoint.parents[1] / "run.json").write_text("{}")
     return checkpoint
+
+
+def test_a_runs_folder_gives_its_best_weights_or_its_last_checkpoint(tmp_path):
+    last, best = trained(tiny_simmim()), tiny_simmim()
+    checkpoint = run_of(last, tmp_path)
+    folder = checkpoint.parents[1]
+    export(folder, tmp_path / "last")
+    assert same(load_encoder(tmp_path / "last" / "encoder.safetensors")[0].state_dict(), last.encoder.state_dict())
+    state = json.loads((checkpoint / "state.json").read_text())
+    save_checkpoint(folder / "best", model=best, optimizer=None, state=state)
+    export(folder, tmp_path / "best")
+    assert same(load_encoder(tmp_path / "best" / "encoder.safetensors")[0].state_dict(), best.encoder.state_dict())
 
 
 @pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS)

@@ -1,9 +1,8 @@
-"""What a user can get wrong when finetuning, evaluating and predicting: one sentence, before the run starts."""
+"""What a user can get wrong when finetuning: one sentence, before the run starts; and the paper's recipes."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from mixmae.encoders.swin import SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.jobs.config import to_json
 from mixmae.training.optim import parameter_groups
-from pipelines import evaluate, finetune, predict
+from pipelines import finetune
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from tests.factories import tiny_swin
 from tests.unit.conftest import coloured_jpeg
@@ -135,38 +134,3 @@ def test_the_rates_of_the_papers_base():
     assert scales["encoder.stages.3.blocks.1.mlp.fc1.weight"] == pytest.approx(0.7)
     assert scales["encoder.stages.2.blocks.0.attn.qkv.weight"] == pytest.approx(0.7**20)
     assert scales["encoder.patch_embed.proj.weight"] == pytest.approx(0.7**25)
-
-
-class TestEvaluateAndPredict:
-    @pytest.fixture
-    def classifier(self, tmp_path) -> Path:
-        path = tmp_path / "classifier.safetensors"
-        save_encoder(path, ImageClassifier(tiny_swin(), 4), Preprocessing(image_size=(96, 96)))
-        return path
-
-    def test_mistakes(self, error, tmp_path, shards, classifier):
-        def refused(*argv: object) -> str:
-            return error(evaluate.main, *argv)
-
-        save_encoder(tmp_path / "encoder.safetensors", tiny_swin(), Preprocessing(image_size=(96, 96)))
-        assert "without a classifier" in refused(tmp_path / "encoder.safetensors", "--data", shards("a", LABELS))
-        assert "--data SOURCE" in refused(classifier)
-        assert "no labels to judge by" in refused(classifier, "--data", shards("b", None))
-        text = refused(classifier, "--data", shards("c", [*LABELS, 4]))
-        assert "has the label 4, but the model knows 4 classes" in text
-        assert "--batch-size is 0" in refused(classifier, "--data", tmp_path / "a", "--batch-size", 0)
-        assert "does not exist" in refused(tmp_path / "no", "--data", tmp_path / "a")
-        text = error(predict.main, classifier, tmp_path / "no")
-        assert "does not exist" in text
-
-    def test_a_file_is_judged_and_predicts(self, tmp_path, shards, classifier):
-        data = shards("set", LABELS)
-        assert evaluate.main([str(classifier), "--data", str(data), "--output", str(tmp_path / "judged")]) == 0
-        numbers = json.loads((tmp_path / "judged" / "metrics.json").read_text())
-        assert numbers["num_judged"] == 40
-        assert numbers["top5"] == 1.0  # of four classes
-        assert predict.main([str(classifier), str(data), "--output", str(tmp_path / "said")]) == 0
-        lines = (tmp_path / "said" / "predictions.csv").read_text().splitlines()
-        assert len(lines) == 41
-        assert lines[0] == "file,class,probability,top5"
-        assert "train-0.parquet#0 / 0.jpg," in lines[1]

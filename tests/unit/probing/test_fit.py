@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from mixmae.probing.fit import ProbeConfig, small_set_probe, train_probe
+from mixmae.probing.fit import LinearProbeConfig, small_set_probe, train_probe
 from mixmae.probing.linear import LinearHead
 from mixmae.training.optim import OptimConfig
 from tests.factories import seeded
@@ -29,7 +29,7 @@ def run(features, labels, config, validation=None, classes=4):
 LARS = OptimConfig(optimizer="lars", base_lr=10.0, weight_decay=0.0)
 
 
-@pytest.mark.parametrize("config", [ProbeConfig(optim=LARS), small_set_probe()], ids=["lars", "adamw"])
+@pytest.mark.parametrize("config", [LinearProbeConfig(optim=LARS), small_set_probe()], ids=["lars", "adamw"])
 def test_separable_features_are_told_apart_and_noise_is_not(config):
     (features, labels), (other, classes) = clouds(400), clouds(400, seed=7)
     _, curves = run(features, labels, config, (other, classes))
@@ -53,12 +53,12 @@ def test_a_small_set_is_classified_as_well_as_by_logistic_regression():
 
 def test_the_same_run_twice_and_with_another_seed():
     features, labels = clouds(50)
-    config = ProbeConfig(epochs=6, warmup_epochs=1, batch_size=16)
+    config = LinearProbeConfig(epochs=6, warmup_epochs=1, batch_size=16)
     first, curves = run(features, labels, config)
     second, again = run(features, labels, config)
     assert curves == again
     assert torch.equal(first.linear.weight, second.linear.weight)
-    other, _ = run(features, labels, ProbeConfig(epochs=6, warmup_epochs=1, batch_size=16, seed=1))
+    other, _ = run(features, labels, LinearProbeConfig(epochs=6, warmup_epochs=1, batch_size=16, seed=1))
     assert not torch.equal(first.linear.weight, other.linear.weight)
 
 
@@ -66,7 +66,7 @@ def test_three_steps_by_hand():
     """Four images in batches that are capped at the set: rates 0, 1/2 and 1 of base_lr x 4 / 256 in the warmup."""
     features, labels = clouds(4)
     optim = replace(LARS, base_lr=64.0)
-    head, curves = run(features, labels, ProbeConfig(epochs=3, warmup_epochs=2, optim=optim))
+    head, curves = run(features, labels, LinearProbeConfig(epochs=3, warmup_epochs=2, optim=optim))
     torch.manual_seed(0)
     expected = LinearHead(16, 4)
     weight, bias = expected.linear.weight, expected.linear.bias
@@ -93,7 +93,7 @@ def test_curves_have_a_point_an_epoch_and_every_image_is_seen():
     seen = []
     head = LinearHead(16, 4)
     head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]) if module.training else None)
-    curves = train_probe(head, features, labels, ProbeConfig(epochs=4, warmup_epochs=0, batch_size=16))
+    curves = train_probe(head, features, labels, LinearProbeConfig(epochs=4, warmup_epochs=0, batch_size=16))
     assert len(seen) == 12  # floor(4 x 50 / 16)
     assert len(curves.loss) == len(curves.train_top1) == 4
     places = [int((features == row).all(dim=1).nonzero()) for row in torch.cat(seen)]
@@ -104,7 +104,7 @@ def test_curves_have_a_point_an_epoch_and_every_image_is_seen():
 
 def test_unknown_classes_are_left_out():
     features, labels = clouds(50)
-    config = ProbeConfig(epochs=6, warmup_epochs=1, batch_size=16)
+    config = LinearProbeConfig(epochs=6, warmup_epochs=1, batch_size=16)
     hidden = torch.cat([labels, torch.full((10,), -1)])
     with_unknown, _ = run(torch.cat([features, torch.ones(10, 16)]), hidden, config)
     assert torch.equal(with_unknown.linear.weight, run(features, labels, config)[0].linear.weight)
@@ -113,14 +113,14 @@ def test_unknown_classes_are_left_out():
 def test_mistakes():
     features, labels = clouds(8)
     with pytest.raises(ValueError, match="finite features"):
-        run(features / 0, labels, ProbeConfig())
+        run(features / 0, labels, LinearProbeConfig())
     with pytest.raises(ValueError, match=r"\(8, 16\) and \(7,\)"):
-        run(features, labels[:7], ProbeConfig())
+        run(features, labels[:7], LinearProbeConfig())
     with pytest.raises(ValueError, match="from 0 to 3, but the head has 3 classes"):
-        run(features, labels, ProbeConfig(), classes=3)
+        run(features, labels, LinearProbeConfig(), classes=3)
     with pytest.raises(ValueError, match="1 images with a class"):
-        run(features[:1], labels[:1], ProbeConfig())
+        run(features[:1], labels[:1], LinearProbeConfig())
     with pytest.raises(ValueError, match="warmup_epochs is 91"):
-        ProbeConfig(warmup_epochs=91)
+        LinearProbeConfig(warmup_epochs=91)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        ProbeConfig(batch_size=0)
+        LinearProbeConfig(batch_size=0)

@@ -1,0 +1,277 @@
+"""Trained models ready to look at images: a classifier, a frozen encoder, and tables of an encoder's features.
+
+Legend: N images, D the encoder's last width, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mixmae.convert import EncoderMetadata, Preprocessing, build_model, digest_of, read_weights
+from mixmae.data.blocks import ImageBatch, eval_batches
+from mixmae.data.chunks import Int64Array
+from mixmae.data.images.augment import centre_crop
+from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb
+from mixmae.data.source import Sample, Source, read_rows
+from mixmae.encoders.base import Encoder
+from mixmae.finetune.classification import ImageClassifier
+from mixmae.probing.features import LabelledBatch, extract_features, predict_logits
+from mixmae.training.checkpoint import upgraded
+from mixmae.training.run_folder import weights_of
+
+CROP_PCT = 0.875
+"""Side of the central crop over that of the resized image, where nothing else is known: 224 / 256."""
+SAY_EVERY_S = 15.0
+"""Seconds between two lines about the progress."""
+
+Device = Literal["auto", "cpu", "gpu"]
+"""Where a model runs; auto takes a GPU if this process has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A classifier ready to look at images in evaluation's fixed transform."""
+
+    model: ImageClassifier
+    metadata: EncoderMetadata
+    class_names: tuple[str, ...] | None
+    crop_pct: float
+    device: torch.device
+    batch_size: int = 64
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.head.out_features
+
+    def name_of(self, label: int) -> str:
+        """The name of a class; its index if the classes have no names."""
+        return str(label) if self.class_names is None else self.class_names[label]
+
+    def logits(self, source: Source) -> tuple[Tensor, Tensor]:
+        """Score all images of a source: (N, C) float32, and the labels (N,) int64; broken images have label -1."""
+        preprocessing = self.metadata.preprocessing
+        batches = decoded(source, preprocessing, crop_pct=self.crop_pct, batch_size=self.batch_size)
+        return predict_logits(self.model, batches, mean=preprocessing.mean, std=preprocessing.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenEncoder:
+    """An encoder ready to look at images in evaluation's fixed transform."""
+
+    encoder: Encoder
+    preprocessing: Preprocessing
+    crop_pct: float
+    device: torch.device
+    bfloat16: bool = False
+    batch_size: int = 64
+    path: Path | None = None
+    """Where its weights come from."""
+    digest: str = ""
+    """Digest of its own weights, without a head or a decoder: the same whichever file they were read from."""
+    run_id: str | None = None
+    """The MLflow run that the weights are of, if the file says so."""
+
+    @property
+    def width(self) -> int:
+        return self.encoder.channels[-1]
+
+    def pool(self, batches: Iterable[LabelledBatch]) -> tuple[Tensor, Tensor]:
+        """Pooled features (N, D) float32 and labels (N,) int64 of batches; broken images have label -1."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return extract_features(self.encoder, batches, mean=self.preprocessing.mean, std=self.preprocessing.std)
+
+    def features(self, source: Source, rows: Int64Array | None = None) -> tuple[Tensor, Tensor]:
+        """As `pool`, of a source's images, all or these rows; prints the progress."""
+        total = source.num_rows if rows is None else len(rows)
+        batches = decoded(source, self.preprocessing, crop_pct=self.crop_pct, batch_size=self.batch_size, rows=rows)
+        return self.pool(_saying(batches, total, f"features of {source.name}"))
+
+
+def load_classifier(
+    path: Path, *, device: Device = "auto", crop_pct: float | None = None, batch_size: int = 64
+) -> Classifier:
+    """Build a classifier from what finetuning or export wrote, or from official finetuned weights.
+
+    Args: crop_pct: None takes the value of the run that the weights are of, else 0.875.
+    Raises: ValueError if there is none in it, or an option is out of range; FileNotFoundError.
+    """
+    _check(batch_size, crop_pct)
+    place = choose_device(device)
+    file = weights_of(path.expanduser())
+    model, metadata = build_model(read_weights(file), file)
+    if not isinstance(model, ImageClassifier):
+        raise ValueError(f"{file} holds an encoder without a classifier: finetune it first (pipelines/finetune.py).")
+    names = metadata.source.get("classes")
+    if crop_pct is None:
+        crop_pct = upgraded(metadata.source.get("config", {})).get("crop_pct", CROP_PCT)
+    return Classifier(
+        model=model.to(place),
+        metadata=metadata,
+        class_names=tuple(names) if names else None,
+        crop_pct=crop_pct,
+        device=place,
+        batch_size=batch_size,
+    )
+
+
+def load_frozen(
+    path: Path, *, device: Device = "auto", crop_pct: float = CROP_PCT, batch_size: int = 64, bfloat16: bool = False
+) -> FrozenEncoder:
+    """Build the encoder of a run's folder, a checkpoint, an encoder file, a hub folder or weights of other formats.
+
+    Raises: ValueError if there is none in it, the file is damaged, its architecture is not known, or an option is out
+        of range; FileNotFoundError.
+    """
+    _check(batch_size, crop_pct)
+    place = choose_device(device)
+    file = weights_of(path.expanduser())
+    model, metadata = build_model(read_weights(file), file)
+    encoder: Any = model.encoder if isinstance(model, ImageClassifier) else model
+    run_id = metadata.source.get("run_id")
+    return FrozenEncoder(
+        encoder=encoder.to(place),
+        preprocessing=metadata.preprocessing,
+        crop_pct=crop_pct,
+        device=place,
+        bfloat16=bfloat16,
+        batch_size=batch_size,
+        path=file,
+        digest=digest_of(encoder.state_dict()),
+        run_id=str(run_id) if run_id else None,
+    )
+
+
+def _check(batch_size: int, crop_pct: float | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}: it must be at least 1.")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"--crop-pct is {crop_pct}: it must be in (0, 1], 0.875 is usual.")
+
+
+def choose_device(device: Device) -> torch.device:
+    """Where this process computes.   Raises: ValueError if a GPU is asked for and there is none."""
+    if device == "gpu" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here: leave --device out, or give --device cpu.")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def decoded(
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    crop_pct: float,
+    batch_size: int,
+    rows: Int64Array | None = None,
+) -> Iterator[ImageBatch]:
+    """Batches of a source's images, all or these rows, decoded by threads one batch ahead of the model."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        size = preprocessing.image_size
+        yield from ahead(eval_batches(source, size, batch_size=batch_size, rows=rows, resize_share=crop_pct, pool=pool))
+
+
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while the last one is used."""
+    with ThreadPoolExecutor(1) as maker:
+        pending = maker.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = maker.submit(next, items, None)
+            yield item
+
+
+def _saying(batches: Iterable[ImageBatch], total: int, what: str) -> Iterator[ImageBatch]:
+    """Pass batches on, and print a line every SAY_EVERY_S seconds and at the end of what took longer than that."""
+    start = said = time.monotonic()
+    count = broken = 0
+    for batch in batches:
+        yield batch
+        count, broken = count + len(batch.images), broken + len(batch.broken)
+        now = time.monotonic()
+        if now - said > SAY_EVERY_S or (count == total and said > start):
+            said = now
+            print(f"{what}: {count}/{total} images, {count / (now - start):.0f} images/s", flush=True)
+    if broken:
+        print(f"note: {broken} images of {total} could not be decoded and are left out", flush=True)
+
+
+@dataclass(frozen=True)
+class _DecodedRows:
+    """The images of a batch that decode: a LabelledBatch, and where each was found."""
+
+    images: Tensor
+    labels: Tensor
+    samples: list[tuple[int, Sample]]
+    """(row, what is stored there) of each."""
+
+
+class Embedder:
+    """An encoder that turns rows of a source into a table of features."""
+
+    def __init__(self, frozen: FrozenEncoder, source: Source, num_processes: int = 1) -> None:
+        """Args: num_processes: those that may decode on the same cores, this one included."""
+        self._frozen, self._source = frozen, source
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_processes), "decode")
+
+    def __call__(self, rows: Int64Array) -> pa.Table:
+        """The features of these rows, in order; rows that do not decode are left out."""
+        step = self._frozen.batch_size
+        loaded = (self._load(rows[start : start + step]) for start in range(0, len(rows), step))
+        tables = [self._embed(batch) for batch in ahead(loaded) if batch.samples]
+        return pa.concat_tables(tables) if tables else feature_schema(self._frozen.width).empty_table()
+
+    def _load(self, rows: Int64Array) -> _DecodedRows:
+        samples = read_rows(self._source, rows)
+        kept = [
+            (image, row, sample)
+            for image, row, sample in zip(self._pool.map(self._decode, samples), rows.tolist(), samples, strict=True)
+            if image is not None
+        ]
+        images = np.stack([image for image, _, _ in kept]) if kept else np.empty(0, dtype=np.uint8)
+        labels = torch.tensor([sample.label for _, _, sample in kept], dtype=torch.int64)
+        return _DecodedRows(torch.from_numpy(images), labels, [(row, sample) for _, row, sample in kept])
+
+    def _decode(self, sample: Sample) -> Uint8Array | None:
+        try:
+            return centre_crop(decode_rgb(sample.data), self._frozen.preprocessing.image_size, self._frozen.crop_pct)
+        except DecodeError:
+            return None
+
+    def _embed(self, batch: _DecodedRows) -> pa.Table:
+        features, _ = self._frozen.pool([batch])
+        columns = [
+            pa.array([row for row, _ in batch.samples], type=pa.int64()),
+            pa.array([sample.path or None for _, sample in batch.samples], type=pa.string()),
+            pa.array([sample.label if sample.label >= 0 else None for _, sample in batch.samples], type=pa.int64()),
+            pa.FixedSizeListArray.from_arrays(pa.array(features.numpy().reshape(-1)), self._frozen.width),
+        ]
+        return pa.Table.from_arrays(columns, schema=feature_schema(self._frozen.width))
+
+
+class EmbeddingWorker:
+    """An Embedder in the form that Ray Data's map_batches takes: built once in each process of a pool."""
+
+    def __init__(self, load: Callable[[], FrozenEncoder], source: Source, num_processes: int) -> None:
+        self._embed = Embedder(load(), source, num_processes)
+
+    def __call__(self, block: Mapping[str, Any]) -> pa.Table:
+        """The features of rows `start` to `stop`.   Args: block: both, in arrays of one value."""
+        return self._embed(np.arange(block["start"][0], block["stop"][0]))
+
+
+def feature_schema(width: int) -> pa.Schema:
+    """The columns of a table of features."""
+    kinds = {"row": pa.int64(), "path": pa.string(), "label": pa.int64(), "feature": pa.list_(pa.float32(), width)}
+    return pa.schema(list(kinds.items()))
