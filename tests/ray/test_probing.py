@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import io
 import json
-import signal
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 
 from mixmae.convert import Preprocessing, save_encoder
 from mixmae.encoders.build import build_encoder
-from mixmae.encoders.swin import SwinConfig
 from mixmae.tracking import create_run, finish_run
-from tests.ray.conftest import command, environment, run
+from tests.ray.conftest import ENCODER, Finished, command, has_checkpoint, interrupt, run
+from tests.unit.conftest import coloured_jpeg
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-ENCODER = SwinConfig(
-    image_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_sizes=(8, 8, 4, 2)
-)
-#: 60 steps are 16 epochs of 240 images.
 SHORT = [
     *("--augment.image-size", "64", "--loop.batch-size", "64", "--loop.micro-batch-size", "32"),
     *("--loop.steps", "60", "--loop.log-every-steps", "5", "--optim.base-lr", "0.04"),
-    *("--loop.panel-every-epochs", "4", "--loop.checkpoint-every-epochs", "4"),
+    *("--loop.evaluate-every-epochs", "4", "--loop.checkpoint-every-epochs", "4"),
 ]
+"""60 steps are 16 epochs of 240 images."""
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    """Shards of noise on a ground whose colour tells one of four classes: what random weights can tell apart."""
-    folder, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for split, count in (("train", 240), ("validation", 60)):
-        labels, images = [row % 4 for row in range(count)], []
-        for row, label in enumerate(labels):
-            out = io.BytesIO()
-            pixels = rng.integers(0, 120, (70, 80, 3)) + 40 * label * np.array([1, 0, -1]) + 60
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG")
-            images.append({"bytes": out.getvalue(), "path": f"{row}.jpg"})
+    """Shards of four classes that random weights can separate, by the colour of the ground."""
+    folder = tmp_path_factory.mktemp("colours")
+    for split, first, count in (("train", 0, 240), ("validation", 240, 60)):
+        labels = [row % 4 for row in range(count)]
+        images = [
+            {"bytes": coloured_jpeg(first + row, label), "path": f"{row}.jpg"} for row, label in enumerate(labels)
+        ]
         pq.write_table(pa.table({"image": images, "label": labels}), folder / f"{split}-0.parquet", row_group_size=32)
     return folder
 
@@ -62,34 +52,17 @@ def origin(tmp_path_factory, mlflow_server) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, origin, colours, mlflow_server) -> dict:
+def finished(tmp_path_factory, origin, colours, mlflow_server) -> Finished:
+    """One run to its end; the other runs are compared with it."""
     base = tmp_path_factory.mktemp("runs")
-    arguments = [
-        "demo_linear",
-        "--pretrained",
-        str(origin[0]),
-        "--data",
-        str(colours),
-        "--mlflow-uri",
-        mlflow_server,
-        *SHORT,
-    ]
-    done = run(*arguments, "--output", base / "whole", cwd=base, pipeline="linear_probe")
+    arguments = ["--pretrained", str(origin[0]), "--data", str(colours), "--mlflow-uri", mlflow_server, *SHORT]
+    done = run("demo_linear", "--output", base / "whole", *arguments, cwd=base, pipeline="linear_probe")
     assert done.returncode == 0, done.stdout + done.stderr
-    return {"base": base, "arguments": arguments, "text": done.stdout, "server": mlflow_server}
-
-
-def _state(finished: dict, name: str) -> dict:
-    return json.loads((finished["base"] / name / "run.json").read_text())
-
-
-def _weights(state: dict) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(Path(state["checkpoint"]) / "model.safetensors")
+    return Finished(base / "whole", mlflow_server, arguments, done.stdout)
 
 
 def test_the_head_trains_and_the_encoder_does_not_move(finished, origin):
-    state = _state(finished, "whole")
-    weights, before = _weights(state), safetensors.torch.load_file(origin[0])
+    weights, before = finished.weights, safetensors.torch.load_file(origin[0])
     for name, value in before.items():
         assert torch.equal(value, weights[name]), name
     assert weights.keys() - before.keys() == {
@@ -103,28 +76,28 @@ def test_the_head_trains_and_the_encoder_does_not_move(finished, origin):
         )
     }
     assert weights["head.norm.num_batches_tracked"] == 120  # 60 steps of two micro-batches
-    optimizer = torch.load(Path(state["checkpoint"]) / "optimizer.pt", weights_only=True)
+    optimizer = torch.load(finished.checkpoint / "optimizer.pt", weights_only=True)
     names = [name for group in optimizer["param_groups"] for name in group["names"]]
     assert sorted(names) == ["head.linear.bias", "head.linear.weight"]
-    losses = [float(line.split("loss ")[1].split(" ")[0]) for line in finished["text"].splitlines() if "lr " in line]
+    losses = [value for _, value in finished.curve("train/loss")]
     assert losses[-1] < losses[0]
-    assert state["metrics"]["final/top1"] > 0.6
+    assert finished.state["metrics"]["final/top1"] > 0.6
 
 
 def test_mlflow_holds_the_run_and_the_way_back(finished, origin):
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=finished["server"])
-    seen = client.get_run(_state(finished, "whole")["mlflow"]["run_id"])
+    client = MlflowClient(tracking_uri=finished.server)
+    seen = client.get_run(finished.state["mlflow"]["run_id"])
     assert (seen.info.status, seen.data.tags["stage"]) == ("FINISHED", "linear_probe")
-    assert [point.step for point in client.get_metric_history(seen.info.run_id, "val/top1")] == [15, 30, 45, 60]
+    assert [step for step, _ in finished.curve("val/top1")] == [15, 30, 45, 60]
     assert seen.data.tags["pretrained.run_id"] == origin[1]
     assert client.get_run(origin[1]).data.tags[f"linear_probe.{seen.info.run_id}"] == "whole"
 
 
 def test_its_checkpoints_are_classifiers(finished):
-    state, base = _state(finished, "whole"), finished["base"]
-    for model, prefix in ((base / "whole", "best"), (Path(state["checkpoint"]), "final")):
+    state, base = finished.state, finished.output.parent
+    for model, prefix in ((finished.output, "best"), (finished.checkpoint, "final")):
         done = run(model, "--output", base / prefix, cwd=base, pipeline="evaluate")
         assert done.returncode == 0, done.stdout + done.stderr
         numbers = json.loads((base / prefix / "metrics.json").read_text())
@@ -135,28 +108,16 @@ def test_its_checkpoints_are_classifiers(finished):
 
 @pytest.mark.slow
 def test_interrupted_and_continued_equals_uninterrupted(finished):
-    base = finished["base"]
-    arguments = [*finished["arguments"], "--output", base / "interrupted"]
-    first = subprocess.Popen(
-        command(*arguments, pipeline="linear_probe"),
-        cwd=base,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("step 20/"):  # the first checkpoint is step 15
-            first.send_signal(signal.SIGINT)
-            break
-    rest, errors = first.communicate(timeout=200)
-    assert first.returncode == 130, rest + errors
+    base, output = finished.output.parent, finished.output.parent / "interrupted"
+    arguments = ["demo_linear", "--output", str(output), *finished.arguments]
+    program = command(*arguments, pipeline="linear_probe")
+    status, text = interrupt(program, lambda: has_checkpoint(output), cwd=base)
+    assert status == 130, text
     second = run(*arguments, cwd=base, pipeline="linear_probe")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "Continuing" in second.stdout
-    whole, continued = (_weights(_state(finished, name)) for name in ("whole", "interrupted"))
-    for name, value in whole.items():
+    continued = Finished(output, finished.server, arguments, second.stdout).weights
+    for name, value in finished.weights.items():
         assert torch.equal(value, continued[name]), name
 
 
