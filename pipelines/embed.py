@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from mixmae.convert import writing
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
 from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb
 from mixmae.data.source import Sample, Source, read_rows
 from mixmae.data.sources.open import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
+from mixmae.writing import writing
 from pipelines.console import fail
 from pipelines.features import SAY_EVERY_S, FrozenEncoder, ahead, load_frozen
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixmae.convert import EncoderMetadata, build_model, read_weights
-from mixmae.convert.files import NOT_STATED
+from mixmae.convert.metadata import NOT_STATED
 from mixmae.data.blocks import eval_batches
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources.open import list_splits, open_source

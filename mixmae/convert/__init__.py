@@ -5,21 +5,6 @@ renames it to ours; to_X where we also write it. docs/weights.md shows how they 
 """
 
 from mixmae.convert.architecture import Architecture, describe, read_architecture
-from mixmae.convert.files import (
-    EncoderMetadata,
-    Preprocessing,
-    Weights,
-    build_model,
-    digest_of,
-    encoder_state,
-    first_conv,
-    load_encoder,
-    read_state_dict,
-    read_weights,
-    save_encoder,
-    save_tensors,
-    writing,
-)
 from mixmae.convert.formats import FORMATS, detect_format, to_ours
 from mixmae.convert.load import (
     LoadReport,
@@ -30,6 +15,8 @@ from mixmae.convert.load import (
     resize_bias_table,
     resize_positions,
 )
+from mixmae.convert.metadata import EncoderMetadata, Preprocessing, digest_of
+from mixmae.convert.models import build_model, encoder_state, first_conv, load_encoder
 from mixmae.convert.names.mae import config_from_mae, from_mae
 from mixmae.convert.names.mmpretrain import config_from_mmpretrain, from_mmpretrain, to_mmpretrain
 from mixmae.convert.names.official import config_from_official, from_official, to_official
@@ -37,6 +24,8 @@ from mixmae.convert.names.pvt import from_pvt, from_timm_pvt_v2, to_timm_pvt_v2
 from mixmae.convert.names.resnetv2 import from_timm_resnetv2, to_timm_resnetv2
 from mixmae.convert.names.swin import from_microsoft_swin, from_simmim_swin, from_timm_swin
 from mixmae.convert.names.twins import from_twins, to_twins
+from mixmae.convert.read import Weights, read_state_dict, read_weights
+from mixmae.convert.write import save_encoder, save_tensors
 
 __all__ = [
     "FORMATS",
@@ -82,5 +71,4 @@ __all__ = [
     "to_timm_pvt_v2",
     "to_timm_resnetv2",
     "to_twins",
-    "writing",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.convert.architecture import BIAS_TABLE, StateDict, describe, window_size
-from mixmae.convert.files import Weights, read_weights
+from mixmae.convert.read import Weights, read_weights
 
 MIN_MATCHED = 0.95
 """Share of a model's tensors that must be loaded."""

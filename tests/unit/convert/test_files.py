@@ -13,21 +13,22 @@ import torch
 from safetensors.torch import save_file
 
 from mixmae.convert import (
+    EncoderMetadata,
+    Preprocessing,
     load_encoder,
     load_pretrained,
     read_state_dict,
     read_weights,
     save_encoder,
     to_official,
-    writing,
 )
-from mixmae.convert.files import EncoderMetadata, Preprocessing
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.build import config_from_json, config_to_json, size_name
 from mixmae.encoders.swin import SwinConfig, SwinEncoder, swin_base
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.training.checkpoint import save_checkpoint
+from mixmae.writing import writing
 from tests.contract.test_encoders import ENCODERS
 from tests.factories import noise_images, tiny_mae, tiny_mixmae, tiny_simmim, tiny_swin, tiny_vit
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixmae.convert import (
+    Preprocessing,
     from_mae,
     load_pretrained,
     load_weights,
@@ -15,7 +16,6 @@ from mixmae.convert import (
     save_encoder,
     to_official,
 )
-from mixmae.convert.files import Preprocessing
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.layers.positions import sin_cos_positions

@@ -1,0 +1,84 @@
+"""What is known of weights beside their values: the architecture, the preprocessing, where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
+
+METADATA_KEY = "mixmae"
+"""Where an encoder file and a hub folder's config.json keep their metadata."""
+
+NOT_STATED = "not stated"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What an image goes through before the encoder: resize, centre crop, scale to 0..1, normalise."""
+
+    image_size: tuple[int, int]
+    """(H, W) in pixels."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted from pixels in 0..1, a value a channel."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Divides the difference."""
+    interpolation: str = "bicubic"
+    """How images are resized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderMetadata:
+    """All that is needed to use the weights of an encoder, or of a classifier on one."""
+
+    encoder: EncoderConfig
+    """The architecture."""
+    preprocessing: Preprocessing
+    """What it expects of images."""
+    num_classes: int | None = None
+    """Classes of the head; None for an encoder alone."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the weights come from: the format and the name of their file; for a run also its step, data and config."""
+    data_licence: str = NOT_STATED
+    """What the licence of the training data says of such weights, in the words of who exported them."""
+    digest: str = ""
+    """digest_of the weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Write as JSON values."""
+        values = {name: getattr(self, name) for name in ("num_classes", "data_licence", "digest")}
+        parts = {"encoder": config_to_json(self.encoder), "preprocessing": asdict(self.preprocessing)}
+        return {**parts, **values, "source": dict(self.source)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EncoderMetadata:
+        """Read what to_json wrote.   Raises: ValueError if it is something else."""
+        try:
+            encoder = config_from_json(content["encoder"])
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in content["preprocessing"].items()
+            }
+            preprocessing = Preprocessing(**values)
+            rest = {name: content[name] for name in ("num_classes", "data_licence", "digest", "source")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the metadata was written by another version of mixmae ({error!r})") from error
+        return cls(encoder=encoder, preprocessing=preprocessing, **rest)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Compute the SHA-256 of weights: of names, dtypes, shapes and bytes, whatever their order."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
