@@ -134,7 +134,7 @@ def compare(name: str, seed: int, output: Path) -> tuple[float, float]:
     run("pretrain", "demo", start, ["--data", str(everything), *own, *trial.pretrain])
     # An epoch of so few images is a few steps: evaluate every 25 epochs, not after each.
     own += ["--data", str(few), *trial.finetune]
-    own += ["--loop.panel-every-epochs", "25", "--loop.checkpoint-every-epochs", "25"]
+    own += ["--loop.evaluate-every-epochs", "25", "--loop.checkpoint-every-epochs", "25"]
     first, second = folder / f"from-pretraining-{seed}", folder / f"from-scratch-{seed}"
     pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
     scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])

@@ -177,7 +177,7 @@ def decoded(
     """Batches of a source's images, all or these rows, decoded by threads one batch ahead of the model."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         size = preprocessing.image_size
-        yield from ahead(eval_batches(source, size, batch_size=batch_size, rows=rows, resize_share=crop_pct, pool=pool))
+        yield from ahead(eval_batches(source, size, batch_size=batch_size, rows=rows, crop_pct=crop_pct, pool=pool))
 
 
 Item = TypeVar("Item")

@@ -107,7 +107,7 @@ def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
         theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer classes", "more"))
         raise DataError(
             f"{source.name} has other classes than the model ({theirs} where it has {ours}; {len(source.class_names)} "
-            f"and {len(classifier.class_names)} in all): judge it on the classes that it was finetuned for."
+            f"and {len(classifier.class_names)} in all): evaluate it on the classes that it was finetuned for."
         )
     return source
 

@@ -1,8 +1,8 @@
-"""Export weights: a run's checkpoint, or a file of any known format, to the formats that other programs take.
+"""Export the weights of a run, or of a file in any known format, to the formats that other programs read.
 
     python pipelines/export.py SOURCE [--output FOLDER] [--formats encoder hub onnx pt2 official mmpretrain]
 
-SOURCE is a folder of a run (its best weights, else its last checkpoint), of a sweep or of a checkpoint, an encoder
+SOURCE is the folder of a run or a sweep (its best weights, else its last checkpoint), a checkpoint's folder, an encoder
 file, a hub folder, or official, mmpretrain, timm, SimMIM, MAE or PVT weights (docs/weights.md).
 """
 
@@ -46,26 +46,30 @@ class Arguments:
     """The command line: what to export, where to, and how."""
 
     source: tyro.conf.Positional[Path]
-    """A run's, sweep's or checkpoint's folder, or weights of any known format."""
+    """Folder of a run, a sweep or a checkpoint, or weights in any known format."""
     output: Path | None = None
-    """Folder to write to. Default: exports/NAME, after the run or the file."""
+    """Folder to write to. Default: exports/NAME, with the name of the run, the sweep or the file."""
     formats: Annotated[tuple[Format, ...], tyro.conf.arg(metavar="FORMAT ...")] = ("encoder",)
-    """encoder: one safetensors file that says all of itself. hub: a Hugging Face Hub folder, which timm opens. onnx,
-    pt2: the model with its code, any batch size. official, mmpretrain: their names, for their programs."""
+    """encoder: one safetensors file with all that is needed to use it. hub: a Hugging Face Hub folder, which timm
+    opens. onnx, pt2: the model with its code, for any batch size. official, mmpretrain: files for their programs."""
     data_licence: str = NOT_STATED
-    """What the licence of the training data says of such weights; it is written into the files."""
+    """How the licence of the training data restricts such weights; written into the files."""
     mean: tuple[float, ...] | None = None
-    """Mean that pixels (0..1) are normalised with. Default: the run's; ImageNet's for files that do not say it."""
+    """Mean that pixels (0..1) are normalised with. Default: the run's; ImageNet's for files that do not contain it."""
     std: tuple[float, ...] | None = None
-    """Std that pixels (0..1) are normalised with. Default: as for mean."""
+    """Standard deviation that pixels (0..1) are normalised with. Default: as for mean."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace files that exist."""
 
 
 def export(arguments: Arguments) -> int:
-    """Write the formats asked for.   Returns: the process's exit status.   Raises: ValueError, FileNotFoundError."""
+    """Write the requested formats.
+
+    Returns: the process's exit status.
+    Raises: ValueError if the weights cannot be read or a format cannot hold them; FileNotFoundError.
+    """
     item = read(arguments)
-    run = item.run_folder
+    run = run_around(arguments.source) if arguments.source.is_dir() else None
     folder = arguments.output or Path("exports") / (run.name if run else arguments.source.resolve().stem)
     targets = {name: folder / FILES[name].format(kind=item.kind) for name in dict.fromkeys(arguments.formats)}
     there = [str(path) for path in targets.values() if path.exists()]
@@ -82,7 +86,11 @@ def export(arguments: Arguments) -> int:
 
 
 def read(arguments: Arguments) -> Export:
-    """Read what is to be exported and build its model."""
+    """Read the weights and build their model.
+
+    Raises: ValueError if the weights cannot be read or built, or mean or std do not have one value per channel;
+        FileNotFoundError.
+    """
     source = weights_of(arguments.source)
     weights = read_weights(source)
     model, metadata = build_model(weights, source)
@@ -100,24 +108,30 @@ def read(arguments: Arguments) -> Export:
 
 
 def write_encoder(item: Export, path: Path) -> str:
+    """Write an encoder file.   Returns: a note for the line that is printed, as all writers do."""
     save_tensors(path, item.state, item.metadata)
     return f", sha256 of the weights {item.metadata.digest[:12]}..."
 
 
 def write_official(item: Export, path: Path) -> str:
-    # A tensor of a file's own, whatever it was a view of: torch.save would keep the whole.
+    """Write a checkpoint of the official MixMIM code."""
+    # Cloned, because torch.save stores the whole tensor that a view is part of.
     torch.save({"model": {name: value.clone() for name, value in to_official(item.official).items()}}, path)
     return ""
 
 
 def write_mmpretrain(item: Export, path: Path) -> str:
+    """Write a checkpoint of mmpretrain's MixMIM."""
     content = {name: value.clone() for name, value in to_mmpretrain(item.official).items()}
     torch.save({"meta": {"mixmae_version": mixmae.__version__}, "state_dict": content}, path)
     return ""
 
 
 def check_paper_swin(item: Export) -> None:
-    """The official classes and mmpretrain's are the paper's Swin alone."""
+    """Check that the encoder is the paper's Swin, the only one of the official code and of mmpretrain.
+
+    Raises: ValueError if it is another one.
+    """
     config = config_to_json(item.metadata.encoder)
     if config["type"] != "SwinConfig" or config.get("shift") or "encoder.pos_embed" not in item.state:
         raise ValueError(

@@ -68,7 +68,7 @@ def predict(arguments: Arguments) -> int:
             rows = np.unique(
                 np.linspace(0, source.num_rows - 1, min(shown_per_source, source.num_rows)).astype(np.int64)
             )
-            cells = eval_batch(source, rows.tolist(), CELL_PX, resize_share=classifier.crop_pct)
+            cells = eval_batch(source, rows.tolist(), CELL_PX, crop_pct=classifier.crop_pct)
             for row, pixels in zip(rows.tolist(), cells.permute(0, 2, 3, 1).numpy(), strict=True):
                 shown[count + row] = (pixels, len(captions))
                 captions.append(f"{values[row, 0]:.0%} {names[row][0]}")

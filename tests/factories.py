@@ -142,14 +142,6 @@ def group_maps(num_maps: int = 1, grid: tuple[int, int] = (3, 3), num_images: in
     return draw_group_map(grid, num_images, seeded(seed), num_maps)
 
 
-def vit_state() -> dict[str, Tensor]:
-    """The weights of a tiny ViT of timm."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    return VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=7).state_dict()
-
-
 def jpeg(seed: int, height: int = 40, width: int = 56) -> bytes:
     """A smooth colour image; each seed has its own pixels."""
     low = np.random.default_rng(seed).integers(0, 256, size=(4, 5, 3), dtype=np.uint8)

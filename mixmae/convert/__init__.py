@@ -1,7 +1,7 @@
-"""Weights in other people's names and files, and back; loading them into models; our own encoder files.
+"""Weights in other projects' formats, to ours and back; loading them into models; our own encoder files.
 
-A format is a file with two functions on plain dicts of tensors: is_X, which knows it by its names, and from_X, which
-renames it to ours; to_X where we also write it. docs/weights.md shows how they are used.
+A file of names/ is one dialect of names. Its functions take dicts of tensors: is_X recognises the names, from_X renames
+them to ours, and to_X, where there is one, does the reverse. docs/weights.md shows how they are used.
 """
 
 from mixmae.convert.architecture import Architecture, describe, read_architecture

@@ -1,6 +1,6 @@
-"""What architecture weights in our names belong to, read off their names and shapes.
+"""The architecture of weights in our names, read off their names and shapes.
 
-Legend: I a stage, J a block, w the side of a window, L tokens, C channels.
+Legend: w the side of a window in tokens, L tokens, C channels, H W a grid.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ImageSize = int | tuple[int, int]
 BIAS_TABLE = "relative_position_bias_table"
 
 DECODER_NUM_HEADS = {512: 16}
-"""Heads of the official decoder by its width: the one released size. Shapes do not tell heads."""
+"""Number of heads of the official decoder by its width (one size is released): not visible in shapes."""
 
 DEFAULT_PX = 224
-"""Input size of weights that have no position table to tell it."""
+"""Input size assumed for weights without a position table."""
 
 FIRST_CONVS = ("patch_embed.proj.weight", "stem.conv.weight")
-"""How the names of the weights that read pixels end."""
+"""Ends of the names of the weights that read pixels."""
 
 PLAIN_SWIN: dict[str, Any] = {"shift": True, "absolute_positions": False}
-"""How a Swin of Microsoft, timm or SimMIM differs from the paper's, in fields of SwinConfig."""
+"""Fields of SwinConfig in which a Swin of Microsoft, timm or SimMIM differs from the paper's."""
 
 _Config = TypeVar("_Config", PvtConfig, TwinsConfig, ViTConfig)
 
@@ -48,9 +48,9 @@ class Architecture:
 
     encoder: EncoderConfig
     decoder: DecoderConfig | None
-    """The pixel decoder of MixMAE or MAE; None where there is none."""
+    """The pixel decoder of MixMAE or MAE, if any."""
     num_classes: int | None
-    """None where there is no classifier."""
+    """None without a classifier."""
 
 
 def read_architecture(
@@ -62,13 +62,13 @@ def read_architecture(
 
     Args:
         state: a method, an ImageClassifier or an encoder alone, in our names (encoder.*).
-        image_size: side, or height and width, in pixels; default the square that the position table was made for. With
-            another size the table does not fit, and is resized when it is loaded.
-        decoder_num_heads: shapes do not tell the heads of the decoder; needed unless it has the released width of 512.
-    Returns: configs to build the models from. Drop path and the like are not in weights and keep their defaults; the
-        heads of a ViT, PVT or Twins (and windows) are those of the known size that is as wide.
-    Raises: ValueError if it is no architecture that shapes tell, the size is not given and not square, or the decoder's
-        heads are not known.
+        image_size: side, or (height, width), in pixels; default the square that the position table was made for. For
+            another size the table is resized when it is loaded.
+        decoder_num_heads: needed unless the decoder has the released width of 512; not visible in shapes.
+    Returns: configs to build the models from. Fields that weights do not contain (drop path) keep their defaults; a
+        ViT, PVT or Twins gets the number of heads (and the windows) of the known size with the same width.
+    Raises: ValueError if shapes do not determine the architecture, the input is not square and image_size is not given,
+        or the number of the decoder's heads is not known.
     """
     encoder = encoder_config(state, image_size)
     has_decoder = "decoder.embed.weight" in state
@@ -80,12 +80,12 @@ def read_architecture(
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int | None:
-    """Count the classes of the linear head, None where there is none."""
+    """Return the number of classes of the linear head; None without a head."""
     return state["head.weight"].shape[0] if "head.weight" in state else None
 
 
 def kind_of(state: Mapping[str, Tensor]) -> str | None:
-    """Give a key of READERS, what encoder weights in our names are of; None where the names are no encoder's."""
+    """Return the kind of encoder, a key of READERS, by the names of its weights; None if they are not an encoder's."""
     if f"encoder.stages.0.blocks.0.attn.{BIAS_TABLE}" in state:
         return "Swin"
     if "encoder.blocks.0.attn.qkv.weight" in state:
@@ -103,17 +103,17 @@ def encoder_config(state: Mapping[str, Tensor], image_size: ImageSize | None = N
     """Read the config of an encoder off its weights; arguments and errors as in read_architecture."""
     kind = kind_of(state)
     if kind is None:
-        raise ValueError("their names are those of no encoder that is known here")
+        raise ValueError("their names are not those of a known encoder")
     try:
         return READERS[kind](state, image_size)
     except KeyError as error:
-        raise ValueError(f"{error.args[0]}, which every {kind} has, is not there") from error
+        raise ValueError(f"{error.args[0]}, which every {kind} has, is missing") from error
 
 
 def swin_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> SwinConfig:
     """Read the config of a SwinEncoder.
 
-    Weights without a position table are those of a plain, shifted Swin (shapes do not tell shifts).
+    Without a position table it is a plain Swin with shifted windows (shifts are not visible in shapes).
     """
     tables = [f"encoder.stages.{stage}.blocks.0.attn.{BIAS_TABLE}" for stage in range(NUM_STAGES)]
     plain = "encoder.pos_embed" not in state
@@ -159,14 +159,14 @@ def pvt_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None)
 
 
 def twins_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> TwinsConfig:
-    """Read the config of a TwinsEncoder: an SVT if its first block attends in windows."""
+    """Read the config of a TwinsEncoder: an SVT if its first block has window attention."""
     windows = (7,) * NUM_STAGES if "encoder.stages.0.blocks.0.attn.qkv.weight" in state else None
     known = _known_size(TwinsConfig, embed_dims=_embed_dims(state), window_sizes=windows)
     return replace(known, image_size=image_size or DEFAULT_PX, **_pyramid_fields(state))
 
 
 def resnetv2_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> ResNetV2Config:
-    """Read the config of a ResNetV2Encoder; shapes do not tell the groups of its norms, which are 32 in all of BiT."""
+    """Read the config of a ResNetV2Encoder; its norms get 32 groups, as all of BiT have."""
     stem_dim, in_channels, *_ = state["encoder.stem.conv.weight"].shape
     return ResNetV2Config(
         image_size=image_size or DEFAULT_PX, in_channels=in_channels, stem_dim=stem_dim, depths=_depths(state)
@@ -181,7 +181,7 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], ImageSize | None], EncoderCon
     "PVT v2": pvt_config,
     "PVT": pvt_config,
 }
-"""What reads the config of each kind of encoder off its weights."""
+"""Functions that read the config of an encoder off its weights, by kind."""
 
 
 def pixel_decoder_config(
@@ -196,7 +196,8 @@ def pixel_decoder_config(
     patch_px = encoder.patch_px if isinstance(encoder, ViTConfig) else MASK_UNIT_PX
     if num_values != patch_px**2 * encoder.in_channels:
         raise ValueError(
-            f"the decoder predicts {num_values} values a token, not {patch_px} px of {encoder.in_channels} channels"
+            f"the decoder predicts {num_values} values per token, not {patch_px} x {patch_px} px of "
+            f"{encoder.in_channels} channels"
         )
     return DecoderConfig(
         dim=dim,
@@ -207,10 +208,10 @@ def pixel_decoder_config(
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """Say in words what encoder weights in our names belong to, for messages: "a Swin of width 128 with ... blocks"."""
+    """Name the architecture of weights in our names, for messages: "a Swin of width 128 with ... blocks"."""
     kind = kind_of(state)
     if kind is None:
-        return "an architecture that is not known here"
+        return "an unknown architecture"
     first = next((value for name, value in state.items() if name.endswith(FIRST_CONVS)), None)
     width = "" if first is None else f" of width {first.shape[0]}"
     depths = (_count_blocks(state, "encoder.blocks."),) if kind == "ViT" else _depths(state)
@@ -223,7 +224,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 def window_size(name: str, table: Tensor) -> int:
-    """Give the side w of the windows that a table of relative positions is for.   Raises: ValueError for no such."""
+    """Return the window side w of a bias table, ((2w - 1)**2, N).   Raises: ValueError for another length."""
     side = isqrt(len(table))
     if side * side != len(table) or side % 2 == 0:
         raise ValueError(f"{name} has {len(table)} rows, which is (2w - 1)**2 for no window w")
@@ -249,7 +250,7 @@ def _embed_dims(state: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def _pyramid_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What shapes tell of a PyramidConfig beside its widths."""
+    """The fields of a PyramidConfig that shapes determine, except its widths."""
     blocks = [f"encoder.stages.{stage}.blocks." for stage in range(NUM_STAGES)]
     reductions = {name.split(".blocks.")[0]: value for name, value in state.items() if name.endswith("attn.sr.weight")}
     return {
@@ -264,7 +265,7 @@ def _pyramid_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _known_size(kind: type[_Config], **values: Any) -> _Config:
-    """Give a known size with these values of fields, for what shapes do not tell.   Raises: ValueError for none."""
+    """Find the known size with these values, for fields that shapes do not tell.   Raises: ValueError for none."""
     for size in SIZES.values():
         config = size()
         if isinstance(config, kind) and all(getattr(config, name) == value for name, value in values.items()):
@@ -277,8 +278,8 @@ def _known_size(kind: type[_Config], **values: Any) -> _Config:
 
 
 def _square_side(table: Tensor) -> int:
-    """Give the side of the grid that a table of positions (1, L, C) is for.   Raises: ValueError if not square."""
+    """Return the side of the grid of a position table, (1, L, C).   Raises: ValueError if it is not square."""
     side = isqrt(table.shape[1])
     if side * side != table.shape[1]:
-        raise ValueError(f"the position table has {table.shape[1]} tokens, which is no square: pass image_size")
+        raise ValueError(f"the position table has {table.shape[1]} tokens, which is not a square: pass image_size")
     return side

@@ -1,4 +1,4 @@
-"""The formats that weights come in, told apart by their names."""
+"""The known formats of weights, recognised by the names of the tensors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Format:
     """One way to name weights."""
 
     name: str
-    """What detect_format gives."""
+    """What detect_format returns."""
     title: str
-    """What messages call it."""
+    """Its name in messages."""
     recognises: Callable[[Mapping[str, Tensor]], bool]
-    """Whether names are of this format; asked in the order of FORMATS."""
+    """Whether the names are of this format; tried in the order of FORMATS."""
     to_ours: Callable[[Mapping[str, Tensor]], StateDict]
     """Renames weights to ours."""
 
@@ -44,7 +44,7 @@ def _is_ours(state: Mapping[str, Tensor]) -> bool:
 
 
 def _is_bare_encoder(state: Mapping[str, Tensor]) -> bool:
-    # None of ours has batch norms; ResNets with them have the names of ours otherwise.
+    # Our ResNets have no batch norms; those that have them use the same names otherwise.
     names = [name for name in state if name.startswith("stages.0.blocks.0.")]
     return bool(names) and not any(name.endswith("running_mean") for name in names)
 
@@ -84,7 +84,7 @@ FORMATS = {
 
 
 def detect_format(state: Mapping[str, Tensor]) -> str:
-    """Tell by its names which format a state dict is in.
+    """Detect the format of a state dict by its names.
 
     Returns: a key of FORMATS.
     Raises: ValueError that lists the known formats.
@@ -98,5 +98,5 @@ def detect_format(state: Mapping[str, Tensor]) -> str:
 
 
 def to_ours(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename weights of any known format to ours.   Raises: ValueError as detect_format."""
+    """Rename weights in any known format to ours.   Raises: ValueError as detect_format."""
     return FORMATS[detect_format(state)].to_ours(state)

@@ -1,4 +1,4 @@
-"""Folders for the Hugging Face Hub: weights, config, and a model card with the run's images and curves."""
+"""Folders for the Hugging Face Hub: weights, config, and a model card with the run's last panel and loss curve."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from typing import Any
 import mixmae
 from mixmae.convert.architecture import describe
 from mixmae.convert.exported import Export
-from mixmae.convert.metadata import NOT_STATED
+from mixmae.convert.metadata import METADATA_KEY, NOT_STATED
 from mixmae.convert.models import encoder_state, first_conv
 from mixmae.convert.write import save_tensors
 from mixmae.encoders.build import config_to_json, size_name
 from mixmae.flops import count_macs, count_parameters
 from mixmae.tracking import RunRef, metric_history
+from mixmae.training.checkpoint import MODEL_FILE
+from mixmae.training.run_folder import RUN_FILE, RunFolder
 
 CURVES = {"train/loss": "training", "heldout/loss": "held out"}
+"""Metrics in the drawing of the losses, and their labels."""
 
 
 def write_hub(item: Export, path: Path) -> str:
-    """A folder that the Hub shows and timm opens (local-dir:, hf-hub:), after `import mixmae.timm_models`."""
+    """Write a folder that the Hub shows and timm opens (local-dir:, hf-hub:) after `import mixmae.timm_models`.
+
+    Args: item: what is exported.  path: the folder, which does not exist yet.
+    Returns: a note for the line that export.py prints: nothing.
+    """
     path.mkdir()
-    save_tensors(path / "model.safetensors", item.state, item.metadata)
+    save_tensors(path / MODEL_FILE, item.state, item.metadata)
     preprocessing = item.metadata.preprocessing
     height, width = preprocessing.image_size
     num_classes = item.metadata.num_classes or 0
@@ -42,12 +49,12 @@ def write_hub(item: Export, path: Path) -> str:
             "first_conv": first_conv(encoder),
             "classifier": "head",
         },
-        "mixmae": item.metadata.to_json(),
+        METADATA_KEY: item.metadata.to_json(),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     pictures = ""
     if item.run_folder is not None:
-        panel = max((item.run_folder / "panels").glob("step_*.png"), default=None)
+        panel = RunFolder(item.run_folder).last_panel()
         if panel is not None:
             (path / "panel.png").write_bytes(panel.read_bytes())
             pictures += "\n![reconstructions of held-out images](panel.png)\n"
@@ -58,8 +65,8 @@ def write_hub(item: Export, path: Path) -> str:
 
 
 def draw_curve(run_folder: Path, path: Path) -> bool:
-    """Draw the run's losses by step.   Returns: False, and no picture, if MLflow's store does not have them."""
-    content = json.loads((run_folder / "run.json").read_text())
+    """Draw the losses of a run by step, as a PNG.   Returns: False, with nothing drawn, if MLflow has none of them."""
+    content = json.loads((run_folder / RUN_FILE).read_text())
     if "mlflow" not in content:
         return False
     curves = {label: metric_history(RunRef(**content["mlflow"]), key) for key, label in CURVES.items()}
@@ -78,7 +85,10 @@ def draw_curve(run_folder: Path, path: Path) -> bool:
 
 
 def model_card(item: Export, pictures: str) -> str:
-    """The README.md of a hub folder: facts of the weights, and how to use them."""
+    """The README.md of a hub folder: facts about the weights, and how to use them.
+
+    Args: item: what is exported.  pictures: Markdown of the panel and the curve, or nothing.
+    """
     metadata, source = item.metadata, item.metadata.source
     height, width = metadata.preprocessing.image_size
     in_channels = metadata.encoder.in_channels

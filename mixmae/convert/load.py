@@ -1,4 +1,4 @@
-"""Loading weights into models: tables resized to the model's input, a report of what came of it, poor matches refused.
+"""Loading weights into models: tables are resized to the model's input, a report is printed, poor matches are refused.
 
 Legend: L tokens, C channels, N heads, H W a grid of tokens, w the side of a window.
 """
@@ -19,29 +19,29 @@ from mixmae.convert.architecture import BIAS_TABLE, StateDict, describe, window_
 from mixmae.convert.read import Weights, read_weights
 
 MIN_MATCHED = 0.95
-"""Share of a model's tensors that must be loaded."""
+"""Smallest share of a model's tensors that must be loaded."""
 
 ENCODER, DECODER = "encoder.", "decoder."
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What came of loading weights into a model, by name."""
+    """Result of loading weights into a model: names of tensors."""
 
     matched: tuple[str, ...]
-    """Loaded as they were."""
+    """Loaded unchanged."""
     missing: tuple[str, ...]
-    """In the model, not in the weights: kept as they were."""
+    """In the model, not in the weights: left unchanged."""
     unexpected: tuple[str, ...]
     """In the weights, not in the model: ignored."""
     mismatched: tuple[str, ...]
-    """In both, with different shapes: the model's were kept."""
+    """In both, with different shapes: the model's are left unchanged."""
     resized: tuple[str, ...] = ()
-    """Tables of positions, loaded after they were fitted to the model's input size and windows."""
+    """Tables of positions, loaded after resizing to the model's input size and windows."""
 
     @property
     def matched_share(self) -> float:
-        """Share of the model's own tensors that were loaded, 0 to 1."""
+        """Share of the model's tensors that were loaded, in [0, 1]."""
         loaded = len(self.matched) + len(self.resized)
         return loaded / max(1, loaded + len(self.missing) + len(self.mismatched))
 
@@ -61,10 +61,10 @@ def load_weights(
     made_for: tuple[int, int] | None = None,
     positions: Literal["interpolated", "regenerated"] = "interpolated",
 ) -> LoadReport:
-    """Copy into a model the weights that fit it, and say which did not.
+    """Load the weights that fit a model, and report the others.
 
     Args: as in fit_weights; the model is changed in place.
-    Returns: the report; it is for the caller to refuse a poor one.
+    Returns: the report. A poor match is not refused (load_checked does that).
     """
     fitting, report = fit_weights(model, state, made_for=made_for, positions=positions)
     model.load_state_dict(fitting, strict=False)
@@ -78,13 +78,13 @@ def fit_weights(
     made_for: tuple[int, int] | None = None,
     positions: Literal["interpolated", "regenerated"] = "interpolated",
 ) -> tuple[StateDict, LoadReport]:
-    """Say which weights fit a model, with tables of positions resized to its own, and leave the model as it is.
+    """Find the weights that fit a model, with tables of positions resized to its own; the model is not changed.
 
     Args:
         model: in our names.
         state: in our names, from from_official or another from_X.
-        made_for: (H, W) in pixels, the input that the position tables of `state` are for; default a square.
-        positions: what becomes of a position table of another size: "interpolated" as in the official finetuning, or
+        made_for: (H, W) in pixels, the input size of the position tables in `state`; default a square.
+        positions: for position tables of another size: "interpolated" as in the official finetuning, or
             "regenerated": the model keeps its own, which has the same formula.
     Returns: the weights to load, and the report of loading them.
     """
@@ -107,21 +107,21 @@ def fit_weights(
 
 
 def load_pretrained(model: nn.Module, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:
-    """Load the weights of a file or folder of any known format into a model, print the report, and refuse a poor match.
+    """Load weights in any known format into a model, print the report, and refuse a poor match.
 
     Args:
         model: an encoder, or a model with its encoder under `encoder`; changed in place.
         path: as in read_weights.
-        allow_mismatch: load what fits, whatever is missing.
+        allow_mismatch: load what fits, without refusing a poor match.
     Returns: the report, whose names are those of a model with its encoder under `encoder`.
     Raises: ValueError, before anything is changed, if less than MIN_MATCHED of the model's tensors would be loaded, a
-        tensor of the encoder has another shape, or the model's decoder finds no weights; and as read_weights.
+        tensor of the encoder has another shape, or there are no weights for the model's decoder; and as read_weights.
     """
     return load_checked(model, read_weights(path), path, allow_mismatch=allow_mismatch)
 
 
 def load_checked(model: nn.Module, weights: Weights, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:
-    """Load weights that were read already. See load_pretrained; path is for messages."""
+    """Load weights that are already read; otherwise as load_pretrained. The path is for messages."""
     if not hasattr(model, "encoder"):
         holder = nn.Module()
         holder.encoder = model
@@ -160,7 +160,7 @@ def resize_bias_table(table: Tensor, window: int) -> Tensor:
 
 @torch.no_grad()
 def _resize(model: nn.Module, name: str, value: Tensor, own: Tensor, made_for: tuple[int, int] | None) -> Tensor | None:
-    """A table resized to the model's own, or None if it is no table, or one of another model."""
+    """Resize a table to the model's own; None if it is not a table, or of an architecture that does not match."""
     if name.endswith(BIAS_TABLE):
         return resize_bias_table(value, window_size(name, own)) if value.shape[1] == own.shape[1] else None
     if not name.endswith("pos_embed") or value.ndim != own.ndim or value.shape[-1] != own.shape[-1]:
@@ -174,14 +174,14 @@ def _resize(model: nn.Module, name: str, value: Tensor, own: Tensor, made_for: t
     side = isqrt(value.shape[1])
     grid = (side, side)
     if made_for is not None:
-        # The table of a decoder is coarser than the encoder's by a factor that its length tells.
+        # A decoder's table has a coarser grid than the encoder's; its length tells the stride.
         stride = isqrt(made_for[0] * made_for[1] // value.shape[1])
         grid = (made_for[0] // stride, made_for[1] // stride)
     return resize_positions(value, grid, new_grid) if grid[0] * grid[1] == value.shape[1] else None
 
 
 def _table_grid(model: nn.Module, name: str) -> tuple[int, int] | None:
-    """The grid of tokens that a model's own position table is for."""
+    """The token grid (H, W) of a model's own position table; None if the module does not have one."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if hasattr(owner, "grid"):  # a decoder
         return owner.grid  # type: ignore[return-value]
@@ -192,14 +192,14 @@ def _table_grid(model: nn.Module, name: str) -> tuple[int, int] | None:
 
 
 def _refuse_poor(report: LoadReport, state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path | str) -> None:
-    """Raise ValueError that says why, if weights do not fill a model."""
+    """Raise ValueError with the reason, if weights match a model poorly."""
     theirs, ours = describe(state), describe(own)
     anyway = "pass allow_mismatch=True to load what fits"
     reshaped = [name for name in report.mismatched if name.startswith(ENCODER)]
     if theirs != ours and (reshaped or report.matched_share < MIN_MATCHED):
         raise ValueError(
             f"{path} holds weights of {theirs}; the model has {ours}: build the model that the weights belong to "
-            f"(mixmae.convert.load_encoder does so where a file says all of it), or choose another file. {report}"
+            f"(mixmae.convert.load_encoder does so), or choose another file. {report}"
         )
     decoder = {name for name in own if name.startswith(DECODER)}
     if decoder and decoder <= {*report.missing, *report.mismatched}:

@@ -1,4 +1,4 @@
-"""What is known of weights beside their values: the architecture, the preprocessing, where they come from."""
+"""What a file says about its weights: the architecture, the preprocessing, the source, the digest."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import torch
 from torch import Tensor
 
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
-from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 METADATA_KEY = "mixmae"
 """Where an encoder file and a hub folder's config.json keep their metadata."""
 
 NOT_STATED = "not stated"
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What an image goes through before the encoder: resize, centre crop, scale to 0..1, normalise."""
+    """How an image is prepared for the encoder: resize, centre crop, scale to 0..1, normalise."""
 
     image_size: tuple[int, int]
     """(H, W) in pixels."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Subtracted from pixels in 0..1, a value a channel."""
+    """Subtracted from pixels in 0..1; one value per channel."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Divides the difference."""
+    """The difference is divided by it; one value per channel."""
     interpolation: str = "bicubic"
-    """How images are resized."""
+    """Filter for resizing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +42,25 @@ class EncoderMetadata:
     encoder: EncoderConfig
     """The architecture."""
     preprocessing: Preprocessing
-    """What it expects of images."""
+    """What the encoder expects of images."""
     num_classes: int | None = None
     """Classes of the head; None for an encoder alone."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """Where the weights come from: the format and the name of their file; for a run also its step, data and config."""
+    """Where the weights come from: the format and name of their file; for a run also its step, data and config."""
     data_licence: str = NOT_STATED
-    """What the licence of the training data says of such weights, in the words of who exported them."""
+    """How the licence of the training data restricts the weights, as stated by the person who exported them."""
     digest: str = ""
     """digest_of the weights."""
 
     def to_json(self) -> dict[str, Any]:
-        """Write as JSON values."""
+        """Convert to JSON values."""
         values = {name: getattr(self, name) for name in ("num_classes", "data_licence", "digest")}
         parts = {"encoder": config_to_json(self.encoder), "preprocessing": asdict(self.preprocessing)}
         return {**parts, **values, "source": dict(self.source)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderMetadata:
-        """Read what to_json wrote.   Raises: ValueError if it is something else."""
+        """Read what to_json wrote.   Raises: ValueError if fields are missing or not known."""
         try:
             encoder = config_from_json(content["encoder"])
             values: dict[str, Any] = {
@@ -73,7 +75,11 @@ class EncoderMetadata:
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
-    """Compute the SHA-256 of weights: of names, dtypes, shapes and bytes, whatever their order."""
+    """Compute the SHA-256 of weights.
+
+    Args: state: tensors by name.
+    Returns: hexadecimal; of names, dtypes, shapes and bytes, independent of the order of the tensors.
+    """
     sha = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Models from weights, and weights from models."""
+"""Building models from weights, and taking weights out of models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mixmae.finetune.classification import ImageClassifier
 def load_encoder(
     path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
 ) -> tuple[Encoder, EncoderMetadata]:
-    """Build the encoder that a file describes, with the file's weights.
+    """Build the encoder of a file of weights, and fill it with them.
 
     Args: as in read_weights.
-    Returns: the encoder, and what the file says of it; a head or a decoder is left out.
+    Returns: the encoder, and its metadata; a head or a decoder is left out.
     Raises: ValueError if the architecture is not known or the weights are not its own, and as read_weights.
     """
     weights = read_weights(path, image_size, encoder)
@@ -29,7 +29,7 @@ def load_encoder(
 
 
 def build_model(weights: Weights, path: Path | str) -> tuple[nn.Module, EncoderMetadata]:
-    """Build the encoder, or the classifier if there is a head, that weights belong to, and fill it with them.
+    """Build the model of weights, an encoder or with a head a classifier, and fill it with them.
 
     Args: weights: as read.  path: for messages.
     Returns: the model, in evaluation mode, and the metadata.
@@ -55,7 +55,7 @@ def build_model(weights: Weights, path: Path | str) -> tuple[nn.Module, EncoderM
 
 
 def encoder_state(model: nn.Module) -> tuple[Encoder, StateDict]:
-    """Give a model's encoder, and its weights in our names with those of the linear head, if there is one."""
+    """Return the encoder of a model, and the weights of the encoder and of the linear head, if any, in our names."""
     if not hasattr(model, "encoder"):
         return model, {f"encoder.{name}": value for name, value in model.state_dict().items()}  # type: ignore[return-value]
     kept = {name: v for name, v in model.state_dict().items() if name.startswith(("encoder.", "head."))}
@@ -63,7 +63,7 @@ def encoder_state(model: nn.Module) -> tuple[Encoder, StateDict]:
 
 
 def first_conv(encoder: Encoder) -> str:
-    """Give the name, in a model that has the encoder, of the layer that reads pixels."""
+    """Return the name of the layer that reads pixels, in a model with the encoder under `encoder`."""
     assert isinstance(encoder, nn.Module)
     for name, module in encoder.named_modules(prefix="encoder"):
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,7 @@
-"""Models with their code, for any batch size: torch.export and ONNX."""
+"""Models with their code, for any batch size: torch.export and ONNX.
+
+The writers load what they wrote and compare it with our model; they return the difference, in words.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mixmae.convert.exported import Export, compare
 
 ONNX_LIMIT_BYTES = 2_000_000_000
-"""What one ONNX file can hold."""
+"""Largest size of the weights in one ONNX file (protobuf's limit is 2 GiB)."""
 
 
 def write_pt2(item: Export, path: Path) -> str:
+    """Write a program of torch.export.   Raises: ValueError if it gives other numbers than the model."""
     torch.export.save(_program(item), path, extra_files={"mixmae.json": json.dumps(item.metadata.to_json())})
     return compare(item, "torch.export", torch.export.load(path).module())
 
 
 def write_onnx(item: Export, path: Path) -> str:
+    """Write an ONNX file; needs the extra mixmae[export].   Raises: ValueError as write_pt2."""
     import onnxruntime
 
     with warnings.catch_warnings(), _plain_attention():
@@ -42,7 +47,10 @@ def write_onnx(item: Export, path: Path) -> str:
 
 
 def check_onnx(item: Export) -> None:
-    """Raise ValueError if the extra is not installed, or the weights are too large."""
+    """Check that an ONNX file can be written.
+
+    Raises: ValueError if the extra is not installed, or the weights are too large.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -57,7 +65,7 @@ def check_onnx(item: Export) -> None:
 
 
 def _plain_attention() -> AbstractContextManager[None]:
-    """No fused attention, whose layout of memory differs from machine to machine and ends up in the graph."""
+    """No fused attention: its memory layout depends on the machine and would become part of the graph."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

@@ -1,4 +1,4 @@
-"""Weights from files and folders of any known format, without running code from them, and what they are."""
+"""Reading weights, and what is known about them, from files and folders in any known format; no code in them is run."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from mixmae.encoders.build import EncoderConfig, config_from_json
 from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE
 
 WRAPPERS = ("model", "state_dict")
-"""Keys under which checkpoints keep the weights, beside an optimiser and the like."""
+"""Keys of checkpoints that hold the weights; other keys hold the optimizer and the like."""
 
 WRAPPING_MODULES = re.compile(r"^(module\.|_orig_mod\.)+")
-"""What DDP and torch.compile put before the names."""
+"""Prefixes that DDP and torch.compile add to the names."""
 
 SAFE_GLOBALS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-"""What may lie beside the weights: the arguments of official checkpoints; the config of Microsoft's, read as a dict."""
+"""Classes allowed in checkpoints: the arguments in official ones; the config in Microsoft's, read as a dict."""
 
 
 def read_state_dict(path: Path | str) -> StateDict:
-    """Read weights as they are from a .safetensors file or a torch checkpoint, without running code from it.
+    """Read weights, with their own names, from a .safetensors file or a torch checkpoint, without running code from it.
 
     Args: path: the file, or a folder that read_weights takes; a torch checkpoint may hold the weights under "model" or
         "state_dict", and an argparse.Namespace or a yacs config beside them, as the official ones do.
     Returns: tensors by name, on the CPU.
-    Raises: ValueError if the file is not a checkpoint, asks for anything but tensors and plain values, or holds no
+    Raises: ValueError if the file is not a checkpoint, contains more than tensors and plain values, or holds no
         weights; FileNotFoundError.
     """
     path = _find_file(Path(path))
@@ -53,7 +53,7 @@ def read_state_dict(path: Path | str) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} was not read: it is damaged, or asks for more than tensors and plain values, which could run "
+            f"{path} was not read: it is damaged, or contains more than tensors and plain values, which could run "
             f"code; ask its author for a safetensors file ({str(error).splitlines()[0]})"
         ) from error
     for key in WRAPPERS:
@@ -69,30 +69,31 @@ def read_state_dict(path: Path | str) -> StateDict:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What a file or folder turned out to hold."""
+    """The content of a file or folder of weights."""
 
     state: StateDict
-    """In our names."""
+    """Tensors by our names."""
     format: str
     """A key of FORMATS."""
     metadata: EncoderMetadata | None
-    """None where the file says nothing and the shapes do not tell the architecture."""
+    """None if the file has no metadata and the architecture cannot be read off the shapes."""
     unknown: str = ""
-    """Why not."""
+    """Why there is no metadata."""
 
 
 def read_weights(
     path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
 ) -> Weights:
-    """Read weights of any known format, rename them to ours, and say what they are.
+    """Read weights in any known format, rename them to ours, and find out what they are.
 
     Args:
         path: a .safetensors file or a torch checkpoint; a run's checkpoint folder (state.json); a hub folder
             (config.json).
-        image_size: side, or height and width, that a foreign file was made for, where it is not square.
-        encoder: the architecture of a foreign file, where shapes do not tell it.
-    Returns: the weights. Foreign files say nothing of preprocessing: ImageNet's mean and std are assumed.
-    Raises: ValueError for an unreadable file, an unknown format, or weights that are not those of the digest;
+        image_size: side, or (height, width), in pixels, of the input that a foreign file was trained with; needed if
+            it is not square.
+        encoder: the architecture of a foreign file; needed if it cannot be read off the shapes.
+    Returns: the weights. Foreign files do not contain the preprocessing: ImageNet's mean and std are assumed.
+    Raises: ValueError for an unreadable file, an unknown format, or weights that do not match their digest;
         FileNotFoundError.
     """
     path = Path(path)
@@ -117,7 +118,7 @@ def read_weights(
 
 
 def _find_file(path: Path) -> Path:
-    """The file that holds the weights of a path.   Raises: ValueError, FileNotFoundError."""
+    """Find the file of weights that a path leads to.   Raises: ValueError, FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_file():
@@ -131,7 +132,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _own_metadata(file: Path) -> EncoderMetadata | None:
-    """What an encoder file says of itself; None for other files."""
+    """Read the metadata of an encoder file; None for other files."""
     if file.suffix != ".safetensors":
         return None
     with safetensors.safe_open(file, "pt") as opened:
@@ -145,20 +146,20 @@ def _foreign_metadata(
     encoder: EncoderConfig | None,
     source: Mapping[str, Any],
 ) -> EncoderMetadata:
-    """What the shapes of weights say.   Raises: ValueError if they do not tell the architecture."""
+    """Read metadata off the shapes of weights.   Raises: ValueError if they do not determine the architecture."""
     config = encoder or encoder_config(state, image_size)
     preprocessing = Preprocessing(image_size=config.image_sides)
     return EncoderMetadata(encoder=config, preprocessing=preprocessing, num_classes=num_classes(state), source=source)
 
 
 def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
-    """What the state.json of a run's checkpoint says of its weights.   Raises: ValueError if too little."""
+    """Read the metadata of a run's checkpoint from its state.json.   Raises: ValueError if it is incomplete."""
     content = json.loads((folder / STATE_FILE).read_text())
     source = {
         "format": "checkpoint of a run",
         "name": folder.name,
         "run_id": content.get("mlflow", {}).get("run_id", NOT_STATED),
-        # Not where the data are: such files are published.
+        # Without the path of the data: exported files are published.
         "data": {key: value for key, value in content.get("data", {}).items() if key in ("name", "digest")},
         **{key: content[key] for key in ("position", "versions", "config", "classes") if key in content},
     }

@@ -1,6 +1,6 @@
-"""Encoder files: a safetensors file in our names (encoder.*, and head.* of a classifier) that says all about itself.
+"""Writing encoder files: safetensors files in our names (encoder.*, and head.* of a classifier).
 
-Its metadata has the architecture, the preprocessing, where the weights come from, and their digest.
+Their metadata has all that is needed to use them: the architecture, the preprocessing, the source, and the digest.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def save_encoder(
     """Write an encoder file.
 
     Args:
-        path: where; usually encoder.safetensors.
-        model: an encoder with its config, an ImageClassifier, or a method on an encoder; other parts are left out.
+        path: of the file, usually encoder.safetensors.
+        model: an encoder with its config, an ImageClassifier, or a method on an encoder; a decoder is left out.
         preprocessing: what the encoder was trained with.
         source, data_licence: see EncoderMetadata.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
     Returns: the metadata that was written.
-    Raises: ValueError if the file is there and overwrite is not set.
+    Raises: ValueError if the file exists and overwrite is False.
     """
     encoder, state = encoder_state(model)
     metadata = EncoderMetadata(
@@ -54,10 +54,10 @@ def save_encoder(
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
-    """Write tensors and metadata as a safetensors file."""
+    """Write tensors and metadata as a safetensors file, replacing an existing one."""
     safetensors.torch.save_file(
         {name: value.detach().cpu().contiguous() for name, value in state.items()},
         path,
         metadata={"format": "pt", METADATA_KEY: json.dumps(metadata.to_json())},
     )
-    path.chmod(0o644)  # safetensors makes it private; weights are for others to read
+    path.chmod(0o644)  # safetensors creates it readable by its owner alone

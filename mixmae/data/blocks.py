@@ -210,15 +210,15 @@ def as_batch(block: Block) -> ImageBatch:
 
 
 def eval_batch(
-    source: Source, rows: Sequence[int], image_size: int | tuple[int, int], *, resize_share: float = 0.875
+    source: Source, rows: Sequence[int], image_size: int | tuple[int, int], *, crop_pct: float = 0.875
 ) -> torch.Tensor:
     """Images in evaluation's fixed transform, for panels: (n, 3, H, W) uint8.
 
-    Args: rows: (n,) of the source.  image_size: side, or (H, W).  resize_share: see augment.centre_crop.
+    Args: rows: (n,) of the source.  image_size: side, or (H, W).  crop_pct: see augment.centre_crop.
     An image that does not decode is grey.
     """
     wanted = np.asarray(rows, dtype=np.int64)
-    (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, resize_share=resize_share)
+    (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, crop_pct=crop_pct)
     return batch.images
 
 
@@ -228,13 +228,13 @@ def eval_batches(
     *,
     batch_size: int,
     rows: Int64Array | None = None,
-    resize_share: float = 0.875,
+    crop_pct: float = 0.875,
     pool: Executor | None = None,
 ) -> Iterator[ImageBatch]:
     """Images with their labels in evaluation's fixed transform, in batches.
 
     Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
-        the decoding.  image_size, resize_share: as eval_batch.
+        the decoding.  image_size, crop_pct: as eval_batch.
     Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
         that no metric counts it, and is among the batch's broken ones.
     """
@@ -243,7 +243,7 @@ def eval_batches(
 
     def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:
         try:
-            return centre_crop(decode_rgb(sample.data), size, resize_share), sample.label, None
+            return centre_crop(decode_rgb(sample.data), size, crop_pct), sample.label, None
         except DecodeError as error:
             grey = np.full((3, *size), _GREY, dtype=np.uint8)
             return grey, -1, BrokenRecord(row, sample.where, str(error))

@@ -141,7 +141,7 @@ class ClassificationJob(Job):
                     config.augment.image_size,
                     batch_size=EVAL_BATCH,
                     rows=rows,
-                    resize_share=config.crop_pct,
+                    crop_pct=config.crop_pct,
                     pool=pool,
                 )
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):

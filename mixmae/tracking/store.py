@@ -12,7 +12,7 @@ from typing import Any
 NOTE_TAG = "mlflow.note.content"
 """What MLflow's page shows as the run's description: Markdown, at most 8000 characters."""
 TRAINING_SIDE = "workflowType=machine_learning"
-"""Of a link: MLflow's page opens on its side for language models otherwise."""
+"""Query of a link that makes MLflow 3 open its pages for model training, not those for language models."""
 
 
 class TrackingError(ValueError):

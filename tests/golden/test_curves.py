@@ -10,9 +10,9 @@ from tests.golden.curves import CHANGES, RUNS, distance, read, record, write_sha
 
 REMEDY = "a refactoring must not do this; a change of mathematics renews curves.json: python -m tests.golden.curves"
 
-#: All that is caught, on the quickest run, and on finetuning what differs there; --margins has all on all runs.
 CAUGHT = [("mae", change) for change in CHANGES]
 CAUGHT += [("finetuning", change) for change in ("crop", "weight decay", "learning rate")]
+"""All changes on the quickest run, and on finetuning those that differ there; --margins has all on all runs."""
 
 
 @pytest.fixture(scope="module")

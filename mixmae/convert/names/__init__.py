@@ -1,1 +1,1 @@
-"""One dialect of parameter names per file: others' weights to ours, and back."""
+"""One dialect of tensor names per file: to our names, and back."""

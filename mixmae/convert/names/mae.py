@@ -1,13 +1,13 @@
-"""Plain ViT, as MAE (and timm) name its weights: the encoder's names are ours, the positions and the decoder are not.
+"""Plain ViT of MAE and timm: the names in the encoder are ours; the positions and the decoder differ.
 
 patch_embed.proj.*, cls_token, blocks.J.*, norm.*    encoder.*
 pos_embed (1, 1 + L, C), the class token's first     encoder.pos_embed (1, L, C); the first is added to cls_token
 mask_token, decoder_embed.*, decoder_blocks.K.*, ... decoder.mask_token, decoder.embed.*, decoder.blocks.K.*, ...
 decoder_pos_embed (1, 1 + L, C)                      decoder.pos_embed (1, L, C)
-head.*                                               head.*, of a model without a class token that pools after its norm
+head.*                                               head.*, if there is no class token and pooling follows the norm
 
-Other heads read the class token, or patches averaged before the norm (fc_norm), which ImageClassifier does not do: they
-are left out. The norms of MAE's decoder add 1e-6 to the variance.
+Other heads are left out: they read the class token, or the mean of the patches before the norm (fc_norm), which
+ImageClassifier does not compute. The norms of MAE's decoder have eps 1e-6.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DECODER_NORM_EPS = 1e-6
 
 
 def is_mae(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of a plain ViT."""
+    """Whether these are weights of a plain ViT."""
     return all(name in state for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"))
 
 
 def from_mae(state: Mapping[str, Tensor]) -> StateDict:
     """Rename the weights of a plain ViT to ours.
 
-    Args: state: an MAE of pretraining or finetuning, a timm ViT with a class token or without, or our own encoder.
+    Args: state: an MAE of pretraining or finetuning, a timm ViT with or without a class token, or our own encoder.
     Returns: our names. The class token gets the position that is always added to it (in MAE it is zero).
     """
     ours: StateDict = {}
@@ -68,9 +68,10 @@ def config_from_mae(
 
 
 def _has_class_position(table: Tensor) -> bool:
-    """Say whether a table of a model with a class token begins with its position: published grids are square.
+    """Whether the position table of a model with a class token begins with the class token's position.
 
-    The table of our own encoder, of any grid, begins with the corner of the sin-cos table.
+    The grids of published models are square, so that a square length means no. Our own table may have any grid: it
+    begins with the first row of the sin-cos table.
     """
     if isqrt(table.shape[1]) ** 2 == table.shape[1]:
         return False

@@ -1,14 +1,14 @@
-"""mmpretrain's port of MixMIM: the official model in other names, with another order of channels where patches merge.
+"""mmpretrain's port of MixMIM: the official model with other names, and another order of channels in patch merging.
 
     backbone.*, neck.*, head.fc.*            *, * (decoder_*, mask_token), head.*
     patch_embed.projection, ln1, ln2         patch_embed.proj, norm1, norm2
     ffn.layers.0.0, ffn.layers.1             mlp.fc1, mlp.fc2
     neck.ln1                                 decoder_norm
 
-Legend: C channels of a token before merging. The official code joins the four tokens that merge one after the other
-(each with its C channels, in the order upper left, lower left, upper right, lower right), mmpretrain channel by channel
-(each with its four values, in row order): the norm's vectors and the columns of the reduction are permuted. The norms
-of its decoder add 1e-6 to the variance, not 1e-5 (found on golden/: 1e-5 is off by 1.2e-5, 1e-6 by 4e-7).
+Legend: C channels of a token before merging. The official code concatenates the four merged tokens, each with its C
+channels, in the order upper left, lower left, upper right, lower right. mmpretrain concatenates the channels, each with
+its four values in row order. So the vectors of the norm and the columns of the reduction are permuted. The norms of its
+decoder have eps 1e-6, not 1e-5 (found with tests/golden: 1e-5 differs by 1.2e-5, 1e-6 by 4e-7).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _DECODER_NORM = "neck.ln1."
 
 
 def is_mmpretrain(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of mmpretrain's MixMIM."""
+    """Whether these are weights of mmpretrain's MixMIM."""
     return "backbone.absolute_pos_embed" in state and "backbone.patch_embed.projection.weight" in state
 
 
 def from_mmpretrain(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename mmpretrain's MixMIM weights to ours and bring merged channels to our order.
+    """Rename mmpretrain's MixMIM weights to ours and the channels of patch merging to our order.
 
     Args: state: a pretraining (backbone.*, neck.*) or a classification model (backbone.*, head.fc.*).
     Returns: our names; the relative position indices are left out.
@@ -97,7 +97,8 @@ def _mmpretrain_name(name: str) -> str:
 
 
 def _merge_by_token(value: Tensor) -> Tensor:
-    """(..., 4C), channel by channel -> (..., 4C), token by token. The reduction's rows are no merged channels."""
+    """(..., 4C), channel by channel -> (..., 4C), token by token. The rows of `reduction`
+    (outputs) are not permuted, only its columns."""
     merged = value.unflatten(-1, (-1, 2, 2))  # (..., C, row, column)
     return merged.movedim(-3, -1).transpose(-3, -2).flatten(-3)  # (..., column, row, C)
 

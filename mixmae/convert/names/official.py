@@ -1,12 +1,12 @@
 """The official MixMIM release: pretraining and finetuning models.
 
-Official names against ours, which are those of methods.mixmae.MixMAE (encoder.*, decoder.*) and
+Official names and ours, which are those of methods.mixmae.MixMAE (encoder.*, decoder.*) and
 finetune.classification.ImageClassifier (encoder.*, head.*):
     patch_embed.*, norm.*                    encoder.patch_embed.*, encoder.norm.*
     absolute_pos_embed                       encoder.pos_embed
     layers.I.blocks.J.*                      encoder.stages.I.blocks.J.*
     layers.I.downsample.* (END of stage I)   encoder.stages.(I+1).downsample.* (START of stage I+1)
-    ...attn.relative_position_index          none: it follows from the size of the bias table
+    ...attn.relative_position_index          none: follows from the size of the bias table
     mask_token, decoder_embed.*, ...         decoder.mask_token, decoder.embed.*, ...
     head.*                                   head.*
 """
@@ -27,7 +27,7 @@ NEEDED = ("patch_embed.proj.weight", "absolute_pos_embed", f"layers.3.blocks.0.a
 
 
 def is_official(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of an official MixMIM model."""
+    """Whether these are weights of an official MixMIM model."""
     return all(name in state for name in NEEDED)
 
 
@@ -49,7 +49,7 @@ def to_official(state: Mapping[str, Tensor]) -> StateDict:
     """Rename our weights to the official names: the inverse of from_official.
 
     Args: state: the state dict of a MixMAE, an ImageClassifier or an encoder alone; the encoder is the paper's Swin.
-    Returns: the same tensors, and the relative position index that the official classes keep beside each bias table.
+    Returns: the same tensors, and the relative position index that the official classes store with each bias table.
     """
     official: StateDict = {}
     for name, value in state.items():
@@ -87,7 +87,7 @@ def _our_name(name: str) -> str:
 def stage_name(name: str, *, downsample_shift: int) -> str:
     """Rename a tensor of a Swin's encoder, layers.I..., to ours.
 
-    Args: downsample_shift: 1 where a stage ends with its downsampling, 0 where it starts with it, as ours.
+    Args: downsample_shift: 1 if a stage ends with its downsampling, 0 if it starts with it, as ours.
     """
     found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if found is None:
@@ -112,9 +112,9 @@ def _official_name(name: str) -> str:
 
 
 def _relative_position_index(window: int) -> Tensor:
-    """Number the row of the bias table for each pair of tokens in a window: (w*w, w*w) int64."""
-    place = torch.arange(window)
-    row, column = place.repeat_interleave(window), place.repeat(window)
+    """The row of the bias table for each pair of tokens in a window of side w: (w*w, w*w) int64."""
+    index = torch.arange(window)
+    row, column = index.repeat_interleave(window), index.repeat(window)
     offset_row = row[:, None] - row + window - 1
     offset_column = column[:, None] - column + window - 1
     return offset_row * (2 * window - 1) + offset_column

@@ -1,4 +1,4 @@
-"""PVT v2 as timm names its weights, and both versions as their authors do; the names against ours:
+"""PVT v2 of timm, and both versions of their authors. Their names and ours:
 
 timm (v2)               the authors            ours
 patch_embed.*           patch_embed1.*         encoder.stages.0.patch_embed.*
@@ -10,10 +10,10 @@ stages.I.norm.*         norm(I+1).*            encoder.stages.I.norm.*         (
                         norm.*                 encoder.norm.*                  (v1)
 head.*                  head.*                 head.*
 
-The authors' v1 has a class token in its last stage, which ours has not: it is left out, with its position (the first of
-pos_embed4) and the head that reads it. The patches have learned to read it, so that their features are not exactly
-those of the published model. The authors' names are from their code (github.com/whai362/PVT); no released file of
-theirs was at hand to test with.
+The authors' v1 has a class token in its last stage, and ours has none: the token, its position (the first of
+pos_embed4) and the head that reads it are left out. The patches were trained to attend to it, so our features differ
+from those of the published model. The authors' names are from their code (github.com/whai362/PVT); not tested with a
+released file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TO_TIMM = (
 
 
 def is_timm_pvt_v2(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of timm's PVT v2."""
+    """Whether these are weights of timm's PVT v2."""
     return "patch_embed.proj.weight" in state and "stages.1.downsample.proj.weight" in state
 
 
@@ -55,7 +55,7 @@ def to_timm_pvt_v2(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def is_pvt(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of a PVT of its authors."""
+    """Whether these are weights of a PVT of its authors."""
     return "patch_embed1.proj.weight" in state and "block1.0.attn.q.weight" in state
 
 
@@ -88,5 +88,5 @@ def _on_grid(name: str, table: Tensor) -> Tensor:
     """(1, H*W, C) -> (1, H, W, C), with H = W."""
     side = isqrt(table.shape[1])
     if side * side != table.shape[1]:
-        raise ValueError(f"the position table {name} has {table.shape[1]} tokens, which is no square")
+        raise ValueError(f"the position table {name} has {table.shape[1]} tokens, which is not a square")
     return table.unflatten(1, (side, side)).contiguous()

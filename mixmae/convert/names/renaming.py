@@ -1,4 +1,4 @@
-"""Names by rules: the tables of formats that differ from ours in names alone."""
+"""Renaming by rules, for formats that differ from ours only in names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from mixmae.convert.architecture import StateDict
 
 Rules = Iterable[tuple[str, str]]
-"""Pairs of a pattern and what it becomes, as in re.sub; the first that a name starts with is applied."""
+"""Pairs of pattern and replacement, as in re.sub; the first pattern that the start of a name matches is applied."""
 
 
 def rename(state: Mapping[str, Tensor], rules: Rules) -> StateDict:
-    """Rename weights by rules; a name that no rule knows stays as it is."""
+    """Rename weights by rules; names that match no rule are kept."""
     return {_renamed(name, rules): value for name, value in state.items()}
 
 

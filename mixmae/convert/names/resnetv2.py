@@ -1,4 +1,4 @@
-"""ResNet v2 of BiT, as timm names its weights: the encoder's names are ours, and the classifier is a 1 x 1 convolution.
+"""ResNet v2 (BiT) of timm: the names in the encoder are ours; the classifier is a 1 x 1 convolution.
 
 stem.*, stages.*, norm.*        encoder.*
 head.fc.* (classes, C, 1, 1)    head.* (classes, C)
@@ -17,7 +17,7 @@ _HEAD = "head.weight"
 
 
 def is_timm_resnetv2(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of a ResNet v2 with group norms and standardised filters, as BiT's are."""
+    """Whether these are weights of a ResNet v2 with group norms and standardised weights, as BiT's."""
     first = "stages.0.blocks.0.norm1."
     return "stem.conv.weight" in state and f"{first}weight" in state and f"{first}running_mean" not in state
 

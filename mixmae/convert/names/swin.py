@@ -1,13 +1,13 @@
-"""Plain Swin: shifted windows and no absolute positions, as timm, Microsoft and SimMIM name its weights.
+"""Plain Swin of timm, Microsoft and SimMIM: shifted windows, no absolute positions.
 
-timm starts a stage with its downsampling (as we do) and calls the classifier head.fc; Microsoft ends it with that and
-stores indices and masks that follow from the sizes; SimMIM is Microsoft's below "encoder.". The order of channels where
-patches merge is ours in all three. What SimMIM has beside the encoder, against methods.simmim.SimMIM:
+In timm a stage starts with its downsampling, as ours, and the classifier is head.fc. In Microsoft's code a stage ends
+with it, and indices and masks that follow from the sizes are stored. SimMIM has Microsoft's names below "encoder.". All
+three merge patches in our order of channels. The rest of SimMIM, and the names in methods.simmim.SimMIM:
     encoder.mask_token (1, 1, C)             mask_token (C,)
     decoder.0.* (D to 3 * s * s, 1 x 1)      decoder.pred.*, rows in the order (row, column, channel)
 
-Legend: C the width of a token, D that of the last stage, s the side of its tokens in pixels. A pixel shuffle follows
-SimMIM's decoder, which takes its channels in the order (channel, row, column).
+Legend: C width of a token in the first stage, D in the last, s the side of the last stage's tokens in pixels. SimMIM's
+decoder ends in a pixel shuffle, which takes channels in the order (channel, row, column).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _DERIVED = (BIAS_INDEX, "attn_mask")
 
 
 def is_timm_swin(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of timm's Swin."""
+    """Whether these are weights of timm's Swin."""
     return _FIRST_TABLE in state and "layers.1.downsample.norm.weight" in state and not is_microsoft_swin(state)
 
 
 def is_microsoft_swin(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of Microsoft's Swin, without absolute positions."""
+    """Whether these are weights of Microsoft's Swin, without absolute positions."""
     ends_with_merging = "layers.0.downsample.norm.weight" in state
     return _FIRST_TABLE in state and ends_with_merging and "absolute_pos_embed" not in state
 
 
 def is_simmim_swin(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of SimMIM's pretraining of a Swin."""
+    """Whether these are weights of SimMIM's pretraining of a Swin."""
     return f"encoder.{_FIRST_TABLE}" in state
 
 
@@ -50,7 +50,7 @@ def from_microsoft_swin(state: Mapping[str, Tensor]) -> StateDict:
 
 
 def from_simmim_swin(state: Mapping[str, Tensor]) -> StateDict:
-    """Rename the weights of SimMIM's Swin to ours, those of methods.simmim.SimMIM on a SwinEncoder."""
+    """Rename the weights of SimMIM's Swin to those of methods.simmim.SimMIM on a SwinEncoder."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     rest = {}
     if "mask_token" in encoder:

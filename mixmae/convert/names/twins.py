@@ -1,4 +1,4 @@
-"""Twins, as timm and its authors name its weights; timm's names against ours:
+"""Twins of timm and of its authors, who use the same names. Theirs and ours:
 
 patch_embeds.I.*        encoder.stages.I.patch_embed.*
 blocks.I.J.*            encoder.stages.I.blocks.J.*
@@ -31,7 +31,7 @@ _TO_TIMM = (
 
 
 def is_twins(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are weights of timm's Twins."""
+    """Whether these are weights of timm's Twins."""
     return "patch_embeds.0.proj.weight" in state and "pos_block.0.proj.0.weight" in state
 
 

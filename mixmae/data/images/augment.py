@@ -126,17 +126,17 @@ def resize(pixels: Uint8Array, flip: bool, out: torch.Tensor) -> None:
         out.copy_(out.flip(-1))
 
 
-def centre_crop(pixels: Uint8Array, size: tuple[int, int], resize_share: float = 0.875) -> Uint8Array:
+def centre_crop(pixels: Uint8Array, size: tuple[int, int], crop_pct: float = 0.875) -> Uint8Array:
     """The transform of evaluation: the central part of an image at a fixed size.
 
-    Args:   pixels: (h, w, 3) uint8.  size: (H, W).  resize_share: the crop's side over the side that the image's
+    Args:   pixels: (h, w, 3) uint8.  size: (H, W).  crop_pct: the crop's side over the side that the image's
             shorter one is resized to: 224 / 256 = 0.875 for ImageNet, 1 for no margin.
     Returns: (3, H, W) uint8.
     Source: resize(256) and centre crop(224) of the usual evaluation. Here both are one resize of the central box,
             without the rounding in between.
     """
     height, width = pixels.shape[:2]
-    scale = min(height / size[0], width / size[1]) * resize_share
+    scale = min(height / size[0], width / size[1]) * crop_pct
     crop_h = min(height, max(1, round(size[0] * scale)))
     crop_w = min(width, max(1, round(size[1] * scale)))
     box = np.array([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], dtype=np.int64)

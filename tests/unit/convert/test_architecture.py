@@ -15,16 +15,7 @@ from mixmae.convert import (
 from mixmae.encoders.build import SIZES, build_encoder
 from mixmae.encoders.swin import SwinEncoder, swin_base
 from mixmae.finetune.classification import ImageClassifier
-from tests.factories import (
-    noise_images,
-    tiny_mixmae,
-    tiny_pcpvt,
-    tiny_pvt,
-    tiny_pvt_v2,
-    tiny_svt,
-    tiny_vit,
-    vit_state,
-)
+from tests.factories import noise_images, tiny_mixmae, tiny_pcpvt, tiny_pvt, tiny_pvt_v2, tiny_svt, tiny_vit
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if not name.endswith("_w7")])
@@ -52,9 +43,9 @@ def test_heads_are_asked_for_where_shapes_do_not_tell(tmp_path, build):
     assert load_pretrained(build(), tmp_path / "bare.pth").matched_share == 1.0
 
 
-def test_architectures_in_words():
+def test_architectures_in_words(vit_state):
     with torch.device("meta"):
         base = ImageClassifier(SwinEncoder(swin_base()), 10).state_dict()
     assert describe(base) == "a Swin of width 128 with 2-2-18-2 blocks (swin_base)"
     assert describe(tiny_mixmae().state_dict()) == "a Swin of width 16 with 1-1-2-1 blocks"
-    assert describe(from_mae(vit_state())) == "a ViT of width 32 with 2 blocks"
+    assert describe(from_mae(vit_state)) == "a ViT of width 32 with 2 blocks"

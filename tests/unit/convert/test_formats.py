@@ -12,14 +12,7 @@ from mixmae.convert import (
     to_mmpretrain,
     to_official,
 )
-from tests.factories import (
-    tiny_mixmae,
-    tiny_pvt_v2,
-    tiny_resnetv2,
-    tiny_svt,
-    tiny_swin,
-    tiny_vit,
-)
+from tests.factories import tiny_mixmae, tiny_pvt_v2, tiny_resnetv2, tiny_svt, tiny_swin, tiny_vit
 
 
 @pytest.mark.parametrize(

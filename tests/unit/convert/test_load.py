@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixmae.convert import (
+    Preprocessing,
     from_mae,
     load_pretrained,
     load_weights,
@@ -15,11 +16,10 @@ from mixmae.convert import (
     save_encoder,
     to_official,
 )
-from mixmae.convert.metadata import Preprocessing
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.layers.positions import sin_cos_positions
-from tests.factories import noise_images, tiny_mixmae, tiny_pvt, tiny_swin, vit_state
+from tests.factories import noise_images, tiny_mixmae, tiny_pvt, tiny_swin
 
 
 def cubic(values, places):
@@ -165,8 +165,8 @@ def refused(model, path, sentence):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_another_architecture_is_named(tmp_path):
-    save_file(from_mae(vit_state()), tmp_path / "vit.safetensors")
+def test_another_architecture_is_named(tmp_path, vit_state):
+    save_file(from_mae(vit_state), tmp_path / "vit.safetensors")
     refused(
         tiny_swin(), tmp_path / "vit.safetensors", "weights of a ViT of width 32 with 2 blocks; the model has a Swin"
     )

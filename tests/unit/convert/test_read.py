@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixmae.convert import (
+    Preprocessing,
     load_encoder,
     load_pretrained,
     read_state_dict,
@@ -20,7 +21,6 @@ from mixmae.convert import (
     save_encoder,
     to_official,
 )
-from mixmae.convert.metadata import Preprocessing
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.build import config_to_json
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
@@ -178,6 +178,6 @@ def test_foreign_files_tell_what_their_shapes_tell(tmp_path):
     assert metadata.data_licence == "not stated"
     wide = SwinConfig(image_size=(64, 96), embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     torch.save(to_official(SwinEncoder(wide).state_dict()), tmp_path / "wide.pth")
-    with pytest.raises(ValueError, match="384 tokens, which is no square"):
+    with pytest.raises(ValueError, match="384 tokens, which is not a square"):
         load_encoder(tmp_path / "wide.pth")
     assert load_encoder(tmp_path / "wide.pth", image_size=(64, 96))[1].encoder == wide

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mixmae.convert import (
+    Preprocessing,
     load_encoder,
     read_state_dict,
     read_weights,
     save_encoder,
 )
-from mixmae.convert.metadata import Preprocessing
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.writing import writing
 from tests.factories import noise_images, tiny_mixmae, tiny_swin

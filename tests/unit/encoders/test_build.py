@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from mixmae.convert.metadata import EncoderMetadata
 from mixmae.encoders.build import config_from_json, config_to_json, size_name
 from mixmae.encoders.swin import SwinConfig, swin_base
 
@@ -22,5 +21,3 @@ def test_configs_as_json():
         config_from_json(content | {"teeth": 3})
     with pytest.raises(ValueError, match="do not make a SwinConfig"):
         config_from_json(content | {"depths": None})
-    with pytest.raises(ValueError, match="another version"):
-        EncoderMetadata.from_json({"encoder": content})

@@ -174,16 +174,43 @@ def run_of(model, base):
     return checkpoint
 
 
-def test_a_runs_folder_gives_its_best_weights_or_its_last_checkpoint(tmp_path):
-    last, best = trained(tiny_simmim()), tiny_simmim()
-    checkpoint = run_of(last, tmp_path)
-    folder = checkpoint.parents[1]
-    export(folder, tmp_path / "last")
-    assert same(load_encoder(tmp_path / "last" / "encoder.safetensors")[0].state_dict(), last.encoder.state_dict())
-    state = json.loads((checkpoint / "state.json").read_text())
-    save_checkpoint(folder / "best", model=best, optimizer=None, state=state)
-    export(folder, tmp_path / "best")
-    assert same(load_encoder(tmp_path / "best" / "encoder.safetensors")[0].state_dict(), best.encoder.state_dict())
+def test_the_folder_of_a_run_is_exported(tmp_path, monkeypatch):
+    """Its last checkpoint, or its best weights where it keeps them, under the name of the run."""
+    first, last, best = (trained(tiny_swin()) for _ in range(3))
+    for factor, model in enumerate((first, last, best), start=1):
+        model.norm.bias.data.fill_(factor)
+    monkeypatch.chdir(tmp_path)
+    folder = run_of(tiny_simmim(first), tmp_path).parents[1]
+    state = {"config": {"encoder": config_to_json(first.config), "augment": {"image_size": 96}}}
+    save_checkpoint(folder / "checkpoints" / "step_0000002", model=tiny_simmim(last), optimizer=None, state=state)
+    assert main([str(folder)]) == 0
+    assert same(load_encoder("exports/photos/encoder.safetensors")[0].state_dict(), last.state_dict())
+    save_checkpoint(folder / "best", model=tiny_simmim(best), optimizer=None, state=state)
+    assert main([str(folder), "--overwrite"]) == 0
+    assert same(load_encoder("exports/photos/encoder.safetensors")[0].state_dict(), best.state_dict())
+
+
+def test_the_folder_of_a_sweep_is_exported(tmp_path, monkeypatch):
+    """The weights that its link `best` leads to, with the panel of their run, under the name of the sweep."""
+    sweep, method = tmp_path / "rates", trained(tiny_simmim())
+    trial = sweep / "trials" / "one"
+    state = {"config": {"encoder": config_to_json(method.encoder.config), "augment": {"image_size": 96}}}
+    save_checkpoint(trial / "checkpoints" / "step_0000001", model=method, optimizer=None, state=state)
+    for folder in (sweep, trial):
+        (folder / "run.json").write_text("{}")
+    (sweep / "best").symlink_to("trials/one/checkpoints/step_0000001", target_is_directory=True)
+    (trial / "panels").mkdir()
+    (trial / "panels" / "step_0000001.png").write_bytes(b"panel")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(sweep), "--formats", "encoder", "hub"]) == 0
+    out = tmp_path / "exports" / "rates"
+    assert same(load_encoder(out / "encoder.safetensors")[0].state_dict(), method.encoder.state_dict())
+    assert (out / "hub" / "panel.png").read_bytes() == b"panel"
+
+
+def test_a_run_without_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert "a run without a checkpoint yet" in error(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS)

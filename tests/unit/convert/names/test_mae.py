@@ -15,16 +15,11 @@ from mixmae.convert import (
 from mixmae.decoders import DecoderConfig
 from mixmae.encoders.vit import ViTConfig, ViTEncoder
 from mixmae.methods.mae import MAE, MAEConfig
-from tests.factories import (
-    noise_images,
-    tiny_vit,
-    vit_state,
-)
+from tests.factories import noise_images, tiny_vit
 
 
-def test_vit_of_mae():
-    state = vit_state()
-    state |= {
+def test_vit_of_mae(vit_state):
+    state = vit_state | {
         "mask_token": torch.rand(1, 1, 8),
         "decoder_embed.weight": torch.rand(8, 32),
         "decoder_pos_embed": torch.rand(1, 17, 8),

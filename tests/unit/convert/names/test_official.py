@@ -15,16 +15,11 @@ from mixmae.convert import (
 )
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
-from tests.factories import (
-    tiny_mixmae,
-    tiny_swin,
-)
+from tests.factories import tiny_mixmae, tiny_swin
 
 MODELS = pytest.mark.parametrize(
     "model", [tiny_mixmae(), ImageClassifier(tiny_swin(), 10)], ids=["pretraining", "finetuning"]
 )
-
-
 ODD = SwinConfig(
     image_size=(64, 96),
     in_channels=5,
@@ -56,17 +51,6 @@ def test_a_stage_ends_with_its_downsampling_in_official_names():
     official = to_official(ours)
     assert torch.equal(official["layers.2.downsample.norm.weight"], ours["encoder.stages.3.downsample.norm.weight"])
     assert "layers.3.downsample.norm.weight" not in official
-
-
-def test_merged_channels_of_mmpretrain():
-    """Two channels, a hand-worked permutation: channel by channel in row order, to token by token in column order."""
-    name = "backbone.layers.0.downsample.norm.weight"
-    theirs = to_mmpretrain(tiny_mixmae().state_dict())
-    theirs[name] = torch.arange(
-        8
-    )  # channel 0: upper left 0, upper right 1, lower left 2, lower right 3; channel 1: 4..7
-    ours = from_mmpretrain(theirs)["encoder.stages.1.downsample.norm.weight"]
-    assert ours.tolist() == [0, 4, 2, 6, 1, 5, 3, 7]  # upper left, lower left, upper right, lower right
 
 
 @pytest.mark.parametrize(

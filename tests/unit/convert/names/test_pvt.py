@@ -7,10 +7,7 @@ from mixmae.convert import (
     detect_format,
     to_ours,
 )
-from tests.factories import (
-    tiny_pvt,
-    tiny_pvt_v2,
-)
+from tests.factories import tiny_pvt, tiny_pvt_v2
 
 
 def published_pvt(encoder):

@@ -16,9 +16,7 @@ from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from mixmae.patches import unpatchify
-from tests.factories import (
-    noise_images,
-)
+from tests.factories import noise_images
 
 
 def timm_swin():

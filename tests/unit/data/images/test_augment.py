@@ -95,7 +95,7 @@ def test_centre_crop():
     pixels = np.zeros((256, 320, 3), dtype=np.uint8)
     pixels[16:240, 48:272] = 255
     assert (centre_crop(pixels, (224, 224)) == 255).all()
-    assert centre_crop(pixels, (32, 64), resize_share=1.0).shape == (3, 32, 64)
+    assert centre_crop(pixels, (32, 64), crop_pct=1.0).shape == (3, 32, 64)
     assert centre_crop(np.full((1, 1, 3), 9, dtype=np.uint8), (8, 8)).mean() == 9
 
 

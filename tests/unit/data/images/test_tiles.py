@@ -17,8 +17,8 @@ from mixmae.data.images.tiles import head, read_layout, retile, splice
 needs_tool = pytest.mark.skipif(tiles.tool_path() is None, reason="jpegtran (libjpeg-turbo-progs) is not installed")
 
 SUBSAMPLINGS = ["420", "422", "440", "444", "Gray"]
-#: Widths that cut into tiles well, badly (31 MCUs, a prime) and not at all; heights with every kind of last row.
 SIZES = [(375, 500), (333, 485), (400, 496), (97, 161), (65, 63), (40, 17), (16, 48), (257, 33)]
+"""Widths that cut into tiles well, badly (31 MCUs, a prime) and not at all; heights with every kind of last row."""
 
 
 def picture(height: int, width: int) -> np.ndarray:
