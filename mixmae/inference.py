@@ -32,7 +32,7 @@ from mixmae.training.run_folder import weights_of
 
 CROP_PCT = 0.875
 """Side of the central crop over that of the resized image, where nothing else is known: 224 / 256."""
-SAY_EVERY_S = 15.0
+REPORT_EVERY_S = 15.0
 """Seconds between two lines about the progress."""
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -95,7 +95,7 @@ class FrozenEncoder:
         """As `pool`, of a source's images, all or these rows; prints the progress."""
         total = source.num_rows if rows is None else len(rows)
         batches = decoded(source, self.preprocessing, crop_pct=self.crop_pct, batch_size=self.batch_size, rows=rows)
-        return self.pool(_saying(batches, total, f"features of {source.name}"))
+        return self.pool(_reported(batches, total, f"features of {source.name}"))
 
 
 def load_classifier(
@@ -192,16 +192,16 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def _saying(batches: Iterable[ImageBatch], total: int, what: str) -> Iterator[ImageBatch]:
-    """Pass batches on, and print a line every SAY_EVERY_S seconds and at the end of what took longer than that."""
-    start = said = time.monotonic()
+def _reported(batches: Iterable[ImageBatch], total: int, what: str) -> Iterator[ImageBatch]:
+    """Pass batches on, and print a line every REPORT_EVERY_S seconds and at the end of what took longer than that."""
+    start = printed = time.monotonic()
     count = broken = 0
     for batch in batches:
         yield batch
         count, broken = count + len(batch.images), broken + len(batch.broken)
         now = time.monotonic()
-        if now - said > SAY_EVERY_S or (count == total and said > start):
-            said = now
+        if now - printed > REPORT_EVERY_S or (count == total and printed > start):
+            printed = now
             print(f"{what}: {count}/{total} images, {count / (now - start):.0f} images/s", flush=True)
     if broken:
         print(f"note: {broken} images of {total} could not be decoded and are left out", flush=True)

@@ -30,7 +30,7 @@ from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import (
     CROP_PCT,
-    SAY_EVERY_S,
+    REPORT_EVERY_S,
     Device,
     Embedder,
     EmbeddingWorker,
@@ -166,14 +166,14 @@ def write(path: Path, tables: Iterable[pa.Table], frozen: FrozenEncoder, source:
     }
     schema = feature_schema(frozen.width).with_metadata({"mixmae": json.dumps(facts)})
     count, start = 0, time.monotonic()
-    said = start
+    printed = start
     with pq.ParquetWriter(path, schema) as writer:
         for table in tables:
             writer.write_table(table)
             count += len(table)
-            if time.monotonic() - said > SAY_EVERY_S:
-                said = time.monotonic()
-                rate = count / (said - start)
+            if time.monotonic() - printed > REPORT_EVERY_S:
+                printed = time.monotonic()
+                rate = count / (printed - start)
                 print(f"{source.name}: {count}/{source.num_rows} images, {rate:.0f} images/s", flush=True)
         writer.add_key_value_metadata({"mixmae.broken": str(source.num_rows - count)})  # known only now
     return count

@@ -162,3 +162,10 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w")
 
 def all_samples(source: Source) -> list[Sample]:
     return read_rows(source, range(source.num_rows))
+
+
+def clouds(num_images: int, width: int, std: float) -> tuple[Tensor, Tensor]:
+    """Features (num_images, width) of three classes as clouds of this std, and their labels."""
+    labels = torch.arange(num_images) % 3
+    noise = torch.randn(num_images, width, generator=seeded(1))
+    return torch.randn(3, width, generator=seeded())[labels] + std * noise, labels

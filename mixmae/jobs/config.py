@@ -19,7 +19,7 @@ from mixmae.encoders.build import EncoderConfig, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
-from mixmae.probing.ridge import OnlineProbeConfig
+from mixmae.probing.online import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig

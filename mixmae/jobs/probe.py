@@ -20,7 +20,7 @@ from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
 from mixmae.jobs.config import RunConfig
 from mixmae.probing.features import extract_features
-from mixmae.probing.ridge import OnlineProbeConfig, choose_images, probe_features
+from mixmae.probing.online import OnlineProbeConfig, choose_images, probe_features
 from mixmae.training.worker import EvaluationSkipped
 
 PROBE_BATCH = 64

@@ -1,89 +1,21 @@
-"""Judge an encoder while it pretrains: how well its features separate the classes of a few labelled images.
+"""Judge features by a linear layer in closed form: ridge regression, each image classified by the fit to all others.
 
-Each image is classified by all others (leave-one-out), so a small set is enough.
 Legend: N images, D width, C classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from mixmae.metrics import UNKNOWN, Accuracy, top_k_accuracy
-from mixmae.probing.knn import KnnConfig, knn_leave_one_out
+from mixmae.metrics import Accuracy, top_k_accuracy
 
-IMAGES_PER_CLASS = 20
-"""Images per class, if there are as many: with fewer, most of the k = 20 neighbours are of other classes."""
-RIDGE = 0.1
-"""Ridge penalty of the linear probe per image, on features of variance 1."""
+PENALTY = 0.1
+"""On the squared weights, per image, for features of variance 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnlineProbeConfig:
-    """The probe that a pretraining run on labelled images makes at each evaluation, by kNN and ridge regression."""
-
-    images: int = 2000
-    """Images of the probe, 20 per class from as many classes as that allows; 0: no probe."""
-    k: int = 20
-    """Neighbours that vote."""
-
-    def __post_init__(self) -> None:
-        if self.images < 0 or 0 < self.images < 2 * IMAGES_PER_CLASS:
-            raise ValueError(
-                f"probe images are {self.images}: give at least {2 * IMAGES_PER_CLASS} (two classes), or 0 for none."
-            )
-        if self.k < 1:
-            raise ValueError(f"probe k is {self.k}: at least one image must vote (20 is usual).")
-
-
-def choose_images(labels: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
-    """Choose the images of a probe by their labels alone: the same in every run on the same set.
-
-    Args: labels: (N,) of all rows, below 0 = not known.  num_images: most images to choose.
-    Returns: rows in storage order, of each class up to an equal share; empty unless two classes have two images each:
-        the only image of a class has no neighbour of its class.
-    """
-    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
-    classes = classes[counts >= 2]
-    most = num_images // IMAGES_PER_CLASS
-    if len(classes) > most:
-        classes = classes[_spread(len(classes), most)]
-    if len(classes) < 2:
-        return np.empty(0, dtype=np.int64)
-    share = num_images // len(classes)
-    chosen = []
-    for label in classes:
-        rows = np.flatnonzero(labels == label)
-        chosen.append(rows[_spread(len(rows), share)] if len(rows) > share else rows)
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-def _spread(length: int, count: int) -> NDArray[np.int64]:
-    """`count` indices in [0, length), evenly spread."""
-    return np.arange(count, dtype=np.int64) * length // count
-
-
-def probe_features(features: Tensor, labels: Tensor, k: int) -> dict[str, float]:
-    """Classify each image by all others, with kNN and with a ridge regression.
-
-    Args: features: (N, D) float.  labels: (N,) int64, -1 = left out.
-    Returns: probe/knn_top1 and probe/linear_top1, shares in 0..1.
-    Raises: ValueError as knn_leave_one_out, for example for features that are not finite.
-    """
-    known = labels != UNKNOWN
-    # These may be few of the set's classes: renumber them from 0.
-    classes, indices = labels[known].unique(return_inverse=True)
-    count = len(classes)
-    knn = knn_leave_one_out(features[known], indices, num_classes=count, config=KnnConfig(k=k)).accuracy
-    linear = ridge_leave_one_out(features[known], indices, num_classes=count)
-    return {"probe/knn_top1": knn.top[1], "probe/linear_top1": linear.top[1]}
-
-
-def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, penalty: float = RIDGE) -> Accuracy:
+def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, penalty: float = PENALTY) -> Accuracy:
     """Classify each image by a linear layer fitted to the classes of all others by least squares.
 
     The fit is in closed form, and so is leaving each image out: with the hat matrix H of the fit to all, the scores
@@ -92,13 +24,14 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, *, num_classes: int, p
 
     Args:
         features: (N, D) float. labels: (N,) int64 in [0, C).
-        penalty: on the squared weights, times N; the constant is not penalised.
+        penalty: on the squared weights, times N; the bias is not penalised.
+    Returns: top-1 accuracy.
     Source: the leave-one-out identity of ridge regression (Hastie et al., "The Elements of Statistical Learning",
         section 7.10).
     """
     wide = features.detach().cpu().double()  # (N, D)
     wide = (wide - wide.mean(dim=0)) / (wide.var(dim=0, unbiased=False) + 1e-6).sqrt()
-    targets = torch.nn.functional.one_hot(labels.cpu(), num_classes).double()  # (N, C)
+    targets = F.one_hot(labels.cpu(), num_classes).double()  # (N, C)
     count, width = wide.shape
     shift = penalty * count
     if count < width:  # the same matrix from the smaller Gram matrix

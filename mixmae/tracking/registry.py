@@ -8,11 +8,11 @@ from typing import Any
 from mixmae.tracking.store import TRAINING_SIDE, RunRef, TrackingError, connect
 
 MODEL_TAG = ("mixmae", "classifier")
-"""Marks the registered models that are ours."""
+"""The tag of registered models that are ours."""
 
 
 def claim_model_name(uri: str, name: str) -> None:
-    """See that versions can be added to a registered model of this name, which is made if it is new.
+    """Check that versions can be added to a registered model of this name; it is created if it is new.
 
     Raises: TrackingError if the name is something else's, or the store has no registry.
     """

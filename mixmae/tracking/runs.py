@@ -1,4 +1,4 @@
-"""Runs in MLflow: made and ended by the driver, which alone says FINISHED or FAILED.
+"""Runs in MLflow: created and ended by the driver alone.
 
 Rank 0 of the workers logs to a run by its id, so that a restarted worker continues the same curves.
 """
@@ -35,7 +35,7 @@ def create_run(
         dataset: name, digest and source of the training set.
     Raises: TrackingError if the store cannot be reached within about ten seconds.
     """
-    # A server that is not there should be said at once, not after MLflow's default minutes of retries.
+    # A server that is away is reported within seconds, not after the minutes of MLflow's default retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
@@ -77,7 +77,7 @@ def finish_run(
     tags: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """End the run: status FINISHED, FAILED or KILLED.   Args: metrics: its result, a point each at step 0."""
+    """End the run: status FINISHED, FAILED or KILLED.   Args: metrics: its result, one point each at step 0."""
     client = connect(run.uri)
     for key, number in (metrics or {}).items():
         client.log_metric(run.run_id, key, number)
@@ -120,7 +120,7 @@ def log_table(run: RunRef, rows: Sequence[Mapping[str, Any]], name: str) -> None
 
 
 def metric_history(run: RunRef, key: str) -> list[tuple[int, float]]:
-    """The points (step, value) of a curve, the last one of each step; none if the store or the curve is not there."""
+    """The points (step, value) of a curve, the last one of each step; empty if the store or the curve is missing."""
     from mlflow.exceptions import MlflowException
 
     if run.uri.startswith("sqlite:///") and not Path(run.uri.removeprefix("sqlite:///")).is_file():

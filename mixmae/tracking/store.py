@@ -30,7 +30,7 @@ class RunRef:
 
     @property
     def ui_command(self) -> str:
-        """How a person opens the run."""
+        """The shell command that opens the run in a browser."""
         if self.uri.startswith("sqlite:"):
             return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
         return f"open {shlex.quote(f'{self.uri}/{self.link}')}"
@@ -49,7 +49,7 @@ def resolve_uri(uri: str | None, folder: Path) -> str:
     """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in `folder` (absolute).
 
     Raises: TrackingError for a file store, which MLflow no longer writes, and for a relative sqlite path, which would
-    mean another file in every worker.
+        be another file in every worker.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:

@@ -11,10 +11,10 @@ from mixmae.tracking.store import NOTE_TAG, RunRef, connect
 
 
 class MlflowTracker:
-    """Logs to a run that the driver made; metrics travel in the background. Losing the store never stops training."""
+    """Logs to a run that the driver made; metrics travel in the background. If the store is away it only warns."""
 
     def __init__(self, run: RunRef, *, system_metrics: bool = True) -> None:
-        """Raises nothing when the store is away: it warns, and training goes on."""
+        """Args: system_metrics: also log the use of CPU, memory and GPU, in the background."""
         import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -35,7 +35,7 @@ class MlflowTracker:
         """Add an image to the series `key` at a step."""
         with _warn_only("an image"):
             self._client.log_image(self._run.run_id, image, key=key, step=step)
-            # MLflow's own card for a series opens on a list of parameters: the newest picture is a file and a link too.
+            # MLflow's own card for a series opens on a list of parameters: the newest image is also a file with a link.
             self._client.log_image(self._run.run_id, image, artifact_file=f"{key}.png")
             if NOTE_TAG not in self._client.get_run(self._run.run_id).data.tags:
                 self.set_tag(NOTE_TAG, f"[newest {key}]({self._run.file_link(f'{key}.png')})")

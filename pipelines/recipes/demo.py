@@ -7,7 +7,7 @@ from mixmae.decoders import DecoderConfig
 from mixmae.encoders.swin import SwinConfig
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.mixmae import MixMAEConfig
-from mixmae.probing.ridge import OnlineProbeConfig
+from mixmae.probing.online import OnlineProbeConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
 

@@ -15,7 +15,7 @@ from mixmae.jobs import probe as module
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.probe import Probe, choose_probe
 from mixmae.probing.features import extract_features
-from mixmae.probing.ridge import OnlineProbeConfig, probe_features
+from mixmae.probing.online import OnlineProbeConfig, probe_features
 from mixmae.training.worker import EvaluationSkipped
 from pipelines.recipes import PRETRAIN_RECIPES
 

@@ -236,9 +236,9 @@ def test_graphs_of_every_encoder_give_the_same_numbers(tmp_path, capsys, build):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export(run_of(trained(tiny_simmim(build())), tmp_path), tmp_path / "out", "--formats", "onnx", "pt2")
-    said = capsys.readouterr().out
-    assert "torch.export differs by" in said
-    assert "onnxruntime differs by" in said
+    printed = capsys.readouterr().out
+    assert "torch.export differs by" in printed
+    assert "onnxruntime differs by" in printed
 
 
 def test_torch_export_gives_the_same_numbers(tmp_path, capsys):

@@ -95,8 +95,8 @@ def test_a_cached_probe_is_a_classifier_for_evaluate_and_predict(here, weights, 
     assert evaluate.main([str(here / "probe"), "--data", str(data), "--output", str(here / "judged")]) == 0
     judged = json.loads((here / "judged" / "metrics.json").read_text())
     assert (judged["top1"], judged["loss"]) == pytest.approx((top1, content["metrics"]["final/loss"]), rel=1e-5)
-    assert predict.main([str(here / "probe"), str(data), "--output", str(here / "said")]) == 0
-    assert len((here / "said" / "predictions.csv").read_text().splitlines()) == 82
+    assert predict.main([str(here / "probe"), str(data), "--output", str(here / "predicted")]) == 0
+    assert len((here / "predicted" / "predictions.csv").read_text().splitlines()) == 82
     # The encoder has not moved, and the same command does nothing.
     kept, _ = load_encoder(here / "probe" / "best")
     assert digest_of(kept.state_dict()) == digest_of(load_encoder(weights)[0].state_dict())

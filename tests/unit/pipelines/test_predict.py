@@ -11,8 +11,8 @@ def test_images_that_do_not_exist(error, tmp_path, classifier):
 
 def test_a_table_of_all_images(tmp_path, shards, classifier):
     data = shards("set", [row % 4 for row in range(40)])
-    assert predict.main([str(classifier), str(data), "--output", str(tmp_path / "said")]) == 0
-    lines = (tmp_path / "said" / "predictions.csv").read_text().splitlines()
+    assert predict.main([str(classifier), str(data), "--output", str(tmp_path / "predicted")]) == 0
+    lines = (tmp_path / "predicted" / "predictions.csv").read_text().splitlines()
     assert len(lines) == 41
     assert lines[0] == "file,class,probability,top5"
     assert "train-0.parquet#0 / 0.jpg," in lines[1]

@@ -1,19 +1,11 @@
-"""The probe of a pretraining run: its images, and its two classifiers against plain loops."""
+"""Ridge regression in closed form against a fit without each image."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mixmae.probing.knn import KnnConfig, knn_leave_one_out
-from mixmae.probing.ridge import OnlineProbeConfig, choose_images, probe_features, ridge_leave_one_out
-from tests.factories import seeded
-
-
-def clouds(num_images: int, width: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.arange(num_images) % 3
-    noise = torch.randn(num_images, width, generator=seeded(1))
-    return torch.randn(3, width, generator=seeded())[labels] + spread * noise, labels
+from mixmae.probing.ridge import ridge_leave_one_out
+from tests.factories import clouds
 
 
 @pytest.mark.parametrize(("num_images", "width"), [(30, 6), (12, 40)], ids=["long", "wide"])
@@ -33,48 +25,3 @@ def test_the_closed_form_is_that_of_fits_without_each_image(num_images, width):
     expected = sum(right) / num_images
     assert 0.2 < expected < 1
     assert ridge_leave_one_out(features, labels, num_classes=3).top[1] == pytest.approx(expected)
-
-
-def test_classes_that_can_be_told_apart_and_such_that_cannot():
-    features, labels = clouds(300, 16, 0.3)
-    assert probe_features(features, labels, 20) == {"probe/knn_top1": 1.0, "probe/linear_top1": 1.0}
-    noise = torch.randn(600, 16, generator=seeded(3))
-    for value in probe_features(noise, torch.arange(600) % 3, 20).values():
-        assert 0.25 < value < 0.42  # chance within four sigma
-
-
-def test_it_is_the_knn_of_the_library_on_the_known_images():
-    features, labels = clouds(60, 8, 1.5)
-    expected = knn_leave_one_out(features, labels, num_classes=3, config=KnnConfig(k=5)).accuracy.top[1]
-    hidden = torch.cat([labels * 7 + 2, torch.full((4,), -1)])  # numbers with gaps, as of a choice of classes
-    value = probe_features(torch.cat([features, torch.zeros(4, 8)]), hidden, 5)["probe/knn_top1"]
-    assert value == expected
-    assert 0.4 < value < 1
-
-
-def test_the_choice_of_images():
-    labels = np.arange(1000) // 100  # stored by class
-    rows = choose_images(labels, 200)
-    assert len(rows) == 200
-    assert np.bincount(labels[rows]).tolist() == [20] * 10
-    assert np.array_equal(rows, np.sort(rows))
-    assert np.diff(rows).min() == 5  # spread over each class
-    # Fewer images than all classes would need: fewer classes, with 20 images each.
-    rows = choose_images(labels, 60)
-    assert np.bincount(labels[rows], minlength=10).tolist() == [20, 0, 0, 20, 0, 0, 20, 0, 0, 0]
-    # Rare classes give what they have; one image alone, and images without a class, are of no use.
-    few = np.array([0] * 50 + [1] * 3 + [2] + [-1] * 10)
-    rows = choose_images(few, 80)
-    assert np.bincount(few[rows]).tolist() == [40, 3]
-    for useless in ([0] * 30, [-1] * 30, list(range(30)), []):
-        assert len(choose_images(np.array(useless, dtype=np.int64), 100)) == 0
-
-
-def test_mistakes():
-    with pytest.raises(ValueError, match="probe images are 5: give at least 40"):
-        OnlineProbeConfig(images=5)
-    with pytest.raises(ValueError, match="probe k is 0"):
-        OnlineProbeConfig(k=0)
-    features, labels = clouds(30, 6, 1.0)
-    with pytest.raises(ValueError, match="not finite"):
-        probe_features(features / 0, labels, 5)

@@ -1,0 +1,23 @@
+"""Which store is used, and which are refused."""
+
+import pytest
+
+from mixmae.tracking import TrackingError, resolve_uri
+
+
+def test_default_store_is_absolute_sqlite(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri(None, tmp_path / "a" / "..") == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_given_uri_wins_over_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:1")
+    assert resolve_uri(None, tmp_path) == "http://elsewhere:1"
+    assert resolve_uri("http://here:2/", tmp_path) == "http://here:2"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlite:///relative.db"])
+def test_stores_that_cannot_work_are_refused(uri, tmp_path):
+    with pytest.raises(TrackingError, match=r"ABSOLUTE|absolute"):
+        resolve_uri(uri, tmp_path)
