@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,23 +18,14 @@ import torch
 import tyro
 
 import mixmae
-from mixmae.convert import (
-    build_model,
-    describe,
-    digest_of,
-    encoder_state,
-    read_weights,
-    save_tensors,
-    to_mmpretrain,
-    to_official,
-)
-from mixmae.convert.exported import Export
+from mixmae.convert import describe, save_tensors, to_mmpretrain, to_official
+from mixmae.convert.exported import Export, read_export
 from mixmae.convert.hub import write_hub
 from mixmae.convert.metadata import NOT_STATED
 from mixmae.convert.programs import check_onnx, write_onnx, write_pt2
 from mixmae.encoders.build import config_to_json
 from mixmae.flops import count_parameters
-from mixmae.training.run_folder import run_around, weights_of
+from mixmae.training.run_folder import run_around
 from mixmae.writing import writing
 from pipelines.command import command
 
@@ -68,7 +59,7 @@ def export(arguments: Arguments) -> int:
     Returns: the process's exit status.
     Raises: ValueError if the weights cannot be read or a format cannot hold them; FileNotFoundError.
     """
-    item = read(arguments)
+    item = read_export(arguments.source, mean=arguments.mean, std=arguments.std, data_licence=arguments.data_licence)
     run = run_around(arguments.source) if arguments.source.is_dir() else None
     folder = arguments.output or Path("exports") / (run.name if run else arguments.source.resolve().stem)
     targets = {name: folder / FILES[name].format(kind=item.kind) for name in dict.fromkeys(arguments.formats)}
@@ -83,28 +74,6 @@ def export(arguments: Arguments) -> int:
             note = WRITERS[name](item, partial)
         print(f"{name:<10} {path}  {_megabytes(path)}{note}")
     return 0
-
-
-def read(arguments: Arguments) -> Export:
-    """Read the weights and build their model.
-
-    Raises: ValueError if the weights cannot be read or built, or mean or std do not have one value per channel;
-        FileNotFoundError.
-    """
-    source = weights_of(arguments.source)
-    weights = read_weights(source)
-    model, metadata = build_model(weights, source)
-    preprocessing = metadata.preprocessing
-    for name in ("mean", "std"):
-        values = getattr(arguments, name) or getattr(preprocessing, name)
-        if len(values) != metadata.encoder.in_channels:
-            raise ValueError(f"--{name} needs a value for each of the {metadata.encoder.in_channels} channels")
-        preprocessing = replace(preprocessing, **{name: values})
-    state = encoder_state(model)[1]
-    licence = arguments.data_licence if arguments.data_licence != NOT_STATED else metadata.data_licence
-    metadata = replace(metadata, preprocessing=preprocessing, data_licence=licence, digest=digest_of(state))
-    run = run_around(source) if source.is_dir() else None
-    return Export(weights=weights, model=model, state=state, metadata=metadata, run_folder=run)
 
 
 def write_encoder(item: Export, path: Path) -> str:

@@ -1,9 +1,10 @@
-"""Tiny things for tests: models that run in milliseconds, images of noise, group maps, image files and tars."""
+"""Tiny things for tests: models that run in milliseconds, images of noise, group maps, checkpoints, files."""
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mixmae.data.source import Sample, Source, read_rows
 from mixmae.decoders import DecoderConfig
+from mixmae.encoders.build import config_to_json
 from mixmae.encoders.pvt import PvtConfig, PvtEncoder
 from mixmae.encoders.resnetv2 import ResNetV2Config, ResNetV2Encoder
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
@@ -22,6 +24,9 @@ from mixmae.methods.mae import MAE, MAEConfig
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from mixmae.mixing import draw_group_map
+from mixmae.training.checkpoint import save_checkpoint
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -169,3 +174,25 @@ def clouds(num_images: int, width: int, std: float) -> tuple[Tensor, Tensor]:
     labels = torch.arange(num_images) % 3
     noise = torch.randn(num_images, width, generator=seeded(1))
     return torch.randn(3, width, generator=seeded())[labels] + std * noise, labels
+
+
+def trained(model: ModelT, seed: int = 5) -> ModelT:
+    """The model in evaluation mode, with weights that no initialisation gives."""
+    generator = seeded(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def checkpoint_of(model: nn.Module, base: Path) -> Path:
+    """A checkpoint after step 1 of a run in base/runs/photos, which MLflow does not know."""
+    checkpoint = base / "runs" / "photos" / "checkpoints" / "step_0000001"
+    config = {"encoder": config_to_json(model.encoder.config), "augment": {"image_size": 96}}  # type: ignore[union-attr, arg-type]
+    save_checkpoint(checkpoint, model=model, optimizer=None, state={"config": config, "position": {"step": 1}})
+    (checkpoint.parents[1] / "run.json").write_text("{}")
+    return checkpoint

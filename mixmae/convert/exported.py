@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mixmae.convert.metadata import EncoderMetadata
-from mixmae.convert.read import Weights
+from mixmae.convert.metadata import NOT_STATED, EncoderMetadata, digest_of
+from mixmae.convert.models import build_model, encoder_state
+from mixmae.convert.read import Weights, read_weights
+from mixmae.training.run_folder import run_around, weights_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference between the outputs of an exported model and ours, relative to the largest value (float32
@@ -49,6 +51,38 @@ class Export:
         return torch.randn(
             batch, self.metadata.encoder.in_channels, *self.metadata.preprocessing.image_size, generator=generator
         )
+
+
+def read_export(
+    source: Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    data_licence: str = NOT_STATED,
+) -> Export:
+    """Read the weights and build their model.
+
+    Args:
+        source: the folder of a run or a sweep (its best weights, else its last checkpoint), or what read_weights takes.
+        mean, std: of the pixel normalisation, one value per channel; default those of the weights' metadata.
+        data_licence: as in EncoderMetadata; default that of the metadata.
+    Raises: ValueError if the weights cannot be read or built, or mean or std do not have one value per channel;
+        FileNotFoundError.
+    """
+    path = weights_of(source)
+    weights = read_weights(path)
+    model, metadata = build_model(weights, path)
+    preprocessing = metadata.preprocessing
+    for name, given in (("mean", mean), ("std", std)):
+        values = tuple(given or getattr(preprocessing, name))
+        if len(values) != metadata.encoder.in_channels:
+            raise ValueError(f"--{name} needs a value for each of the {metadata.encoder.in_channels} channels")
+        preprocessing = replace(preprocessing, **{name: values})
+    state = encoder_state(model)[1]
+    licence = data_licence if data_licence != NOT_STATED else metadata.data_licence
+    metadata = replace(metadata, preprocessing=preprocessing, data_licence=licence, digest=digest_of(state))
+    run = run_around(path) if path.is_dir() else None
+    return Export(weights=weights, model=model, state=state, metadata=metadata, run_folder=run)
 
 
 def compare(item: Export, name: str, run: Callable[[Tensor], Tensor]) -> str:
