@@ -72,12 +72,14 @@ def read_export(
     path = weights_of(source)
     weights = read_weights(path)
     model, metadata = build_model(weights, path)
-    preprocessing = metadata.preprocessing
-    for name, given in (("mean", mean), ("std", std)):
-        values = tuple(given or getattr(preprocessing, name))
+    preprocessing = replace(
+        metadata.preprocessing,
+        mean=tuple(mean or metadata.preprocessing.mean),
+        std=tuple(std or metadata.preprocessing.std),
+    )
+    for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
         if len(values) != metadata.encoder.in_channels:
             raise ValueError(f"--{name} needs a value for each of the {metadata.encoder.in_channels} channels")
-        preprocessing = replace(preprocessing, **{name: values})
     state = encoder_state(model)[1]
     licence = data_licence if data_licence != NOT_STATED else metadata.data_licence
     metadata = replace(metadata, preprocessing=preprocessing, data_licence=licence, digest=digest_of(state))
