@@ -22,7 +22,7 @@ from pipelines.command import command
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeShardsArguments:
+class Arguments:
     """The command line."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -63,7 +63,8 @@ def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Itera
         yield running.pop(ready[0]), ray.get(ready[0])
 
 
-def run(arguments: MakeShardsArguments) -> int:
+def run(arguments: Arguments) -> int:
+    """Pack the source, in threads or on Ray.   Returns: the process's exit status."""
     if arguments.ray_address is not None:
         connect(arguments.ray_address, num_workers=0)
     make_shards(
@@ -81,7 +82,8 @@ def run(arguments: MakeShardsArguments) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, MakeShardsArguments, argv, program="make_shards.py", about=__doc__)
+    """The command line."""
+    return command(run, Arguments, argv, program="make_shards.py", about=__doc__)
 
 
 if __name__ == "__main__":

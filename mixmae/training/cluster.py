@@ -40,7 +40,7 @@ def join(
     is_own = not (address or os.environ.get("RAY_ADDRESS"))
     total = num_workers * (num_trials or 1)
     connect(address, num_workers=total + (num_trials or 0), slots=slots, dashboard=dashboard)
-    use_gpu = choose_device(device)
+    use_gpu = uses_gpu(device)
     require_resources(num_workers=total, use_gpu=use_gpu, wait_s=0.0 if is_own else 30.0)  # one of our own cannot grow
     cores = os.cpu_count() or 1
     if is_own and not use_gpu and num_workers > cores:  # its CPUs are logical ones: Ray would not refuse
@@ -94,8 +94,8 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def choose_device(device: Device) -> bool:
-    """Whether the workers use a GPU each."""
+def uses_gpu(device: Device) -> bool:
+    """Whether each worker uses a GPU of the cluster that was joined."""
     return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
