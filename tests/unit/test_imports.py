@@ -31,7 +31,18 @@ ANYONE = {
     "mixmae",
     *(
         f"mixmae.{name}"
-        for name in ("masking", "metrics", "mixing", "panels", "patches", "pixels", "share", "step", "writing")
+        for name in (
+            "machine",
+            "masking",
+            "metrics",
+            "mixing",
+            "panels",
+            "patches",
+            "pixels",
+            "share",
+            "step",
+            "writing",
+        )
     ),
 }
 RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/", "pipelines/", "tune_spaces/")
