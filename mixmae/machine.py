@@ -16,7 +16,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """Cores that this process may use: those of its affinity, or fewer if its container has a quota of CPU time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(_cgroup_cores())))
+    return max(1, math.ceil(min(cores, _cgroup_cores())))
 
 
 def threads_per_process(num_processes: int) -> int:
