@@ -15,6 +15,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,7 +28,7 @@ from mixmae.jobs.config import RunConfig, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
-from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
+from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
 from mixmae.training.loop import TrainState
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
@@ -152,7 +153,9 @@ class Run:
 
         _ = job.length  # raises, before minutes are spent on a cluster
         arguments = self.arguments
-        self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
+        with ThreadPoolExecutor(1) as meanwhile:
+            meanwhile.submit(preload, self.uri)
+            self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 

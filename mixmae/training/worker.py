@@ -10,6 +10,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import ray.train
 import ray.train.torch
 import torch
 from PIL import Image
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,7 +121,7 @@ def fit(
         os.environ.setdefault(variable, value)
     mailbox = open_mailbox()
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         run_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "mailbox": mailbox, "runs_at_once": runs_at_once},
         scaling_config=ray.train.ScalingConfig(
@@ -221,6 +223,13 @@ def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, 
     return {"state": vars(state), "stopped": None}
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Ray Train without its actor for data sets: the workers have streams of their own (mixmae.data.streams)."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [item for item in super()._create_default_callbacks() if not isinstance(item, DatasetsCallback)]
+
+
 class _WorkerEvents:
     """The loop's Events inside a Ray Train worker: rank 0 logs and sends, every rank takes part in Ray's barriers."""
 
@@ -237,8 +246,14 @@ class _WorkerEvents:
     ) -> None:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
-        self._tracker = job.open_tracker() if rank == 0 else None
+        # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
+        self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
         self._reported_skip = False
+
+    @property
+    def _tracker(self) -> Tracker | None:
+        """Of rank 0, else None."""
+        return None if self._opening is None else self._opening.result()
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
