@@ -227,7 +227,8 @@ class _Trainer(ray.train.torch.TorchTrainer):
     """Ray Train without its actor for data sets: the workers have streams of their own (mixmae.data.streams)."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [item for item in super()._create_default_callbacks() if not isinstance(item, DatasetsCallback)]
+        usual = super()._create_default_callbacks()  # type: ignore[misc]
+        return [item for item in usual if not isinstance(item, DatasetsCallback)]
 
 
 class _WorkerEvents:
