@@ -26,10 +26,10 @@ from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
-from mixmae.data.shards.pack import default_shapes
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
-from mixmae.data.sources import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
+from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
 from mixmae.methods.mixmae import MixMAEConfig
@@ -77,7 +77,7 @@ class Arguments:
     recipe: str = "demo"
     """MixMAE recipe that gives encoder, images, batch and optimiser."""
     data: str | None = None
-    """Labelled images: any source but a folder of image files. Default: the built-in set of shapes."""
+    """Labelled images (docs/data.md), as for pretraining. Default: the built-in moths."""
     seconds: float = 50.0
     """Training time of each arm and seed, on one core."""
     seeds: int = 3
@@ -187,10 +187,9 @@ def compare(arguments: Arguments) -> int:
     if unknown:
         raise ValueError(f"There is no arm {unknown[0]!r}: the arms are {', '.join(chosen)}.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    place = arguments.data or str(default_shapes(arguments.output / "shapes"))
-    train_set, validation = open_train_and_held_out(place)
+    train_set, validation = open_for_training(arguments.data, arguments.output, HELDOUT_IMAGES)
     if not (train_set.has_labels and validation.has_labels):
-        raise ValueError(f"{place} has no labels: kNN and the probe need the class of every image.")
+        raise ValueError(f"{train_set.name} has no labels: kNN and the probe need the class of every image.")
 
     table = arguments.output / "results.csv"
     results = _read(table)

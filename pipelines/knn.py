@@ -40,7 +40,7 @@ class Arguments:
     weights: tyro.conf.Positional[Path]
     """A run's folder or checkpoint, an encoder file, a hub folder, or weights of other formats."""
     data: str | None = None
-    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in set of shapes."""
+    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in moths."""
     k: int = 20
     """Training images that vote."""
     temperature: float = 0.07

@@ -44,7 +44,7 @@ class RunArguments:
     """The recipe's fields; any of them can be changed."""
     data: str | None = None
     """Parquet shards, tars, a glob, a file list or a URI such as s3://BUCKET/PREFIX (docs/data.md), or a folder of
-    image files, which is packed once into shards beside the output. Without it: the built-in set of shapes."""
+    image files, which is packed once into shards beside the output. Without it: the built-in moths."""
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
     must be one that all nodes share."""
