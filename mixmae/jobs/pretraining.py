@@ -25,8 +25,8 @@ from mixmae.panels import reconstruction_panel
 from mixmae.step import StepOutput
 from mixmae.training.loop import TrainState, step_seed
 
-PANEL_ROWS = 3
-"""Mixes that a panel shows, each of other images."""
+PANEL_IMAGES = 6
+"""Images that a panel shows: in mixes of each K other ones, as many as these make, but at least one."""
 HELDOUT_IMAGES = 60
 """Held-out images that the reconstruction loss is measured on; a multiple of 2, 3, 4 and 5."""
 
@@ -86,16 +86,12 @@ class PretrainJob(Job):
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
         num_images = self.config.method.images_mixed
-        shown = images[: PANEL_ROWS * num_images]
+        shown = images[: max(1, PANEL_IMAGES // num_images) * num_images]
         generator = torch.Generator().manual_seed(step_seed(0, "panel"))
-        # One mix per row, each of other images.
         mixes = cyclic_partners(len(shown), num_images)[::num_images].to(images.device)
         chosen = {"partners": mixes} if num_images > 1 else {}
         pictures = model(shown, generator=generator, with_pictures=True, **chosen).pictures
-        caption = "Outlined cells are shown to the model; in reconstructions they are the original's pixels."
-        if self.config.method.normalise_targets:
-            caption += " Hidden cells are un-normalised with the mean and std of the original's patch."
-        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std, caption=caption)
+        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std)
         return panel, {"heldout/loss": loss}
 
     def final_metrics(self, state: TrainState) -> dict[str, float]:
