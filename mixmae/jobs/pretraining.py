@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,9 @@ from mixmae.jobs.record import DataRecord
 from mixmae.methods.build import build_method
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
+from mixmae.probing.online import draw_probe
 from mixmae.step import StepOutput
+from mixmae.tracking import log_file
 from mixmae.training.loop import TrainState, step_seed
 
 PANEL_IMAGES = 6
@@ -59,10 +62,6 @@ class PretrainJob(Job):
         )
 
     @property
-    def evaluates_untrained(self) -> bool:
-        return self.probe is not None
-
-    @property
     def tags(self) -> dict[str, str]:
         return {**super().tags, "probe": self.probe.description if self.probe else "none"}
 
@@ -77,6 +76,20 @@ class PretrainJob(Job):
         if self.probe is None:
             return {}
         return self.probe.measure(model, self.config, rank=rank, num_workers=num_workers)
+
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
+        """The probe, and its references."""
+        if self.probe is None:
+            return {}
+        return self.probe.measure_untrained(model, self.config, rank=rank, num_workers=num_workers)
+
+    def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """probe.png, in the run's folder and in MLflow, whose own charts do not put the references beside a curve."""
+        if self.probe is None:
+            return
+        path = self.folder / "probe.png"
+        draw_probe(evaluations, path)
+        log_file(self.ref, path, title="kNN and linear probe beside the untrained encoder")
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         """Some mixes of held-out images with their reconstructions, and heldout/loss; nothing without such images."""
