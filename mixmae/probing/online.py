@@ -122,8 +122,9 @@ def draw_probe(evaluations: Sequence[Mapping[str, float]], path: Path) -> None:
         ):
             if f"reference/{key}" in last:
                 axes.axhline(last[f"reference/{key}"], label=label, **style)
-        axes.set(title=f"{name}, top-1", xlabel="step", ylim=(0, None))
+        axes.set(title=f"{name}, top-1", xlabel="step")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    axes.set_ylim(bottom=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
