@@ -29,6 +29,7 @@ from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
 from mixmae.training.cluster import Device, join
 from mixmae.training.loop import TrainState
+from mixmae.training.mailbox import Message
 from mixmae.training.run_folder import RunFolder
 from mixmae.training.worker import fit
 from pipelines.console import ProgressView
@@ -194,6 +195,14 @@ class Run:
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
+
+                def receive(message: Message) -> None:
+                    view.receive(message, folder)
+                    if message[0] == "evaluation":
+                        evaluations = folder.add_evaluation(message[1])
+                        with contextlib.suppress(Exception):  # a picture less, or a store that is away
+                            job.draw_curves(evaluations)
+
                 state, checkpoint = fit(
                     job,
                     folder=folder.path,
@@ -202,7 +211,7 @@ class Run:
                     use_gpu=self.use_gpu,
                     max_failures=arguments.max_failures,
                     checkpoints_to_keep=arguments.checkpoints_to_keep,
-                    on_message=lambda message: view.receive(message, folder),
+                    on_message=receive,
                     callbacks=callbacks,
                 )
             status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)

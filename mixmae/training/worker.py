@@ -64,10 +64,6 @@ class TrainingJob(Protocol):
     def best(self) -> tuple[str, Path] | None:
         """The metric of `evaluate` whose highest value is kept, and the folder for its weights; None: none is kept."""
 
-    @property
-    def evaluates_untrained(self) -> bool:
-        """Whether `evaluate` is also called before the first step, for the point where its curves start."""
-
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
 
@@ -81,6 +77,12 @@ class TrainingJob(Protocol):
         """Metrics that all workers measure together, the same on all of them: every rank calls it at the same steps.
 
         Raises: EvaluationSkipped, on every rank, where there are none this time.
+        """
+
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        """Metrics before the first step, likewise: where the curves start, and references for what comes after.
+
+        References have names that begin with reference/. They are logged again at each evaluation, as level lines.
         """
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
@@ -202,8 +204,10 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
         if rank == 0:
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
-        if job.evaluates_untrained and state.step == 0:
-            events.measure(0)
+        if state.step == 0:
+            untrained = events.measure(0)
+            state.references = {name: value for name, value in untrained.items() if name.startswith("reference/")}
+        events.references = state.references
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
         try:
             train(
@@ -243,6 +247,7 @@ class _WorkerEvents:
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
         self._reported_skip = False
+        self.references: Mapping[str, float] = {}
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -286,6 +291,8 @@ class _WorkerEvents:
     def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
+        if step == 0:
+            return dict(self._job.evaluate_untrained(self._model, **share))
         metrics = dict(self._job.evaluate(self._model, **share))
         self._keep_if_best(step, metrics, "trained")
         if self._average is not None:
@@ -293,7 +300,7 @@ class _WorkerEvents:
                 averaged = self._job.evaluate(self._model, **share)
                 self._keep_if_best(step, averaged, "averaged")
             metrics |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
-        return metrics
+        return {**metrics, **self.references}
 
     def _keep_if_best(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
         if self._rank != 0 or self._job.best is None:
