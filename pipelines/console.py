@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mixmae.training.mailbox import Message
-from mixmae.training.run_folder import RunFolder
+if TYPE_CHECKING:
+    from mixmae.training.mailbox import Message
+    from mixmae.training.run_folder import RunFolder
 
 
 def fail(sentence: object, *, code: int = 1) -> NoReturn:

@@ -24,8 +24,9 @@ from mixmae.data.classes import read_classes
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
-from mixmae.inference import CROP_PCT, Device, FrozenEncoder, load_frozen
+from mixmae.inference import CROP_PCT, FrozenEncoder, load_frozen
 from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run
 from mixmae.training.run_folder import run_around

@@ -13,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import ray
 import tyro
 
 from mixmae.data.shards.pack import ShardJob, WriteJob, WrittenShard, make_shards, run_in_threads
-from mixmae.training.cluster import connect
 from pipelines.command import command
 
 
@@ -52,6 +50,8 @@ class Arguments:
 
 def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Run the jobs on the Ray cluster that this process has joined, one task per shard."""
+    import ray
+
     task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda job: write(job))
     waiting = list(reversed(jobs))
     limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -67,6 +67,8 @@ def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Itera
 def run(arguments: Arguments) -> int:
     """Pack the source, in threads or on Ray.   Returns: the process's exit status."""
     if arguments.ray_address is not None:
+        from mixmae.training.cluster import connect
+
         connect(arguments.ray_address, num_workers=0)
     make_shards(
         arguments.source,

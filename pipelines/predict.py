@@ -19,7 +19,8 @@ import tyro
 from mixmae.data.blocks import eval_batch
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.sources import list_splits, open_source
-from mixmae.inference import Device, load_classifier
+from mixmae.inference import load_classifier
+from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
 from pipelines.stats import CELL_PX, SHEET_SIDE, draw_contact_sheet

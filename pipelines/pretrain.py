@@ -21,7 +21,7 @@ from mixmae.jobs.pretraining import HELDOUT_IMAGES, PretrainJob, check_method
 from mixmae.probing.online import summarise_probe
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.run import RunArguments, begin
+from pipelines.run import RunArguments, begin, with_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,7 @@ class Arguments(RunArguments):
 
 def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
-    config = arguments.config
-    config.share(num_workers=arguments.workers)
+    arguments, config = with_workers(arguments), arguments.config
     check_method(config)
     run = begin(arguments, recipe)
     if run is None:

@@ -29,9 +29,10 @@ from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
 from mixmae.jobs.record import read_begun
 from mixmae.tracking import claim_model_name, finish_run
+from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
-from pipelines.run import Run, begin, output_folder
+from pipelines.run import Run, begin, output_folder, with_workers
 from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
 from pipelines.sweeping.tuner import join_cluster, make_tuner
@@ -48,8 +49,11 @@ def sweep(arguments: Arguments, name: str) -> int:
     if isinstance(config, FinetuneConfig) and arguments.pretrained is not None:
         usual = FINETUNE_RECIPES[space.recipe]()
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, read_begun(output))
+    arguments = with_workers(replace(arguments, output=output.path, config=config))
     check_trials(space, config, arguments.workers)
-    arguments = replace(arguments, output=output.path, config=config)
+    if not arguments.max_concurrent:
+        at_once = default_workers(arguments.ray_address, arguments.device) // arguments.workers
+        arguments = replace(arguments, max_concurrent=max(1, min(at_once, space.num_trials)))
     run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config))
     if run is None:
         return 0
@@ -120,8 +124,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
         space = replace(space, trials=arguments.trials)
     if arguments.hours is not None:
         space = replace(space, hours=arguments.hours)
-    if arguments.max_concurrent < 1:
-        raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
+    if arguments.max_concurrent < 0:
+        raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1, or 0 to choose.")
     usual = base_config(space)
     pretrains = isinstance(usual, PretrainConfig)
     if pretrains != space.pretrains:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mixmae.data.order import Plan
 from mixmae.data.source import Source
-from mixmae.data.streams import TrainStream
 from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, to_json
@@ -145,6 +144,8 @@ class Job:
 
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
+        from mixmae.data.streams import TrainStream  # only workers read, so only they need Ray Data
+
         share = self.config.share(num_workers=num_workers, rank=rank)
         plan = Plan(chunk_sizes=self.source.chunk_sizes, seed=self.config.loop.seed, window_rows=self.data.window_rows)
         stream = TrainStream(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,10 @@ from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
 from mixmae.jobs.config import RunConfig
+from mixmae.machine import threads_per_process
 from mixmae.probing.features import extract_features
 from mixmae.probing.online import OnlineProbeConfig, choose_images, probe_features
-from mixmae.training.worker import EvaluationSkipped
+from mixmae.training.failures import EvaluationSkipped
 
 PROBE_BATCH = 64
 """Images of a worker's part of the probe that go through the encoder at once."""
@@ -123,7 +123,7 @@ class Probe:
 def _decoded(probe: Probe, size: tuple[int, int], rank: int, num_workers: int) -> list[ImageBatch]:
     """A worker's images, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all workers."""
     rows = np.array_split(probe.rows, num_workers)[rank]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_workers)) as pool:
+    with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
         return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, pool=pool))
 
 

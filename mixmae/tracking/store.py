@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -61,6 +62,17 @@ def resolve_uri(uri: str | None, folder: Path) -> str:
             f"MLflow cannot write to {uri}: give http(s)://HOST:PORT of a server or sqlite:////ABSOLUTE/PATH.db."
         )
     return uri.rstrip("/")
+
+
+def preload(uri: str) -> None:
+    """Import MLflow and make a local store ready, which takes seconds, before they are used.
+
+    It can run in a thread while Ray starts. What fails here fails again, and is reported, when a run is created.
+    """
+    client = connect(uri)
+    if uri.startswith("sqlite:///"):
+        with contextlib.suppress(Exception):
+            client.search_experiments(max_results=1)
 
 
 def connect(uri: str) -> Any:

@@ -22,11 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
+from mixmae.training.failures import TrainingStopped
 from mixmae.training.schedule import RunLength, learning_rate
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on and a restart would not help; the message is for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
 from mixmae.tracking import RunRef, finish_run, metric_history
 from mixmae.training.checkpoint import read_state
-from mixmae.training.loop import TrainingStopped
+from mixmae.training.failures import TrainingStopped
 from mixmae.training.run_folder import RunFolder
 from pipelines import finetune
 from pipelines.run import begin
@@ -33,9 +33,9 @@ class Arguments(finetune.Arguments):
     config: Annotated[FinetuneConfig | PretrainConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
     """The fields of the space's recipe; any of them that does not vary can be changed."""
     workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
-    """Training processes of each trial: one per GPU, or some on CPU."""
-    max_concurrent: int = 1
-    """Trials at once."""
+    """Training processes of each trial: one per GPU, or some on CPU. 0: all GPUs or cores for one trial at a time."""
+    max_concurrent: int = 0
+    """Trials at once. 0: as many as this machine has GPUs, or else cores, for their workers; on a cluster 1."""
     trials: int | None = None
     """How many trials a space that draws them has. Default: the space's own number."""
     hours: float | None = None
@@ -92,7 +92,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     )
     run = begin(arguments, shared.space.recipe, pretrained=shared.pretrained, trial=values)
     assert run is not None
-    run.use_gpu = shared.use_gpu
+    run.use_gpu, run.runs_at_once = shared.use_gpu, arguments.max_concurrent
     job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))
     job = run.track(job, tags={"trial": trial_id}, parent_run_id=shared.run.run_id)
     try:

@@ -7,7 +7,6 @@ about 1 % of the images (8 to 1000) are held out as one.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from mixmae.data.sources import layout_of
 from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import writable_folder
+from mixmae.machine import usable_cores
 from mixmae.writing import write_json
 
 SUMMARY_IMAGES = 64
@@ -77,7 +77,7 @@ RunJobs = Callable[[WriteJob, Sequence[ShardJob], int], Iterator[tuple[ShardJob,
 
 def run_in_threads(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Run the jobs in threads of this process."""
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         futures = {pool.submit(write, job): job for job in jobs}
         try:
             for future in as_completed(futures):

@@ -11,7 +11,8 @@ from mixmae.data.blocks import Block, BrokenRecord
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.sources import open_source
-from mixmae.data.streams import StreamConfig, TrainStream, _block_edges, _pack, _unpack
+from mixmae.data.stream_config import StreamConfig
+from mixmae.data.streams import TrainStream, _block_edges, _pack, _unpack
 from mixmae.share import WorkerShare
 
 

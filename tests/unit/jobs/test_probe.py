@@ -16,7 +16,7 @@ from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.probe import Probe, choose_probe
 from mixmae.probing.features import extract_features
 from mixmae.probing.online import OnlineProbeConfig, probe_features
-from mixmae.training.worker import EvaluationSkipped
+from mixmae.training.failures import EvaluationSkipped
 from pipelines.recipes import PRETRAIN_RECIPES
 
 LABELS = [row % 4 for row in range(60)]

@@ -20,7 +20,7 @@ class TestMistakes:
             (["demo", "--trials", "4"], "a grid has its own 6 trials"),
             (["wide", "--trials", "0"], "no trial"),
             (["demo", "--hours", "0"], "the budget is 0.0 hours"),
-            (["demo", "--max-concurrent", "0"], "--max-concurrent is 0"),
+            (["demo", "--max-concurrent", "-1"], "--max-concurrent is -1"),
             (["demo", "--optim.layer-decay", "0.6"], "optim.layer_decay varies in the space demo"),
             (["demo", "--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
             (["demo", "--pretrained", "nowhere"], "nowhere"),
