@@ -59,6 +59,11 @@ class PretrainJob(Job):
         )
 
     @property
+    def num_judged(self) -> int:
+        """Images of the probe."""
+        return 0 if self.probe is None else len(self.probe.rows)
+
+    @property
     def evaluates_untrained(self) -> bool:
         return self.probe is not None
 
