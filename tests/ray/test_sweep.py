@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
     arguments += ["--register-model", "tiny"]
     program = sweep_command(*arguments)
-    # In the reference, which is the first trial, and again in the second trial after it.
-    for finished in ([False], [True, True, False]):
-        status, killed = interrupt(program, lambda: is_under_way(base / "sweep", finished), how=signal.SIGKILL, cwd=ROOT)
+    for finished in (0, 2):  # in the reference, which is the first trial, and later in another one
+        when = partial(is_under_way, base / "sweep", finished)
+        status, killed = interrupt(program, when, how=signal.SIGKILL, cwd=ROOT)
         assert status == -signal.SIGKILL, killed
     kept = {file: file.stat().st_mtime_ns for file in weights_of_finished(base / "sweep")}
     again = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
@@ -69,11 +70,11 @@ def weights_of_finished(sweep: Path) -> list[Path]:
     return [Path(record["checkpoint"]) / "model.safetensors" for record in records if record["status"] == "finished"]
 
 
-def is_under_way(sweep: Path, finished: list[bool]) -> bool:
-    """Whether the trials are finished or not as given and the last of them has a checkpoint."""
-    trials = sorted((sweep / "trials").glob("*/run.json"))
-    done = [json.loads(file.read_text())["status"] == "finished" for file in trials]
-    return done == finished and has_checkpoint(trials[-1].parent)
+def is_under_way(sweep: Path, finished: int) -> bool:
+    """Whether so many trials are finished and the next one has a checkpoint."""
+    trials = list((sweep / "trials").glob("*/run.json"))
+    going = [file.parent for file in trials if json.loads(file.read_text())["status"] != "finished"]
+    return len(trials) == finished + 1 and len(going) == 1 and has_checkpoint(going[0])
 
 
 def children(swept: Swept) -> list:
@@ -160,11 +161,14 @@ def test_the_reference_is_from_scratch_and_beside_the_others(swept):
     assert reference.data.tags["pretrained"] == "none"
     assert "rank" not in reference.data.tags
     assert (reference.data.params["layer_decay"], reference.data.params["optim.layer_decay"]) == ("1.0", "none")
-    first = {run.info.run_name: first_loss(swept, run) for run in all_children(swept)}
-    assert first.pop("from scratch") not in first.values()  # the trials start from other weights
+    firsts = [first_norm(swept, run) for run in children(swept) if float(run.data.params["drop_path"]) == 0]
+    assert len(firsts) == 2
+    assert len(set(firsts)) == 1
+    assert first_norm(swept, reference) not in firsts  # the same images and settings, other weights
     parent = MlflowClient(tracking_uri=swept.server).get_run(swept.state["mlflow"]["run_id"])
     note = parent.data.tags["mlflow.note.content"]
-    shown = f"final/top1 {parent.data.metrics['final/top1']:.2%}, from scratch {reference.data.metrics['final/top1']:.2%}"
+    best, scratch = (run.data.metrics["final/top1"] for run in (parent, reference))
+    shown = f"final/top1 {best:.2%}, from scratch {scratch:.2%}"
     assert f"{shown}**" in note.partition("\n")[0]
     assert "\n| reference | None | 0 |" in note
     assert shown in swept.text
@@ -172,7 +176,8 @@ def test_the_reference_is_from_scratch_and_beside_the_others(swept):
     assert "points may be noise (2 standard errors of a difference on" in swept.text
 
 
-def first_loss(swept: Swept, run) -> float:
+def first_norm(swept: Swept, run) -> float:
+    """Of the gradient in the first step."""
     from mlflow import MlflowClient
 
     history = MlflowClient(tracking_uri=swept.server).get_metric_history(run.info.run_id, "train/grad_norm")
