@@ -87,6 +87,10 @@ class ClassificationJob(Job):
         return len(self.classes)
 
     @property
+    def num_judged(self) -> int:
+        return self.validation.num_rows
+
+    @property
     def loop(self) -> LoopConfig:
         if self.config.divergence is None:
             return self.config.loop

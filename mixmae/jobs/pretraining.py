@@ -62,6 +62,11 @@ class PretrainJob(Job):
         )
 
     @property
+    def num_judged(self) -> int:
+        """Images of the probe."""
+        return 0 if self.probe is None else len(self.probe.rows)
+
+    @property
     def tags(self) -> dict[str, str]:
         return {**super().tags, "probe": self.probe.description if self.probe else "none"}
 

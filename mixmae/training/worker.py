@@ -203,7 +203,7 @@ def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, 
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
-        if job.evaluates_untrained and state.step == 0:
+        if state.step == 0:
             untrained = events.measure(0)
             state.references = {name: value for name, value in untrained.items() if name.startswith("reference/")}
         events.references = state.references

@@ -152,7 +152,8 @@ def test_only_what_an_image_shows_reaches_its_reconstruction(build, normalise):
 
     def hidden_parts(images):
         pictures = method(images, generator=seeded(), with_pictures=True).pictures
-        hidden = hidden_mask(upsample_group_map(pictures["group_map"], method.encoder.image_size), pictures["partners"].shape[1])
+        groups = upsample_group_map(pictures["group_map"], method.encoder.image_size)
+        hidden = hidden_mask(groups, pictures["partners"].shape[1])
         return torch.stack([pictures[name] * hidden[:, :, None] for name in names])
 
     pictures = method(images, generator=seeded(), with_pictures=True).pictures
