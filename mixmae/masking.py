@@ -1,7 +1,7 @@
 """Hide random cells of images, and put back what was left out (the masks of SimMIM and MAE).
 
 Legend: B samples, C channels, H W pixels, h w a grid of cells, L = h*w, n visible cells of a sample, D a token's width.
-`mask` is bool (B, h, w), True = removed. Its cells are 32 px for SimMIM and the encoder's patches for MAE.
+`mask` is bool (B, h, w), True = removed. A cell is a whole number of the encoder's last tokens.
 All functions are pure; randomness comes from the generator that is passed in.
 """
 
@@ -26,7 +26,7 @@ def num_removed(num_cells: int, mask_ratio: float) -> int:
     if not 0 < removed < num_cells:
         raise ValueError(
             f"a mask_ratio of {mask_ratio} removes {removed} of {num_cells} cells: some must be removed and some left, "
-            "so change the ratio or use larger images"
+            "so change the ratio, or use larger images or smaller cells"
         )
     return removed
 

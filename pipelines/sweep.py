@@ -151,6 +151,7 @@ def check_trials(space: Space, config: FinetuneConfig | PretrainConfig, num_work
     for point in space.points(config.loop.seed):
         trial = set_fields(config, point)
         trial.share(num_workers=num_workers)
+        trial.check_size()
         if isinstance(trial, PretrainConfig):
             check_method(trial)
 
