@@ -143,7 +143,14 @@ def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Modul
     model = build_method(build_encoder(config.sized_encoder()), config.method)
     state = TrainState()
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=loop.seed, window_rows=config.window_rows_for(source.exact_reads))
-    batches = local_batches(source, plan, config.augment, share=config.share(num_workers=1), stop_step=steps)
+    batches = local_batches(
+        source,
+        plan,
+        config.augment,
+        share=config.share(num_workers=1),
+        stop_step=steps,
+        channels=config.encoder.in_channels,
+    )
 
     def step(model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
         return model(config.normalise(batch.images), generator=generator, first_sample=first_sample)
@@ -169,7 +176,9 @@ def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: S
 
     def features(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
         rows = np.arange(min(source.num_rows, JUDGED_IMAGES))
-        batches = eval_batches(source, config.augment.size, batch_size=64, rows=rows)
+        batches = eval_batches(
+            source, config.augment.size, batch_size=64, rows=rows, channels=config.encoder.in_channels
+        )
         return extract_features(encoder, batches, mean=config.pixel_mean, std=config.pixel_std)
 
     train_features, train_labels = features(train_set)

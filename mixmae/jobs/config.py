@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.decode import MODES
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.stream_config import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
-from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
 from mixmae.probing.online import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
@@ -45,12 +46,22 @@ class RunConfig:
     """Images per shuffle window, within which the data order mixes single images. None: 16384 where single images can
     be read (prepared shards, tars, files), else 1024, because each block reads all row groups of its window."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean that pixels (0..1) are normalised with, one value per channel."""
+    """Mean that pixels (0..1) are normalised with, one value per channel; where it is not given, ImageNet's for the
+    encoder's channels."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
-    """Std that pixels (0..1) are normalised with, one value per channel."""
+    """Std that pixels (0..1) are normalised with, likewise."""
 
     def __post_init__(self) -> None:
         channels = self.encoder.in_channels
+        if channels not in MODES:
+            raise ValueError(
+                f"in_channels is {channels}: image files are read as 1 channel (grey), 3 (RGB) or 4 (RGBA), change "
+                "--encoder.in-channels."
+            )
+        for index, name in enumerate(("pixel_mean", "pixel_std")):
+            if getattr(self, name) in [usual_normalisation(number)[index] for number in MODES]:
+                # The usual values, perhaps for another number of channels: a recipe's whose encoder was changed.
+                object.__setattr__(self, name, usual_normalisation(channels)[index])
         if not len(self.pixel_mean) == len(self.pixel_std) == channels:
             raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
 

@@ -155,6 +155,7 @@ class Job:
             share=share,
             start_step=start_step,
             stop_step=self.length.total_steps,
+            channels=self.config.encoder.in_channels,
             config=self.config.stream,
         )
         with contextlib.closing(stream):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixmae.data.blocks import eval_batches
+from mixmae.data.channels import check_channels, note_grey
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.config import PretrainConfig
@@ -47,7 +48,12 @@ class PretrainJob(Job):
 
     @classmethod
     def of(cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path) -> Self:
-        """The job on these images; prints what it cannot measure on them.   Args: data: what --data was."""
+        """The job on these images; prints what it cannot measure on them.
+
+        Args: data: what --data was.   Raises: DataError as check_channels.
+        """
+        check_channels(source, config.encoder.in_channels)
+        note_grey(source, config.encoder.in_channels)
         if heldout.num_rows < config.method.images_mixed:
             print(
                 f"note: {heldout.num_rows} held-out images are fewer than a mix takes: no panels and no held-out loss"
@@ -123,7 +129,8 @@ class PretrainJob(Job):
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images per mix."""
         num_images = self.config.method.images_mixed
         rows = np.arange(min(HELDOUT_IMAGES, self.heldout.num_rows))
-        batch = next(eval_batches(self.heldout, self.config.augment.image_size, batch_size=len(rows), rows=rows))
+        size, channels = self.config.augment.image_size, self.config.encoder.in_channels
+        batch = next(eval_batches(self.heldout, size, batch_size=len(rows), rows=rows, channels=channels))
         broken = [record.row for record in batch.broken]
         images = batch.images[torch.from_numpy(~np.isin(rows, broken))]
         return images[: len(images) // num_images * num_images]

@@ -112,7 +112,7 @@ class Probe:
         encoder = model.encoder
         assert isinstance(encoder, Encoder)
         device = next(model.parameters()).device
-        batches = _decoded(self, config.augment.size, rank, num_workers)
+        batches = _decoded(self, config.augment.size, encoder.in_channels, rank, num_workers)
         if not batches:  # more workers than images
             return torch.empty(0, encoder.channels[-1]), torch.empty(0, dtype=torch.int64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
@@ -120,11 +120,11 @@ class Probe:
 
 
 @lru_cache(maxsize=1)
-def _decoded(probe: Probe, size: tuple[int, int], rank: int, num_workers: int) -> list[ImageBatch]:
+def _decoded(probe: Probe, size: tuple[int, int], channels: int, rank: int, num_workers: int) -> list[ImageBatch]:
     """A worker's images, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all workers."""
     rows = np.array_split(probe.rows, num_workers)[rank]
     with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
-        return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, pool=pool))
+        return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, channels=channels, pool=pool))
 
 
 def choose_probe(config: OnlineProbeConfig, source: Source, heldout: Source) -> Probe | None:

@@ -177,7 +177,12 @@ def register(shared: Sweep, run_id: str, name: str) -> str:
     version = register_model(
         replace(shared.run, run_id=run_id),
         Predictor(classifier.model, mean=preprocessing.mean, std=preprocessing.std).eval(),
-        eval_batch(shared.job.validation, range(2), preprocessing.image_size).numpy(),
+        eval_batch(
+            shared.job.validation,
+            range(2),
+            preprocessing.image_size,
+            channels=classifier.metadata.encoder.in_channels,
+        ).numpy(),
         name,
         {"classes": list(shared.job.classes)},
     )
