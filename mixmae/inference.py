@@ -21,7 +21,7 @@ from mixmae.convert import EncoderMetadata, Preprocessing, build_model, digest_o
 from mixmae.data.blocks import ImageBatch, eval_batches
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
-from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb
+from mixmae.data.images.decode import DecodeError, Uint8Array, decode_image
 from mixmae.data.source import Sample, Source, read_rows
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
@@ -58,7 +58,13 @@ class Classifier:
     def logits(self, source: Source) -> tuple[Tensor, Tensor]:
         """Score all images of a source: (N, C) float32, and the labels (N,) int64; broken images have label -1."""
         preprocessing = self.metadata.preprocessing
-        batches = decoded(source, preprocessing, crop_pct=self.crop_pct, batch_size=self.batch_size)
+        batches = decoded(
+            source,
+            preprocessing,
+            channels=self.model.encoder.in_channels,
+            crop_pct=self.crop_pct,
+            batch_size=self.batch_size,
+        )
         return predict_logits(self.model, batches, mean=preprocessing.mean, std=preprocessing.std)
 
 
@@ -91,7 +97,14 @@ class FrozenEncoder:
     def features(self, source: Source, rows: Int64Array | None = None) -> tuple[Tensor, Tensor]:
         """As `pool`, of a source's images, all or these rows; prints the progress."""
         total = source.num_rows if rows is None else len(rows)
-        batches = decoded(source, self.preprocessing, crop_pct=self.crop_pct, batch_size=self.batch_size, rows=rows)
+        batches = decoded(
+            source,
+            self.preprocessing,
+            channels=self.encoder.in_channels,
+            crop_pct=self.crop_pct,
+            batch_size=self.batch_size,
+            rows=rows,
+        )
         return self.pool(_reported(batches, total, f"features of {source.name}"))
 
 
@@ -167,14 +180,23 @@ def decoded(
     source: Source,
     preprocessing: Preprocessing,
     *,
+    channels: int,
     crop_pct: float,
     batch_size: int,
     rows: Int64Array | None = None,
 ) -> Iterator[ImageBatch]:
     """Batches of a source's images, all or these rows, decoded by threads one batch ahead of the model."""
     with ThreadPoolExecutor(usable_cores()) as pool:
-        size = preprocessing.image_size
-        yield from ahead(eval_batches(source, size, batch_size=batch_size, rows=rows, crop_pct=crop_pct, pool=pool))
+        batches = eval_batches(
+            source,
+            preprocessing.image_size,
+            batch_size=batch_size,
+            rows=rows,
+            crop_pct=crop_pct,
+            channels=channels,
+            pool=pool,
+        )
+        yield from ahead(batches)
 
 
 Item = TypeVar("Item")
@@ -242,7 +264,8 @@ class Embedder:
 
     def _decode(self, sample: Sample) -> Uint8Array | None:
         try:
-            return centre_crop(decode_rgb(sample.data), self._frozen.preprocessing.image_size, self._frozen.crop_pct)
+            pixels = decode_image(sample.data, self._frozen.encoder.in_channels)
+            return centre_crop(pixels, self._frozen.preprocessing.image_size, self._frozen.crop_pct)
         except DecodeError:
             return None
 

@@ -1,13 +1,14 @@
 """Hide random cells of images, and put back what was left out (the masks of SimMIM and MAE).
 
 Legend: B samples, C channels, H W pixels, h w a grid of cells, L = h*w, n visible cells of a sample, D a token's width.
-`mask` is bool (B, h, w), True = removed. Its cells are 32 px for SimMIM and the encoder's patches for MAE.
+`mask` is bool (B, h, w), True = removed. A cell is a whole number of the encoder's last tokens.
 All functions are pure; randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def num_removed(num_cells: int, mask_ratio: float) -> int:
     if not 0 < removed < num_cells:
         raise ValueError(
             f"a mask_ratio of {mask_ratio} removes {removed} of {num_cells} cells: some must be removed and some left, "
-            "so change the ratio or use larger images"
+            "so change the ratio, or use larger images or smaller cells"
         )
     return removed
 
@@ -127,17 +128,17 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum()
 
 
-def mask_pictures(images: Tensor, reconstructed: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def mask_pictures(images: Tensor, predictions: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     """Describe masked images as mixes of one image: group 0 is visible, group 1 is removed.
 
-    Args: images, reconstructed: (B, C, H, W).  mask: (B, h, w) bool.
+    Args: images: (B, C, H, W).  predictions: of patches.draw_predictions, each (B, C, H, W).  mask: (B, h, w) bool.
     Returns: what panels.reconstruction_panel draws, detached: originals, mixed (B, C, H, W), with removed cells blank;
-        reconstructions (B, 1, C, H, W);  group_map (B, h, w) int64, 0 visible and 1 removed;  partners (B, 1).
+        the predictions, each (B, 1, C, H, W);  group_map (B, h, w) int64, 0 visible and 1 removed;  partners (B, 1).
     """
     return {
         "originals": images.detach(),
         "mixed": hide(images, mask).detach(),
-        "reconstructions": reconstructed.detach()[:, None],
+        **{name: drawn[:, None] for name, drawn in predictions.items()},
         "group_map": mask.long(),
         "partners": torch.arange(len(images), device=images.device)[:, None],
     }

@@ -1,6 +1,7 @@
 """Mix K images into one along a map of cells, and take them apart again (MixMAE sections 3.1 and 3.2).
 
 Legend: B images, M mixes, K images per mix, H W pixels, h w the grid of mask cells, L = h*w, C channels.
+A cell is a whole number of the encoder's last tokens, so groups share no token at any stage (paper section 4).
 `group_map` is int64 in [0, K): which image of the mix fills a cell. Its first side is M, or 1 when all mixes share it.
 `partners` is int64 (M, K) in [0, B): which image of the batch fills group k of mix m. It is always an argument, so that
 any pairing is the same code: the official one (the batch reversed, K = 2) is partners = [[b, B - 1 - b] for b].
@@ -11,9 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-MASK_UNIT_PX = 32
-"""Side of a mask cell in pixels: the coarsest stride of the encoders, so groups share no token (paper section 4)."""
 
 
 def draw_group_map(
@@ -48,8 +46,8 @@ def draw_group_map(
         raise ValueError(f"num_images and num_maps must be at least 1, got {num_images} and {num_maps}")
     if num_shown < num_images:
         raise ValueError(
-            f"a grid of {height} x {width} cells of {MASK_UNIT_PX} px cannot hold parts of {num_images} images; "
-            "use larger images or mix fewer of them"
+            f"a grid of {height} x {width} cells cannot hold parts of {num_images} images; use larger images, smaller "
+            "cells, or mix fewer images"
         )
     if generator.device.type != "cpu":
         raise ValueError(f"the generator must be on the CPU, so that every device draws alike; got {generator.device}")
@@ -175,18 +173,33 @@ def check_group_map(group_map: Tensor, num_mixes: int, grid: tuple[int, int] | N
     if grid is not None and tuple(group_map.shape[1:]) != tuple(grid):
         raise ValueError(
             f"the group map has {group_map.shape[1]} x {group_map.shape[2]} cells, but the images have {grid[0]} x "
-            f"{grid[1]} cells of {MASK_UNIT_PX} px"
+            f"{grid[1]} cells"
         )
 
 
-def cell_grid(height_px: int, width_px: int) -> tuple[int, int]:
-    """Return the (h, w) grid of mask cells of an image.
+def cell_grid(height_px: int, width_px: int, cell_px: int) -> tuple[int, int]:
+    """Return the (h, w) grid of the cells (or tokens) of an image.
 
-    Raises: ValueError if a side is not a positive multiple of MASK_UNIT_PX.
+    Args: cell_px: side of a cell in pixels.
+    Raises: ValueError if a side is not a positive multiple of cell_px.
     """
-    if height_px < 1 or width_px < 1 or height_px % MASK_UNIT_PX or width_px % MASK_UNIT_PX:
-        near = " x ".join(str(max(1, round(side / MASK_UNIT_PX)) * MASK_UNIT_PX) for side in (height_px, width_px))
+    if height_px < 1 or width_px < 1 or height_px % cell_px or width_px % cell_px:
+        near = " x ".join(str(max(1, round(side / cell_px)) * cell_px) for side in (height_px, width_px))
         raise ValueError(
-            f"image sides must be multiples of {MASK_UNIT_PX} px, got {height_px} x {width_px}; use for example {near}"
+            f"image sides must be multiples of {cell_px} px, got {height_px} x {width_px}; use for example {near}"
         )
-    return height_px // MASK_UNIT_PX, width_px // MASK_UNIT_PX
+    return height_px // cell_px, width_px // cell_px
+
+
+def tokens_per_cell(cell_px: int, stride: int) -> int:
+    """Return the side of a mask cell in tokens of the encoder's last stage.
+
+    Args: cell_px: side of a cell in pixels.  stride: pixels per token along a side.
+    Raises: ValueError unless it is a whole number of at least 1.
+    """
+    if cell_px < 1 or cell_px % stride:
+        raise ValueError(
+            f"a mask cell of {cell_px} px would cut the encoder's last tokens of {stride} px: make cell_px a multiple "
+            f"of {stride}"
+        )
+    return cell_px // stride

@@ -8,9 +8,22 @@ import torch
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of ImageNet's pixels per channel (RGB), of values in 0..1; the default of all configs."""
+"""Mean of ImageNet's pixels per channel (RGB), of values in 0..1."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Their std."""
+
+
+def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that pixels (0..1) are normalised with where nothing else is said, one value per channel.
+
+    They are ImageNet's; for one channel those of its grey images (of the luminance, ITU-R 601; the std as if the three
+    colours rose and fell together, which they nearly do). A fourth channel, alpha, and any other is brought from 0..1
+    to -1..1.
+    """
+    if channels == 1:
+        return (0.459,), (0.226,)
+    more = (0.5,) * max(0, channels - 3)
+    return (*IMAGENET_MEAN[:channels], *more), (*IMAGENET_STD[:channels], *more)
 
 
 def normalise(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:

@@ -89,9 +89,11 @@ class ProgressView:
             self.line(f"step {step}/{self._total} · {status}")
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of an evaluation, with its `step`."""
-        values = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
-        self.line(f"evaluation after step {int(metrics['step'])}: {values}")
+        """Show the metrics of an evaluation, with its `step`; references, which stay the same, at step 0 alone."""
+        step = int(metrics["step"])
+        shown = {name: value for name, value in metrics.items() if step == 0 or not name.startswith("reference/")}
+        values = " · ".join(f"{name} {value:.4f}" for name, value in shown.items() if name != "step")
+        self.line(f"evaluation after step {step}: {values}")
 
     def line(self, text: str) -> None:
         """Print a line, above the bar where there is one."""

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from mixmae.data.channels import check_channels
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import Source
 from mixmae.data.sources import list_splits, open_source
@@ -89,6 +90,8 @@ def embed(arguments: Arguments) -> int:
     # Workers load their own encoder, perhaps on GPUs that this process does not have.
     frozen = load(device="cpu" if workers > 1 else arguments.device)
     sources = {split: open_source(arguments.data, split) for split in targets}
+    for source in sources.values():
+        check_channels(source, frozen.encoder.in_channels)
     for split, target in targets.items():
         source = sources[split]
         start = time.monotonic()

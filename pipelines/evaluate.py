@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixmae.convert.metadata import NOT_STATED
+from mixmae.data.channels import check_channels
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
@@ -93,8 +94,9 @@ def evaluate(arguments: Arguments) -> int:
 
 
 def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
-    """The images to judge on.   Raises: DataError if they have no classes, or other ones than the model."""
+    """The images to judge on.   Raises: DataError if they have no classes, or other ones than the model, or colours."""
     source = _open(arguments)
+    check_channels(source, classifier.metadata.encoder.in_channels)
     labels = source.read_labels()
     if not (labels >= 0).any():
         raise DataError(f"{source.name} has no labels to judge by: give labelled images, or use pipelines/predict.py.")

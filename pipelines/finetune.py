@@ -63,6 +63,7 @@ def prepare(
     if arguments.pretrained is not None:
         before = read_begun(output_folder(arguments, recipe))
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, before)
+    config.check_size()
     run = begin(replace(arguments, config=config), recipe, pretrained=pretrained, cached=cached)
     if run is None:
         return None

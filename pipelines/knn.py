@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from mixmae.data.channels import check_channels
 from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
 from mixmae.data.prepare import open_for_training
@@ -41,7 +42,7 @@ class Arguments:
     weights: tyro.conf.Positional[Path]
     """A run's folder or checkpoint, an encoder file, a hub folder, or weights of other formats."""
     data: str | None = None
-    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in set of shapes."""
+    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in moths."""
     k: int = 20
     """Training images that vote."""
     temperature: float = 0.07
@@ -166,6 +167,7 @@ def prepare(arguments: Arguments, data_folder: Path) -> Task:
         bfloat16=arguments.precision == "bfloat16",
     )
     train, validation = open_for_training(arguments.data, data_folder, HELDOUT_IMAGES)
+    check_channels(train, frozen.encoder.in_channels)
     classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
     check_voters(train.read_labels()[rows], validation.read_labels(), config.k)

@@ -1,4 +1,4 @@
-"""Turn any collection of images, or the built-in shapes, into Parquet shards that every other command reads.
+"""Turn any collection of images, or a built-in set, into Parquet shards that every other command reads.
 
     python pipelines/make_shards.py SOURCE OUTPUT
 
@@ -26,7 +26,8 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of WebDataset tars
     or of Parquet files; iNaturalist, Places205 or Places365 as unpacked; a list of files (.txt); a glob; a JSON list of
-    sources; a URI such as s3://bucket/prefix; or the word "shapes" for the built-in set."""
+    sources; a URI such as s3://bucket/prefix; or a built-in set: "moths" ("moths:0.6" for
+    another difficulty) or "shapes"."""
     output: Annotated[str, tyro.conf.Positional]
     """Local folder for the shards and their manifest.json; made if it is missing."""
     shard_mb: float = 128.0

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from mixmae.data.blocks import eval_batch
+from mixmae.data.channels import check_channels
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.sources import list_splits, open_source
 from mixmae.inference import load_classifier
@@ -50,6 +51,8 @@ def predict(arguments: Arguments) -> int:
         arguments.model, device=arguments.device, crop_pct=arguments.crop_pct, batch_size=arguments.batch_size
     )
     sources = [open_source(arguments.images, split) for split in list_splits(arguments.images)]
+    for source in sources:
+        check_channels(source, classifier.metadata.encoder.in_channels)
     folder = arguments.output or Path("predictions") / Path(arguments.images).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[int, tuple[Uint8Array, int]] = {}

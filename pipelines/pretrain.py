@@ -18,6 +18,7 @@ import tyro
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.pretraining import HELDOUT_IMAGES, PretrainJob, check_method
+from mixmae.probing.online import summarise_probe
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES
 from pipelines.run import RunArguments, begin, with_workers
@@ -49,15 +50,16 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if done is None:
         return 130
     metrics = done.metrics
-    knn = f", kNN top-1 {metrics['final/knn_top1']:.1%}" if "final/knn_top1" in metrics else ""
     print(
         f"Finished in {done.seconds:.0f} s: loss {metrics['final/loss']:.4f}, "
-        f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}{knn}\n"
+        f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
         f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
+    if "final/knn_top1" in metrics:
+        print(summarise_probe(done.state.metrics))
     return 0
 
 

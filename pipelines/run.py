@@ -30,6 +30,7 @@ from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
 from mixmae.training.loop import TrainState
+from mixmae.training.mailbox import Message
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
 
@@ -45,7 +46,7 @@ class RunArguments:
     """The recipe's fields; any of them can be changed."""
     data: str | None = None
     """Parquet shards, tars, a glob, a file list or a URI such as s3://BUCKET/PREFIX (docs/data.md), or a folder of
-    image files, which is packed once into shards beside the output. Without it: the built-in set of shapes."""
+    image files, which is packed once into shards beside the output. Without it: the built-in moths."""
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
     must be one that all nodes share."""
@@ -226,6 +227,14 @@ class Run:
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
+
+                def receive(message: Message) -> None:
+                    view.receive(message, folder)
+                    if message[0] == "evaluation":
+                        evaluations = folder.add_evaluation(message[1])
+                        with contextlib.suppress(Exception):  # a picture less, or a store that is away
+                            job.draw_curves(evaluations)
+
                 state, checkpoint = fit(
                     job,
                     folder=folder.path,
@@ -235,7 +244,7 @@ class Run:
                     max_failures=arguments.max_failures,
                     checkpoints_to_keep=arguments.checkpoints_to_keep,
                     runs_at_once=self.runs_at_once,
-                    on_message=lambda message: view.receive(message, folder),
+                    on_message=receive,
                     callbacks=callbacks,
                 )
             status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)

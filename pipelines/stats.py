@@ -177,7 +177,8 @@ def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
                 yield f"    {edge:>5} px and more  {count:>9}  {'#' * max(1, round(40 * count / peak))}"
     if entry["pixels"]:
         mean, std = (" ".join(f"{value:.3f}" for value in entry["pixels"][key]) for key in ("mean", "std"))
-        yield f"  pixels (0 to 1, R G B): mean {mean}, std {std}, of {entry['pixels']['images']} images"
+        yield f"  pixels (0 to 1, R G B): mean {mean}, std {std},"
+        yield f"    of {entry['pixels']['images']} images, {entry['pixels']['grey']} of them grey"
     classes = entry["classes"]
     if classes:
         counts = sorted(classes.values())

@@ -16,7 +16,7 @@ import difflib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,11 @@ def sweep(arguments: Arguments, name: str) -> int:
     if not arguments.max_concurrent:
         at_once = default_workers(arguments.ray_address, arguments.device) // arguments.workers
         arguments = replace(arguments, max_concurrent=max(1, min(at_once, space.num_trials)))
-    run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config))
+    before = read_begun(output)
+    # A sweep that was begun without a reference, as all of earlier versions were, goes on without one.
+    has_reference = before is None or before.space is None or "reference" in before.space
+    reference = space.reference if arguments.reference and pretrained is not None and has_reference else None
+    run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config, reference))
     if run is None:
         return 0
     if arguments.register_model is not None:
@@ -67,9 +71,11 @@ def sweep(arguments: Arguments, name: str) -> int:
             keep_initial(pretrained, weights, config, output.path)
     use_gpu, slots = join_cluster(arguments, space)
     parent, links = open_parent(run, space, job)
+    doing = "Continuing" if run.is_continued else "Sweeping"
+    beside = "" if reference is None else " and a reference from scratch"
     print(
-        f"{'Continuing' if run.is_continued else 'Sweeping'} {name}: {space.num_trials} trials of {space.recipe} on "
-        f"{job.source.name} ({job.source.num_rows} images), {job.length.total_steps} steps each unless it varies, "
+        f"{doing} {name}: {space.num_trials} trials{beside} of {space.recipe} on {job.source.name} "
+        f"({job.source.num_rows} images), {job.length.total_steps} steps each unless it varies, "
         f"{arguments.max_concurrent} at once\noutput {output.path}\nMLflow {run.uri}",
         flush=True,
     )
@@ -79,6 +85,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         job=job,
         folder=output.path,
         pretrained=pretrained,
+        reference=reference,
         run=parent,
         use_gpu=use_gpu,
     )
@@ -112,9 +119,18 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
     return run.record_data(job)
 
 
-def fixed_for_all(space: Space, config: FinetuneConfig | PretrainConfig) -> dict[str, Any]:
-    """What a continued sweep must have as it was: the space and, of pretraining, the probe that judges the trials."""
-    return {**space.to_json(), **({"probe": vars(config.probe)} if isinstance(config, PretrainConfig) else {})}
+def fixed_for_all(
+    space: Space, config: FinetuneConfig | PretrainConfig, reference: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a continued sweep must have as it was: the space, the probe of pretraining, the reference of finetuning.
+
+    Args: reference: its fields; None: there is none.
+    """
+    return {
+        **space.to_json(),
+        **({"probe": vars(config.probe)} if isinstance(config, PretrainConfig) else {}),
+        **({} if reference is None else {"reference": dict(reference)}),
+    }
 
 
 def choose_space(arguments: Arguments, name: str) -> Space:
@@ -152,9 +168,11 @@ def choose_space(arguments: Arguments, name: str) -> Space:
 def check_trials(space: Space, config: FinetuneConfig | PretrainConfig, num_workers: int) -> None:
     """See that every trial can be trained like this.   Raises: ValueError."""
     space.check(config)
-    for point in space.points(config.loop.seed):
+    reference = [] if space.pretrains else [space.reference]
+    for point in [*reference, *space.points(config.loop.seed)]:
         trial = set_fields(config, point)
         trial.share(num_workers=num_workers)
+        trial.check_size()
         if isinstance(trial, PretrainConfig):
             check_method(trial)
 

@@ -113,6 +113,73 @@ def tiny_resnetv2(image_size: int | tuple[int, int] = 96, in_channels: int = 3) 
     return ResNetV2Encoder(config)
 
 
+def small_swin(image_size: int | tuple[int, int] = 32, in_channels: int = 3) -> SwinEncoder:
+    """For small images: patches of 2 px, two stages, cells of 4 px; windows are padded in stage 1."""
+    torch.manual_seed(0)
+    return SwinEncoder(
+        SwinConfig(
+            image_size=image_size,
+            in_channels=in_channels,
+            patch_px=2,
+            embed_dim=16,
+            depths=(1, 2),
+            num_heads=(1, 2),
+            window_sizes=(6, 4),
+        )
+    )
+
+
+def swin_of_pixels(image_size: int | tuple[int, int] = 28, in_channels: int = 3) -> SwinEncoder:
+    """Patches of 1 px, three stages, cells of 4 px; windows are padded in stages 1 and 2."""
+    torch.manual_seed(0)
+    return SwinEncoder(
+        SwinConfig(
+            image_size=image_size,
+            in_channels=in_channels,
+            patch_px=1,
+            embed_dim=8,
+            depths=(1, 1, 1),
+            num_heads=(1, 2, 2),
+            window_sizes=(6, 5, 7),
+        )
+    )
+
+
+SMALL_PYRAMID = {
+    "patch_px": 2,
+    "embed_dims": (8, 16, 24),
+    "depths": (2, 1, 2),
+    "num_heads": (1, 2, 3),
+    "mlp_ratios": (2.0, 2.0, 2.0),
+    "sr_ratios": (4, 2, 1),
+}
+"""Patches of 2 px, three stages, cells of 8 px."""
+
+
+def small_pvt(image_size: int | tuple[int, int] = 32, in_channels: int = 3) -> PvtEncoder:
+    torch.manual_seed(0)
+    return PvtEncoder(PvtConfig(image_size=image_size, in_channels=in_channels, **SMALL_PYRAMID))
+
+
+def small_pvt_v2(image_size: int | tuple[int, int] = 32, in_channels: int = 3) -> PvtEncoder:
+    torch.manual_seed(0)
+    return PvtEncoder(PvtConfig(version=2, image_size=image_size, in_channels=in_channels, **SMALL_PYRAMID))
+
+
+def small_svt(image_size: int | tuple[int, int] = 32, in_channels: int = 3) -> TwinsEncoder:
+    torch.manual_seed(0)
+    sizes = {**SMALL_PYRAMID, "window_sizes": (5, 5, 3)}
+    return TwinsEncoder(TwinsConfig(image_size=image_size, in_channels=in_channels, **sizes))
+
+
+def small_vit(image_size: int | tuple[int, int] = 32, in_channels: int = 3) -> ViTEncoder:
+    """Patches of 4 px, cells of 8 px."""
+    torch.manual_seed(0)
+    return ViTEncoder(
+        ViTConfig(image_size=image_size, in_channels=in_channels, patch_px=4, embed_dim=32, depth=2, num_heads=4)
+    )
+
+
 def tiny_mixmae(
     image_size: int | tuple[int, int] = 96,
     in_channels: int = 3,

@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mixmae.decoders import DecoderConfig
-from mixmae.encoders import pyramid
 from mixmae.encoders.build import SIZES, EncoderConfig, size_name
 from mixmae.encoders.pvt import PvtConfig
 from mixmae.encoders.resnetv2 import ResNetV2Config
-from mixmae.encoders.swin import NUM_STAGES, PATCH_PX, SwinConfig
+from mixmae.encoders.swin import SwinConfig
 from mixmae.encoders.twins import TwinsConfig
 from mixmae.encoders.vit import ViTConfig
-from mixmae.mixing import MASK_UNIT_PX
 
 StateDict = dict[str, Tensor]
 ImageSize = int | tuple[int, int]
@@ -115,14 +113,15 @@ def swin_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None
 
     Without a position table it is a plain Swin with shifted windows (shifts are not visible in shapes).
     """
-    tables = [f"encoder.stages.{stage}.blocks.0.attn.{BIAS_TABLE}" for stage in range(NUM_STAGES)]
+    tables = [f"{stage}blocks.0.attn.{BIAS_TABLE}" for stage in _stages(state)]
     plain = "encoder.pos_embed" not in state
-    embed_dim, in_channels, *_ = state["encoder.patch_embed.proj.weight"].shape
+    embed_dim, in_channels, patch_px, _ = state["encoder.patch_embed.proj.weight"].shape
     if image_size is None:
-        image_size = DEFAULT_PX if plain else _square_side(state["encoder.pos_embed"]) * PATCH_PX
+        image_size = DEFAULT_PX if plain else _square_side(state["encoder.pos_embed"]) * patch_px
     return SwinConfig(
         image_size=image_size,
         in_channels=in_channels,
+        patch_px=patch_px,
         embed_dim=embed_dim,
         depths=_depths(state),
         num_heads=tuple(state[table].shape[1] for table in tables),
@@ -151,18 +150,22 @@ def vit_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None)
 def pvt_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> PvtConfig:
     """Read the config of a PvtEncoder of either version."""
     table = state.get("encoder.stages.0.pos_embed")  # (1, H, W, C), in v1
-    if image_size is None and table is not None:
-        height, width = (side * pyramid.STRIDES[0] for side in table.shape[1:3])
+    patch_px = state["encoder.stages.0.patch_embed.proj.weight"].shape[-1]
+    if table is None:
+        patch_px = (patch_px + 1) // 2  # patches of v2 overlap
+    elif image_size is None:
+        height, width = (side * patch_px for side in table.shape[1:3])
         image_size = height if height == width else (height, width)
     known = _known_size(PvtConfig, embed_dims=_embed_dims(state), version=2 if table is None else 1)
-    return replace(known, image_size=image_size or DEFAULT_PX, **_pyramid_fields(state))
+    return replace(known, image_size=image_size or DEFAULT_PX, patch_px=patch_px, **_pyramid_fields(state))
 
 
 def twins_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> TwinsConfig:
     """Read the config of a TwinsEncoder: an SVT if its first block has window attention."""
-    windows = (7,) * NUM_STAGES if "encoder.stages.0.blocks.0.attn.qkv.weight" in state else None
+    windows = (7,) * len(_stages(state)) if "encoder.stages.0.blocks.0.attn.qkv.weight" in state else None
     known = _known_size(TwinsConfig, embed_dims=_embed_dims(state), window_sizes=windows)
-    return replace(known, image_size=image_size or DEFAULT_PX, **_pyramid_fields(state))
+    patch_px = state["encoder.stages.0.patch_embed.proj.weight"].shape[-1]
+    return replace(known, image_size=image_size or DEFAULT_PX, patch_px=patch_px, **_pyramid_fields(state))
 
 
 def resnetv2_config(state: Mapping[str, Tensor], image_size: ImageSize | None = None) -> ResNetV2Config:
@@ -193,7 +196,7 @@ def pixel_decoder_config(
     if num_heads is None:
         raise ValueError(f"shapes do not tell how many heads a decoder of width {dim} has: pass decoder_num_heads")
     num_values = state["decoder.pred.weight"].shape[0]
-    patch_px = encoder.patch_px if isinstance(encoder, ViTConfig) else MASK_UNIT_PX
+    patch_px = encoder.strides[-1]
     if num_values != patch_px**2 * encoder.in_channels:
         raise ValueError(
             f"the decoder predicts {num_values} values per token, not {patch_px} x {patch_px} px of "
@@ -235,32 +238,34 @@ def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
+def _stages(state: Mapping[str, Tensor]) -> list[str]:
+    """The beginnings of the names of each stage's weights."""
+    return [f"encoder.stages.{stage}." for stage in range(_count_blocks(state, "encoder.stages."))]
+
+
 def _mlp_ratio(fc1: Tensor) -> float:
     return fc1.shape[0] / fc1.shape[1]
 
 
 def _depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Blocks of each stage."""
-    return tuple(_count_blocks(state, f"encoder.stages.{stage}.blocks.") for stage in range(NUM_STAGES))
+    return tuple(_count_blocks(state, f"{stage}blocks.") for stage in _stages(state))
 
 
 def _embed_dims(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Widths of the stages of a PVT or Twins."""
-    return tuple(state[f"encoder.stages.{stage}.patch_embed.proj.weight"].shape[0] for stage in range(NUM_STAGES))
+    return tuple(state[f"{stage}patch_embed.proj.weight"].shape[0] for stage in _stages(state))
 
 
 def _pyramid_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of a PyramidConfig that shapes determine, except its widths."""
-    blocks = [f"encoder.stages.{stage}.blocks." for stage in range(NUM_STAGES)]
-    reductions = {name.split(".blocks.")[0]: value for name, value in state.items() if name.endswith("attn.sr.weight")}
+    stages = _stages(state)
+    reductions = {name.split("blocks.")[0]: value for name, value in state.items() if name.endswith("attn.sr.weight")}
     return {
         "in_channels": state["encoder.stages.0.patch_embed.proj.weight"].shape[1],
         "depths": _depths(state),
-        "mlp_ratios": tuple(_mlp_ratio(state[f"{prefix}0.mlp.fc1.weight"]) for prefix in blocks),
-        "sr_ratios": tuple(
-            reductions[stage].shape[-1] if (stage := f"encoder.stages.{number}") in reductions else 1
-            for number in range(NUM_STAGES)
-        ),
+        "mlp_ratios": tuple(_mlp_ratio(state[f"{stage}blocks.0.mlp.fc1.weight"]) for stage in stages),
+        "sr_ratios": tuple(reductions[stage].shape[-1] if stage in reductions else 1 for stage in stages),
     }
 
 

@@ -21,6 +21,7 @@ from mixmae.convert.architecture import StateDict, encoder_config, num_classes
 from mixmae.convert.formats import FORMATS, detect_format
 from mixmae.convert.metadata import METADATA_KEY, NOT_STATED, EncoderMetadata, Preprocessing, digest_of
 from mixmae.encoders.build import EncoderConfig, config_from_json
+from mixmae.pixels import usual_normalisation
 from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE
 
 WRAPPERS = ("model", "state_dict")
@@ -148,7 +149,8 @@ def _foreign_metadata(
 ) -> EncoderMetadata:
     """Read metadata off the shapes of weights.   Raises: ValueError if they do not determine the architecture."""
     config = encoder or encoder_config(state, image_size)
-    preprocessing = Preprocessing(image_size=config.image_sides)
+    mean, std = usual_normalisation(config.in_channels)
+    preprocessing = Preprocessing(image_size=config.image_sides, mean=mean, std=std)
     return EncoderMetadata(encoder=config, preprocessing=preprocessing, num_classes=num_classes(state), source=source)
 
 

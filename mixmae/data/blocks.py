@@ -2,7 +2,7 @@
 
 A block is a pure function of (source, augment, seed, rows, epochs): it comes out the same on every process and machine.
 This module does not know Ray; `local_batches` is the whole data plane in one process, for tests and small runs.
-Legend: n images of a block, H W output size.
+Legend: n images of a block, C channels (1 grey, 3 RGB, 4 RGBA), H W output size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from mixmae.data.chunks import Int64Array, group_by_chunk
 from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
-from mixmae.data.images.decode import DecodeError, Header, Uint8Array, decode_box, decode_rgb, read_header
+from mixmae.data.images.decode import DecodeError, Header, Uint8Array, decode_box, decode_image, read_header
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Sample, Source, read_rows
@@ -45,7 +45,7 @@ class Block:
     """Finished images in the order that was asked for."""
 
     images: Uint8Array
-    """(n, 3, H, W) uint8 RGB, contiguous."""
+    """(n, C, H, W) uint8, contiguous."""
     rows: Int64Array
     """(n,) int64, the rows asked for, broken ones included."""
     labels: Int64Array
@@ -89,7 +89,7 @@ class ImageBatch:
     """One worker's micro-batch."""
 
     images: torch.Tensor
-    """(B, 3, H, W) uint8 RGB. May be a read-only view into the object store: do not write to it."""
+    """(B, C, H, W) uint8. May be a read-only view into the object store: do not write to it."""
     rows: torch.Tensor
     """(B,) int64, row of every image in its source."""
     labels: torch.Tensor
@@ -107,6 +107,7 @@ def load_block(
     epochs: Int64Array,
     *,
     seed: int,
+    channels: int = 3,
     pool: Executor | None = None,
 ) -> Block:
     """Read, decode, crop, resize and flip.
@@ -114,12 +115,12 @@ def load_block(
     A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the broken
     row's own random numbers, so that the substitute too depends on the row alone; grey if the next 63 do not decode.
 
-    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  pool: threads that share the work;
-        decoding and resizing release the GIL.
+    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  channels: of the images.
+        pool: threads that share the work; decoding and resizing release the GIL.
     Returns: the block of these rows, in their order.   Raises: DataError as Source.read does.
     """
     rows, epochs = np.asarray(rows, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
-    images: Uint8Array = np.empty((len(rows), 3, *augment.size), dtype=np.uint8)
+    images: Uint8Array = np.empty((len(rows), channels, *augment.size), dtype=np.uint8)
     canvas = torch.from_numpy(images)
     labels = np.full(len(rows), -1, dtype=np.int64)
     chunks, within = source.chunks.locate(rows)
@@ -140,7 +141,8 @@ def load_block(
         for i, (sample, header, index, box, flip) in enumerate(drawn):
             if header is not None:
                 try:
-                    resize(decode_box(sample.data, header, box, sample.restart_offsets), flip, canvas[index])
+                    pixels = decode_box(sample.data, header, box, sample.restart_offsets, channels=channels)
+                    resize(pixels, flip, canvas[index])
                     labels[index] = sample.label
                 except DecodeError as error:
                     reasons[i] = str(error)
@@ -170,7 +172,7 @@ def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, se
     for step in range(1, min(size, _MAX_TRIES)):
         (sample,) = source.read(int(chunk), [int(within + step) % size])
         with contextlib.suppress(DecodeError):
-            pixels = decode_rgb(sample.data)
+            pixels = decode_image(sample.data, len(out))
             sizes = np.array([pixels.shape[:2]], dtype=np.int64)
             boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=np.array([epoch]), rows=np.array([row]))
             resize_crop(pixels, boxes[0], bool(flips[0]), out)
@@ -187,6 +189,7 @@ def local_batches(
     share: WorkerShare,
     start_step: int = 0,
     stop_step: int,
+    channels: int = 3,
 ) -> Iterator[ImageBatch]:
     """The batches of streams.TrainStream, made in this process without Ray.
 
@@ -195,7 +198,8 @@ def local_batches(
     """
     for start in range(start_step * share.images, stop_step * share.images, share.micro_batch):
         positions = worker_positions(start, start + share.micro_batch, share)
-        yield as_batch(load_block(source, augment, *plan.rows_of(positions), seed=plan.seed))
+        block = load_block(source, augment, *plan.rows_of(positions), seed=plan.seed, channels=channels)
+        yield as_batch(block)
 
 
 def as_batch(block: Block) -> ImageBatch:
@@ -210,15 +214,20 @@ def as_batch(block: Block) -> ImageBatch:
 
 
 def eval_batch(
-    source: Source, rows: Sequence[int], image_size: int | tuple[int, int], *, crop_pct: float = 0.875
+    source: Source,
+    rows: Sequence[int],
+    image_size: int | tuple[int, int],
+    *,
+    crop_pct: float = 0.875,
+    channels: int = 3,
 ) -> torch.Tensor:
-    """Images in evaluation's fixed transform, for panels: (n, 3, H, W) uint8.
+    """Images in evaluation's fixed transform, for panels: (n, C, H, W) uint8.
 
-    Args: rows: (n,) of the source.  image_size: side, or (H, W).  crop_pct: see augment.centre_crop.
+    Args: rows: (n,) of the source.  image_size: side, or (H, W).  crop_pct: see augment.centre_crop.  channels: C.
     An image that does not decode is grey.
     """
     wanted = np.asarray(rows, dtype=np.int64)
-    (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, crop_pct=crop_pct)
+    (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, crop_pct=crop_pct, channels=channels)
     return batch.images
 
 
@@ -229,12 +238,13 @@ def eval_batches(
     batch_size: int,
     rows: Int64Array | None = None,
     crop_pct: float = 0.875,
+    channels: int = 3,
     pool: Executor | None = None,
 ) -> Iterator[ImageBatch]:
     """Images with their labels in evaluation's fixed transform, in batches.
 
     Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
-        the decoding.  image_size, crop_pct: as eval_batch.
+        the decoding.  image_size, crop_pct, channels: as eval_batch.
     Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
         that no metric counts it, and is among the batch's broken ones.
     """
@@ -243,9 +253,9 @@ def eval_batches(
 
     def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:
         try:
-            return centre_crop(decode_rgb(sample.data), size, crop_pct), sample.label, None
+            return centre_crop(decode_image(sample.data, channels), size, crop_pct), sample.label, None
         except DecodeError as error:
-            grey = np.full((3, *size), _GREY, dtype=np.uint8)
+            grey = np.full((channels, *size), _GREY, dtype=np.uint8)
             return grey, -1, BrokenRecord(row, sample.where, str(error))
 
     for start in range(0, len(rows), batch_size):

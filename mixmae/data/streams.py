@@ -60,6 +60,7 @@ class TrainStream:
         source, plan, augment: what is seen, when, and how it is cropped; the plan is of this source.
         share: which images of each global batch are this worker's, and how many are in one ImageBatch.
         start_step, stop_step: steps of the run, the last exclusive.
+        channels: of the images: 1 grey, 3 RGB, 4 RGBA.
         config: how it is executed.
     Raises: ValueError if the plan is of another source.
     """
@@ -73,6 +74,7 @@ class TrainStream:
         share: WorkerShare,
         start_step: int = 0,
         stop_step: int,
+        channels: int = 3,
         config: StreamConfig | None = None,
     ) -> None:
         if not np.array_equal(plan.chunk_sizes, source.chunk_sizes):
@@ -82,11 +84,11 @@ class TrainStream:
         self._config = config or StreamConfig()
         # The worker's images are numbered from step 0; a block is a range of these numbers.
         store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / share.num_workers)
-        image_bytes = 3 * augment.size[0] * augment.size[1]
+        image_bytes = channels * augment.size[0] * augment.size[1]
         target = _block_images(self._config, image_bytes, store_bytes)
         self._edges = _block_edges(start_step * share.images, stop_step * share.images, share.micro_batch, target)
         self._concurrency, self._task_cpus, threads = _task_shape(self._config, share.num_workers)
-        self._load = _loader(source, augment, plan.seed, threads)
+        self._load = _loader(source, augment, plan.seed, channels, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
         self._prefetch, budget = _store_shares(self._config, block_bytes, self._concurrency, store_bytes)
         self._context = _data_context(block_bytes, budget)
@@ -225,14 +227,16 @@ def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArra
     return np.append(edges, stop).astype(np.int64) if stop > start else np.array([start], dtype=np.int64)
 
 
-def _loader(source: Source, augment: AugmentConfig, seed: int, threads: int) -> Callable[[pa.Table], pa.Table]:
+def _loader(
+    source: Source, augment: AugmentConfig, seed: int, channels: int, threads: int
+) -> Callable[[pa.Table], pa.Table]:
     """The one map operator: a descriptor in, a finished block out."""
 
     def load(descriptor: pa.Table) -> pa.Table:
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
         _keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
-        work = partial(load_block, source, augment, rows, epochs, seed=seed)
+        work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
         pool = _pool(threads)
         block = work(pool=pool) if threads > 1 else pool.submit(work).result()
         return _pack(descriptor["index"][0].as_py(), block)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mixmae.mixing import cell_grid, upsample_group_map
+from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
 from mixmae.patches import image_sides
 
 GroupIsolation = Literal["exact", "partial", "none"]
@@ -23,8 +23,8 @@ explains which. none: the encoder cannot take a group map and raises ValueError 
 DepthRule = Literal["official", "timm"]
 """Whose layer decay: see head_depth."""
 
-STRIDES = (4, 8, 16, 32)
-"""Pixels per token along a side, in each stage of a pyramid (Swin, PVT, Twins, ResNet)."""
+PATCH_SIDES = (1, 2, 4, 8)
+"""Sides that the patches of a Swin, PVT or Twins may have, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,14 @@ class BaseConfig:
     """The fields that the config of every encoder has.   Raises: ValueError for values that make no encoder."""
 
     image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels; multiples of 32. Position tables are built for it; other sizes work too."""
+    """Side, or height and width, in pixels; multiples of the last stride (32 in the paper). Position tables are built
+    for it; other sizes work too."""
     in_channels: int = 3
     """Channels of the images."""
     drop_path: float = 0.0
     """Probability that the branches of the last block are dropped, rising from 0 at the first; 0 for pretraining."""
 
     def __post_init__(self) -> None:
-        cell_grid(*self.image_sides)
         if self.in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
         if not 0.0 <= self.drop_path < 1.0:
@@ -50,18 +50,54 @@ class BaseConfig:
         """(height, width) in pixels."""
         return image_sides(self.image_size)
 
-    def check_stages(self, *names: str) -> None:
-        """Raise ValueError unless each of these fields has a number of at least 1 for every stage of a pyramid."""
-        for name in names:
-            values = getattr(self, name)
-            if len(values) != len(STRIDES) or min(values) < 1:
-                raise ValueError(f"{name} needs {len(STRIDES)} numbers of at least 1, one per stage; got {values}")
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token along a side, in each stage."""
+        raise NotImplementedError
+
+    @property
+    def cell_px(self) -> int:
+        """Side in pixels of a mask cell, unless the objective sets another. See Encoder.cell_px."""
+        return self.strides[-1]
 
     def check_heads(self, field: str, widths: Sequence[int], num_heads: Sequence[int]) -> None:
         """Raise ValueError unless every width is a multiple of its number of heads; `field` sets the widths."""
         for width, heads in zip(widths, num_heads, strict=True):
             if width % heads:
                 raise ValueError(f"a width of {width} cannot be shared by {heads} heads: change {field} or num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig(BaseConfig):
+    """The fields that encoders of several stages have; each stage halves the grid of the one before."""
+
+    patch_px: int = 4
+    """Side of a patch in pixels: 4 in the paper; 1, 2 or 8 for small or large images. The strides of the stages are
+    patch_px times 1, 2, 4, 8."""
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks in each stage; two to four stages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_px not in PATCH_SIDES:
+            raise ValueError(f"patch_px must be one of {', '.join(map(str, PATCH_SIDES))}, got {self.patch_px}")
+        if not 2 <= len(self.depths) <= 4:
+            raise ValueError(f"depths gives the blocks of two to four stages, got {self.depths}")
+        self.check_stages("depths")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token along a side, in each stage."""
+        return tuple(self.patch_px * 2**stage for stage in range(len(self.depths)))
+
+    def check_stages(self, *names: str) -> None:
+        """Raise ValueError unless each of these fields has a number of at least 1 for every stage of depths."""
+        for name in names:
+            values = getattr(self, name)
+            if len(values) != len(self.depths) or min(values) < 1:
+                raise ValueError(
+                    f"{name} needs {len(self.depths)} numbers of at least 1, one per stage of depths; got {values}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +125,14 @@ class Encoder(Protocol):
     """A built backbone: a torch module that pretrains with a group map and finetunes without one."""
 
     image_size: tuple[int, int]
-    """(H, W) in pixels that its position tables were built for; other multiples of the mask unit work too."""
+    """(H, W) in pixels that its position tables were built for; other multiples of the last stride work too."""
     in_channels: int
     """Channels of the images."""
     strides: tuple[int, ...]
-    """Pixels per token along a side, in each stage. All divide the mask unit; for pyramids the last one equals it."""
+    """Pixels per token along a side, in each stage; each divides the last one."""
+    cell_px: int
+    """Side in pixels of a mask cell, unless the objective sets another: the last stride, or 2 patches of a ViT. All
+    multiples of the last stride work."""
     channels: tuple[int, ...]
     """Width of the features of each stage."""
     fill_dim: int
@@ -107,9 +146,10 @@ class Encoder(Protocol):
         """Compute the output of each stage, not normalised.
 
         Args:
-            images: (B, in_channels, H, W) float, H and W multiples of the mask unit.
-            group_map: (M, h, w) int64, one entry per mask cell; None = each sample is one image. Filled cells belong
-                to a group like any other.
+            images: (B, in_channels, H, W) float, H and W multiples of the last stride.
+            group_map: (M, h, w) int64, one entry per mask cell; None = each sample is one image. Its shape tells the
+                size of a cell, a whole number of tokens of the last stage. Filled cells belong to a group like any
+                other.
             fill: tokens to replace after the patch embedding (and its norm), before positions are added; None = none.
         Returns: for each stage s (B, channels[s], H / strides[s], W / strides[s]).
         Raises: ValueError for images or a map of other shapes.
@@ -242,3 +282,21 @@ def check_images(images: Tensor, in_channels: int) -> None:
         raise ValueError(f"the encoder takes images of shape (B, {in_channels}, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be normalised floats, got {images.dtype}")
+
+
+def check_inputs(images: Tensor, group_map: Tensor | None, *, in_channels: int, stride: int) -> None:
+    """Raise ValueError unless images are whole tokens of the last stage, and the cells of a map whole tokens too.
+
+    Args: images, group_map: as in Encoder.features.  stride: pixels per token of the last stage.
+    """
+    check_images(images, in_channels)
+    height, width = cell_grid(images.shape[2], images.shape[3], stride)
+    if group_map is not None:
+        check_group_map(group_map, num_mixes=len(images))
+        rows, columns = group_map.shape[1:]
+        if not rows or not columns or height % rows or width % columns:
+            raise ValueError(
+                f"a group map of {rows} x {columns} cells does not fit images of {images.shape[2]} x "
+                f"{images.shape[3]} px: a cell must be a whole number of the encoder's last tokens of {stride} px, so "
+                f"use for example {height} x {width} cells"
+            )

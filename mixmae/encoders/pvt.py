@@ -3,7 +3,7 @@
 Unusual, beside the published models: attention and convolutions can be restricted to groups; v1 has no class token (the
 published one enters its last stage for supervised training; here tasks average the final tokens, as the paper's
 finetuning does), and its position tables are resized bicubic, not bilinear, for other grids. At the usual reductions
-there is one key per mask cell, at stride 32. The linear variant of v2 is left out: its keys average over many cells.
+there is one key per token of the last stage. The linear variant of v2 is left out: its keys average over many cells.
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of a stage, h w the grid of mask cells.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.encoders.base import STRIDES, TokenFill, fill_tokens
-from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, PyramidConfig, PyramidEncoder
+from mixmae.encoders.base import TokenFill, fill_tokens
+from mixmae.encoders.pyramid import NORM_EPS, PyramidConfig, PyramidEncoder
 from mixmae.layers.blocks import TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import DropPath, drop_path_rates
 from mixmae.layers.group_conv import group_conv2d
@@ -51,8 +51,8 @@ class PvtStage(nn.Module):
     def __init__(self, config: PvtConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         dim, self.sr_ratio = config.embed_dims[stage], config.sr_ratios[stage]
-        self.patch_embed = PatchEmbed(config.input_dims[stage], dim, PATCH_SIDES[stage])
-        self.table_grid = tuple(side // STRIDES[stage] for side in config.image_sides)
+        self.patch_embed = PatchEmbed(config.input_dims[stage], dim, config.patch_sides[stage])
+        self.table_grid = tuple(side // config.strides[stage] for side in config.image_sides)
         self.pos_embed = nn.Parameter(torch.empty(1, *self.table_grid, dim))  # (1, H, W, C)
         nn.init.trunc_normal_(self.pos_embed, std=TABLE_STD)
         self.blocks = nn.ModuleList(
@@ -96,7 +96,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, patch_px: int) -> None:
         super().__init__()
-        # 7 over a stride of 4, 3 over one of 2.
+        # 7 over a stride of 4, 3 over one of 2; a patch of one pixel overlaps none.
         self.proj = nn.Conv2d(in_channels, dim, 2 * patch_px - 1, stride=patch_px, padding=patch_px - 1)
         self.norm = nn.LayerNorm(dim)
 
@@ -144,7 +144,7 @@ class PvtV2Stage(nn.Module):
     def __init__(self, config: PvtConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         dim, self.sr_ratio = config.embed_dims[stage], config.sr_ratios[stage]
-        self.patch_embed = OverlapPatchEmbed(config.input_dims[stage], dim, PATCH_SIDES[stage])
+        self.patch_embed = OverlapPatchEmbed(config.input_dims[stage], dim, config.patch_sides[stage])
         self.blocks = nn.ModuleList(
             ConvBlock(
                 dim,
@@ -192,7 +192,7 @@ class PvtEncoder(PyramidEncoder):
         make = PvtStage if config.version == 1 else PvtV2Stage
         rates = drop_path_rates(config.drop_path, config.depths)
         norm = nn.LayerNorm(config.embed_dims[-1], eps=NORM_EPS) if config.version == 1 else nn.Identity()
-        super().__init__(config, (make(config, stage, rates[stage]) for stage in range(len(STRIDES))), norm)
+        super().__init__(config, (make(config, stage, rates[stage]) for stage in range(len(config.depths))), norm)
 
 
 def pvt_tiny() -> PvtConfig:

@@ -1,4 +1,4 @@
-"""What PVT and Twins have in common: four stages at strides 4 to 32, with attention to spatially reduced keys.
+"""What PVT and Twins have in common: stages that halve the grid, with attention to spatially reduced keys.
 
 Legend: B samples, M group maps (B or 1), C channels, H W the grid of a stage, h w the grid of mask cells.
 """
@@ -10,25 +10,23 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import STRIDES, BaseConfig, GroupIsolation, TokenFill, check_images, stage_depths
+from mixmae.encoders.base import GroupIsolation, StagesConfig, TokenFill, check_inputs, stage_depths
 from mixmae.layers.initialisation import init_projections
-from mixmae.mixing import MASK_UNIT_PX, cell_grid, check_group_map
+from mixmae.mixing import cell_grid
 
-PATCH_SIDES = (4, 2, 2, 2)
-"""Side of the patches of each stage, in pixels or tokens of the stage's input."""
 NORM_EPS = 1e-6
 """Of the norms in blocks and after stages; norms of patch embeddings and reductions keep torch's 1e-5 (both published
 codes, and timm)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidConfig(BaseConfig):
+class PyramidConfig(StagesConfig):
     """The sizes of a PyramidEncoder."""
 
     embed_dims: tuple[int, ...] = (64, 128, 320, 512)
-    """Width of each of the four stages."""
+    """Width of each stage."""
     depths: tuple[int, ...] = (3, 4, 6, 3)
-    """Blocks in each stage."""
+    """Blocks in each stage; two to four stages."""
     num_heads: tuple[int, ...] = (1, 2, 5, 8)
     """Attention heads in each stage."""
     mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
@@ -38,21 +36,29 @@ class PyramidConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_stages("embed_dims", "depths", "num_heads", "sr_ratios")
-        if len(self.mlp_ratios) != len(STRIDES) or min(self.mlp_ratios) <= 0:
-            raise ValueError(f"mlp_ratios needs {len(STRIDES)} numbers above 0, one per stage; got {self.mlp_ratios}")
+        self.check_stages("embed_dims", "num_heads", "sr_ratios")
+        if len(self.mlp_ratios) != len(self.depths) or min(self.mlp_ratios) <= 0:
+            raise ValueError(
+                f"mlp_ratios needs {len(self.depths)} numbers above 0, one per stage of depths; got {self.mlp_ratios}"
+            )
         self.check_heads("embed_dims", self.embed_dims, self.num_heads)
-        for stride, ratio in zip(STRIDES, self.sr_ratios, strict=True):
-            if MASK_UNIT_PX % (stride * ratio):
+        last = self.strides[-1]  # a mask cell is a multiple of it, and so is the image
+        for stride, ratio in zip(self.strides, self.sr_ratios, strict=True):
+            if last % (stride * ratio):
                 raise ValueError(
-                    f"a reduction by {ratio} at stride {stride} would merge mask cells of {MASK_UNIT_PX} px: "
-                    f"its sr_ratio must divide {MASK_UNIT_PX // stride}"
+                    f"a reduction by {ratio} at stride {stride} would merge mask cells of {last} px, the last stride: "
+                    f"its sr_ratio must divide {last // stride}"
                 )
 
     @property
     def input_dims(self) -> tuple[int, ...]:
         """Channels that each stage takes."""
         return (self.in_channels, *self.embed_dims[:-1])
+
+    @property
+    def patch_sides(self) -> tuple[int, ...]:
+        """Side of the patches of each stage, in pixels or tokens of the stage's input."""
+        return (self.patch_px, *(2 for _ in self.depths[1:]))
 
 
 class PyramidEncoder(nn.Module):
@@ -62,9 +68,9 @@ class PyramidEncoder(nn.Module):
 
     Args:
         config: the sizes.
-        stages: four modules, called with the images or the output of the stage before (B, C, H, W), the group map
-            (M, h, w) or None, and a fill or None. They return (B, embed_dims[s], H / 2, W / 2); the first one H / 4,
-            W / 4. Each has a patch_embed and blocks, and may have a pos_embed, a peg and a norm.
+        stages: modules, called with the images or the output of the stage before (B, C, H, W), the group map
+            (M, h, w) or None, and a fill or None. They return (B, embed_dims[s], H / p, W / p), p the stage's
+            patch_sides. Each has a patch_embed and blocks, and may have a pos_embed, a peg and a norm.
         norm: the final norm; nn.Identity() where the stages end in norms.
     """
 
@@ -77,7 +83,9 @@ class PyramidEncoder(nn.Module):
         self.in_channels = config.in_channels
         self.channels: tuple[int, ...] = config.embed_dims
         self.fill_dim = config.embed_dims[0]
-        self.strides: tuple[int, ...] = STRIDES
+        self.strides = config.strides
+        self.cell_px = config.cell_px
+        cell_grid(*self.image_size, self.strides[-1])
         self.num_blocks = sum(config.depths)
         self.stages = nn.ModuleList(stages)
         self.norm = norm
@@ -93,10 +101,7 @@ class PyramidEncoder(nn.Module):
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W). See Encoder.features."""
-        check_images(images, self.in_channels)
-        cells = cell_grid(images.shape[2], images.shape[3])
-        if group_map is not None:
-            check_group_map(group_map, num_mixes=len(images), grid=cells)
+        check_inputs(images, group_map, in_channels=self.in_channels, stride=self.strides[-1])
         x, outputs = images, []
         for stage in self.stages:
             x = stage(x, group_map, fill)

@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.encoders.base import (
-    STRIDES,
     BaseConfig,
     GroupIsolation,
     TokenFill,
-    check_images,
+    check_inputs,
     fill_tokens,
     stage_depths,
 )
 from mixmae.layers.drop_path import DropPath, drop_path_rates
 from mixmae.layers.group_conv import group_conv2d, group_max_pool2d
 from mixmae.layers.group_norm import MixedGroupNorm
-from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
+from mixmae.mixing import cell_grid, upsample_group_map
 
+STRIDES = (4, 8, 16, 32)
+"""Pixels per token along a side, in each stage."""
 EXPANSION = 4
 """Width of a bottleneck's output over that of its inner convolutions."""
 WEIGHT_EPS = 1e-8
@@ -49,11 +50,17 @@ class ResNetV2Config(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_stages("depths")
+        if len(self.depths) != len(STRIDES) or min(self.depths) < 1:
+            raise ValueError(f"depths needs {len(STRIDES)} numbers of at least 1, one per stage; got {self.depths}")
         if self.num_norm_groups < 1 or self.stem_dim < 1 or self.stem_dim % self.num_norm_groups:
             raise ValueError(
                 f"stem_dim must be a multiple of num_norm_groups, got {self.stem_dim} and {self.num_norm_groups}"
             )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token along a side, in each stage."""
+        return STRIDES
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -170,7 +177,9 @@ class ResNetV2Encoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.channels: tuple[int, ...] = config.channels
-        self.strides: tuple[int, ...] = STRIDES
+        self.strides = config.strides
+        self.cell_px = config.cell_px
+        cell_grid(*self.image_size, self.strides[-1])
         self.fill_dim = config.stem_dim
         self.num_blocks = sum(config.depths)
 
@@ -198,10 +207,7 @@ class ResNetV2Encoder(nn.Module):
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features."""
-        check_images(images, self.in_channels)
-        cells = cell_grid(images.shape[2], images.shape[3])
-        if group_map is not None:
-            check_group_map(group_map, num_mixes=len(images), grid=cells)
+        check_inputs(images, group_map, in_channels=self.in_channels, stride=self.strides[-1])
         if fill is not None:
             covered = upsample_group_map(fill.mask, (images.shape[2], images.shape[3]))
             images = images.masked_fill(covered[:, None], 0.0)

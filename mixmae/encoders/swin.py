@@ -18,13 +18,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mixmae.encoders.base import (
-    STRIDES,
-    BaseConfig,
     GroupIsolation,
     MixEmbedding,
+    StagesConfig,
     TokenFill,
     add_mix_embedding,
-    check_images,
+    check_inputs,
     fill_tokens,
     stage_depths,
 )
@@ -34,20 +33,15 @@ from mixmae.layers.initialisation import init_projections
 from mixmae.layers.patch_embed import PatchEmbed
 from mixmae.layers.positions import positions_on_grid, sin_cos_positions
 from mixmae.layers.windows import WindowAttention, plan_windows
-from mixmae.mixing import cell_grid, check_group_map, upsample_group_map
-
-PATCH_PX = STRIDES[0]
-NUM_STAGES = len(STRIDES)
+from mixmae.mixing import cell_grid, upsample_group_map
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig(BaseConfig):
+class SwinConfig(StagesConfig):
     """The architecture of a SwinEncoder. Functions such as swin_base() give the known sizes."""
 
     embed_dim: int = 128
     """Width of the first stage; each stage doubles it."""
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    """Blocks in each of the four stages."""
     num_heads: tuple[int, ...] = (4, 8, 16, 32)
     """Attention heads in each stage."""
     window_sizes: tuple[int, ...] = (14, 14, 14, 7)
@@ -61,7 +55,7 @@ class SwinConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_stages("depths", "num_heads", "window_sizes")
+        self.check_stages("num_heads", "window_sizes")
         if self.embed_dim < 4 or self.embed_dim % 4:
             raise ValueError(f"embed_dim must be a multiple of 4 for the position table, got {self.embed_dim}")
         self.check_heads("embed_dim", self.channels, self.num_heads)
@@ -71,7 +65,7 @@ class SwinConfig(BaseConfig):
     @property
     def channels(self) -> tuple[int, ...]:
         """Width of each stage."""
-        return tuple(self.embed_dim * 2**stage for stage in range(NUM_STAGES))
+        return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
 
 
 class PatchMerging(nn.Module):
@@ -148,12 +142,14 @@ class SwinEncoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.channels = config.channels
-        self.strides: tuple[int, ...] = STRIDES
+        self.strides = config.strides
+        self.cell_px = config.cell_px
         self.fill_dim = config.embed_dim
         self.num_blocks = sum(config.depths)
-        self._table_grid = (self.image_size[0] // PATCH_PX, self.image_size[1] // PATCH_PX)
+        cell_grid(*self.image_size, self.strides[-1])
+        self._table_grid = cell_grid(*self.image_size, config.patch_px)
 
-        self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, PATCH_PX)
+        self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, config.patch_px)
         self.pos_embed: Tensor
         if config.absolute_positions:
             table = sin_cos_positions(config.embed_dim, self._table_grid)[None]  # (1, H*W, C)
@@ -169,7 +165,7 @@ class SwinEncoder(nn.Module):
                 drop_paths=rates[stage],
                 downsample=stage > 0,
             )
-            for stage in range(NUM_STAGES)
+            for stage in range(len(config.depths))
         )
         self.norm = nn.LayerNorm(self.channels[-1])
         init_projections(self)
@@ -195,10 +191,7 @@ class SwinEncoder(nn.Module):
 
         Args: embedding: vectors to add at the start of each stage, with or without a group map.
         """
-        check_images(images, self.in_channels)
-        cells = cell_grid(images.shape[2], images.shape[3])
-        if group_map is not None:
-            check_group_map(group_map, num_mixes=len(images), grid=cells)
+        check_inputs(images, group_map, in_channels=self.in_channels, stride=self.strides[-1])
         x = fill_tokens(self.patch_embed(images), fill)
         if self.config.absolute_positions:
             x = x + self.positions((x.shape[1], x.shape[2]))

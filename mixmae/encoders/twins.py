@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mixmae.encoders.base import STRIDES, TokenFill, fill_tokens
-from mixmae.encoders.pyramid import NORM_EPS, PATCH_SIDES, PyramidConfig, PyramidEncoder
+from mixmae.encoders.base import TokenFill, fill_tokens
+from mixmae.encoders.pyramid import NORM_EPS, PyramidConfig, PyramidEncoder
 from mixmae.layers.blocks import TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.group_conv import group_conv2d
@@ -66,7 +66,7 @@ class TwinsStage(nn.Module):
         super().__init__()
         dim, num_heads, self.sr_ratio = config.embed_dims[stage], config.num_heads[stage], config.sr_ratios[stage]
         self.window = None if config.window_sizes is None else config.window_sizes[stage]
-        self.patch_embed = PatchEmbed(config.input_dims[stage], dim, PATCH_SIDES[stage])
+        self.patch_embed = PatchEmbed(config.input_dims[stage], dim, config.patch_sides[stage])
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 dim,
@@ -112,7 +112,7 @@ class TwinsEncoder(PyramidEncoder):
 
     def __init__(self, config: TwinsConfig) -> None:
         rates = drop_path_rates(config.drop_path, config.depths)
-        stages = (TwinsStage(config, stage, rates[stage]) for stage in range(len(STRIDES)))
+        stages = (TwinsStage(config, stage, rates[stage]) for stage in range(len(config.depths)))
         super().__init__(config, stages, nn.LayerNorm(config.embed_dims[-1], eps=NORM_EPS))
 
 
@@ -148,7 +148,7 @@ def twins_svt_large() -> TwinsConfig:
 
 def _svt(embed_dim: int, depths: tuple[int, ...]) -> TwinsConfig:
     """Double the width from stage to stage, with heads of 32 channels and windows of 7."""
-    dims = tuple(embed_dim * 2**stage for stage in range(len(STRIDES)))
+    dims = tuple(embed_dim * 2**stage for stage in range(len(depths)))
     return TwinsConfig(
         embed_dims=dims,
         depths=depths,

@@ -1,6 +1,6 @@
 """The plain vision transformer: one stage, in which all tokens attend to all others (of their group).
 
-It is the encoder of MAE, with the parameter names of MAE and timm; MixMAE takes it with patch_px=32, the mask cell.
+It is the encoder of MAE, with the parameter names of MAE and timm.
 Unusual, beside MAE: no class token unless asked for, since it would attend to every group; attention can be restricted
 to groups.
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixmae.encoders.base import BaseConfig, GroupIsolation, TokenFill, check_images, fill_tokens
+from mixmae.encoders.base import BaseConfig, GroupIsolation, TokenFill, check_inputs, fill_tokens
 from mixmae.layers.blocks import SelfAttention, TransformerBlock, group_attn_mask
 from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import TABLE_STD, init_projections
 from mixmae.layers.patch_embed import PatchEmbed
 from mixmae.layers.positions import positions_on_grid, sin_cos_positions
-from mixmae.mixing import MASK_UNIT_PX, cell_grid, check_group_map, upsample_group_map
+from mixmae.mixing import cell_grid, upsample_group_map
 
 NORM_EPS = 1e-6
 """Added to the variance by every norm; value of MAE and timm."""
@@ -31,7 +31,7 @@ class ViTConfig(BaseConfig):
     """The architecture of a ViTEncoder. Functions such as vit_base() give the known sizes."""
 
     patch_px: int = 16
-    """Side of a patch in pixels; it divides the mask cell of 32 px."""
+    """Side of a patch in pixels; it divides the sides of the image."""
     embed_dim: int = 768
     """Width; a multiple of 4 and of num_heads."""
     depth: int = 12
@@ -45,10 +45,8 @@ class ViTConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_px < 1 or MASK_UNIT_PX % self.patch_px:
-            raise ValueError(
-                f"patch_px must divide {MASK_UNIT_PX}, the mask cell, got {self.patch_px}; use for example 16"
-            )
+        if self.patch_px < 1:
+            raise ValueError(f"patch_px must be at least 1, got {self.patch_px}; use for example 16")
         if self.depth < 1 or self.num_heads < 1:
             raise ValueError(f"depth and num_heads must be at least 1, got {self.depth} and {self.num_heads}")
         if self.embed_dim < 4 or self.embed_dim % 4 or self.embed_dim % self.num_heads:
@@ -57,6 +55,16 @@ class ViTConfig(BaseConfig):
             )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token along a side, in the only stage."""
+        return (self.patch_px,)
+
+    @property
+    def cell_px(self) -> int:
+        """Side in pixels of a mask cell, unless the objective sets another: 2 patches, 32 px for those of 16."""
+        return 2 * self.patch_px
 
 
 class ViTEncoder(nn.Module):
@@ -74,11 +82,12 @@ class ViTEncoder(nn.Module):
         self.image_size = config.image_sides
         self.in_channels = config.in_channels
         self.channels: tuple[int, ...] = (config.embed_dim,)
-        self.strides: tuple[int, ...] = (config.patch_px,)
+        self.strides = config.strides
+        self.cell_px = config.cell_px
         self.fill_dim = config.embed_dim
         self.num_blocks = config.depth
         self.group_isolation: GroupIsolation = "none" if config.class_token else "exact"
-        self._table_grid = (self.image_size[0] // config.patch_px, self.image_size[1] // config.patch_px)
+        self._table_grid = cell_grid(*self.image_size, config.patch_px)
 
         self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, config.patch_px, norm=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if config.class_token else None
@@ -105,13 +114,10 @@ class ViTEncoder(nn.Module):
 
     def features(self, images: Tensor, group_map: Tensor | None = None, fill: TokenFill | None = None) -> list[Tensor]:
         """Compute the output of the only stage, (B, C, H, W), not normalised. See Encoder.features."""
-        x, attn_mask = self._embed(images, fill), None
-        grid = self._grid(images)
-        if group_map is not None:
-            if self.cls_token is not None:
-                raise ValueError("a class token attends to every group: set class_token=False to use a group map")
-            check_group_map(group_map, num_mixes=len(images), grid=cell_grid(images.shape[2], images.shape[3]))
-            attn_mask = group_attn_mask(upsample_group_map(group_map, grid))
+        if group_map is not None and self.cls_token is not None:
+            raise ValueError("a class token attends to every group: set class_token=False to use a group map")
+        x, grid = self._embed(images, group_map, fill), self._grid(images)
+        attn_mask = None if group_map is None else group_attn_mask(upsample_group_map(group_map, grid))
         return [self._run_blocks(x, attn_mask).transpose(1, 2).unflatten(2, grid)]
 
     def final(self, feature: Tensor, group_map: Tensor | None = None) -> Tensor:
@@ -120,16 +126,15 @@ class ViTEncoder(nn.Module):
 
     def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Encode n tokens of each image alone, (B, n, C). See SequenceEncoder.encode_visible."""
-        x = self._embed(images, None)
+        x = self._embed(images, None, None)
         if visible.ndim != 2 or len(visible) != len(x):
             raise ValueError(f"visible must be ({len(x)}, n), one row per image, got a shape of {tuple(visible.shape)}")
         x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))  # (B, n, C)
         return self.norm(self._run_blocks(x, None))
 
-    def _embed(self, images: Tensor, fill: TokenFill | None) -> Tensor:
-        """Embed the patches and add their positions: (B, L, C)."""
-        check_images(images, self.in_channels)
-        cell_grid(images.shape[2], images.shape[3])
+    def _embed(self, images: Tensor, group_map: Tensor | None, fill: TokenFill | None) -> Tensor:
+        """Check the inputs, embed the patches and add their positions: (B, L, C)."""
+        check_inputs(images, group_map, in_channels=self.in_channels, stride=self.config.patch_px)
         x = fill_tokens(self.patch_embed(images), fill).flatten(1, 2)
         return x + positions_on_grid(self.pos_embed, self._table_grid, self._grid(images))
 
@@ -172,7 +177,7 @@ def vit_large() -> ViTConfig:
 
 
 def vit_huge() -> ViTConfig:
-    """ViT-H/16: 631 M parameters. MAE's has patches of 14 px, which do not divide a mask cell."""
+    """ViT-H/16: 631 M parameters. MAE's has patches of 14 px: patch_px=14."""
     return ViTConfig(embed_dim=1280, depth=32, num_heads=16)
 
 

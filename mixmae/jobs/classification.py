@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.data.blocks import eval_batches
+from mixmae.data.channels import check_channels, note_grey
 from mixmae.data.classes import read_classes
 from mixmae.data.images.mixup import mix_batch
 from mixmae.data.source import Source
@@ -70,7 +71,13 @@ class ClassificationJob(Job):
         folder: Path,
         pretrained: Pretrained | None,
     ) -> Self:
-        """The job on these images.   Args: data: what --data was.   Raises: DataError for labels that will not do."""
+        """The job on these images.
+
+        Args: data: what --data was.   Raises: DataError for labels that will not do, and as check_channels.
+        """
+        check_channels(source, config.encoder.in_channels)
+        if pretrained is None:
+            note_grey(source, config.encoder.in_channels)
         return cls(
             config=config,
             source=source,
@@ -85,6 +92,10 @@ class ClassificationJob(Job):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def num_judged(self) -> int:
+        return self.validation.num_rows
 
     @property
     def loop(self) -> LoopConfig:
@@ -142,6 +153,7 @@ class ClassificationJob(Job):
                     batch_size=EVAL_BATCH,
                     rows=rows,
                     crop_pct=config.crop_pct,
+                    channels=config.encoder.in_channels,
                     pool=pool,
                 )
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):

@@ -5,6 +5,7 @@ Legend: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.decode import MODES
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.stream_config import StreamConfig
-from mixmae.encoders.build import EncoderConfig, config_to_json
+from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
-from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
 from mixmae.probing.online import OnlineProbeConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
@@ -44,19 +46,43 @@ class RunConfig:
     """Images per shuffle window, within which the data order mixes single images. None: 16384 where single images can
     be read (prepared shards, tars, files), else 1024, because each block reads all row groups of its window."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean that pixels (0..1) are normalised with, one value per channel."""
+    """Mean that pixels (0..1) are normalised with, one value per channel; where it is not given, ImageNet's for the
+    encoder's channels."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
-    """Std that pixels (0..1) are normalised with, one value per channel."""
+    """Std that pixels (0..1) are normalised with, likewise."""
 
     def __post_init__(self) -> None:
-        if any(side % 32 or side < 64 for side in self.augment.size):
-            raise ValueError(
-                f"The image size is {self.augment.image_size}: each side must be a multiple of 32 px (the mask unit) "
-                "and at least 64 px, change --augment.image-size."
-            )
         channels = self.encoder.in_channels
+        if channels not in MODES:
+            raise ValueError(
+                f"in_channels is {channels}: image files are read as 1 channel (grey), 3 (RGB) or 4 (RGBA), change "
+                "--encoder.in-channels."
+            )
+        for index, name in enumerate(("pixel_mean", "pixel_std")):
+            if getattr(self, name) in [usual_normalisation(number)[index] for number in MODES]:
+                # The usual values, perhaps for another number of channels: a recipe's whose encoder was changed.
+                object.__setattr__(self, name, usual_normalisation(channels)[index])
         if not len(self.pixel_mean) == len(self.pixel_std) == channels:
             raise ValueError(f"pixel_mean and pixel_std need a value for each of the encoder's {channels} channels.")
+
+    def check_size(self) -> None:
+        """Raise ValueError unless the images are whole tokens of the encoder's last stage.
+
+        Not checked before: the encoder of a finetuning run may yet change to that of the pretrained weights.
+        """
+        self._check_sides(self.encoder.strides[-1], "the pixels under a token of the encoder's last stage")
+
+    def _check_sides(self, unit_px: int, unit: str, or_change: str = "") -> None:
+        """Raise ValueError unless the sides of the images are multiples of unit_px, with the nearest sizes that are."""
+        if all(side and side % unit_px == 0 for side in self.augment.size):
+            return
+        lower = [max(1, side // unit_px) * unit_px for side in self.augment.size]
+        upper = [-(-side // unit_px) * unit_px for side in self.augment.size]
+        near = dict.fromkeys(" ".join(map(str, size[: 1 + (size[0] != size[1])])) for size in (lower, upper))
+        raise ValueError(
+            f"The image size is {self.augment.image_size}, but each side must be a multiple of {unit_px} px, {unit}: "
+            f"use --augment.image-size {' or '.join(near)}{or_change}."
+        )
 
     def sized_encoder(self) -> EncoderConfig:
         """The encoder's config for the size of the training images: the one to build it from."""
@@ -103,6 +129,29 @@ class PretrainConfig(RunConfig):
                 f"--loop.batch-size a multiple of --method.num-images ({mixed})."
             )
         super().__post_init__()
+        self.check_size()
+
+    def check_size(self) -> None:
+        """Raise ValueError unless the images are whole mask cells, as many as the method needs."""
+        stride, cell_px = self.encoder.strides[-1], self.method.cell_px_on(self.encoder)
+        if cell_px < 1 or cell_px % stride:
+            raise ValueError(
+                f"--method.cell-px is {cell_px}, which would cut tokens of the encoder's last stage: make it a "
+                f"multiple of {stride}, or choose a smaller --encoder.patch-px."
+            )
+        whole_tokens = all(side % stride == 0 for side in self.augment.size)
+        other_cells = f", or --method.cell-px {stride}" if whole_tokens else ", or a smaller --encoder.patch-px"
+        self._check_sides(cell_px, "the side of a mask cell", other_cells)
+        height, width = self.augment.size
+        num_cells = height * width // cell_px**2
+        needed = math.ceil(round(1 / (1 - self.method.mask_ratio), 6))
+        if num_cells < needed:
+            fewer = "--method.num-images" if isinstance(self.method, MixMAEConfig) else "--method.mask-ratio"
+            smaller = f", a smaller --method.cell-px (a multiple of {stride})" if cell_px > stride else ""
+            raise ValueError(
+                f"Images of {height} x {width} px have {num_cells} mask cells of {cell_px} px, and the method needs "
+                f"{needed}: choose a larger --augment.image-size{smaller} or a smaller {fewer}."
+            )
 
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or not be mixed."""
@@ -162,6 +211,8 @@ not what is computed."""
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two configs (as from `to_json`) differ and a continued run must not."""
+    if not prefix:  # fields that the encoder of an earlier version did not have get their defaults
+        before = {**before, "encoder": config_to_json(config_from_json(before["encoder"]))}
     found = []
     for key in sorted(before.keys() | now.keys()):
         name, old, new = f"{prefix}{key}", before.get(key), now.get(key)

@@ -7,7 +7,7 @@ that. A sweep builds one job, too, of which `of_trial` makes those of its trials
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -86,10 +86,6 @@ class Job:
         return None
 
     @property
-    def evaluates_untrained(self) -> bool:
-        return False
-
-    @property
     def params(self) -> dict[str, Any]:
         """MLflow's parameters: all fields of the config, and the numbers that runs of any task are compared by."""
         sized = self.config.sized_encoder()
@@ -134,6 +130,15 @@ class Job:
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
         return {}
 
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        return {}
+
+    def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """Draw the curves of the run, in the driver, after each evaluation.
+
+        Args: evaluations: the metrics of all so far, each with its `step`.
+        """
+
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         return None, {}
 
@@ -150,6 +155,7 @@ class Job:
             share=share,
             start_step=start_step,
             stop_step=self.length.total_steps,
+            channels=self.config.encoder.in_channels,
             config=self.config.stream,
         )
         with contextlib.closing(stream):

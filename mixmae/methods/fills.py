@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.encoders.base import TokenFill
-from mixmae.mixing import cell_grid, upsample_group_map
+from mixmae.mixing import upsample_group_map
 
 Fill = Literal["mix", "zero", "learnable", "shuffle", "zoom"]
 """mix: other images (the method itself). zero: zeros instead of tokens. learnable: a mask token. shuffle: the image's
@@ -21,10 +21,14 @@ ZOOM_SCALES = (0.2, 0.8)
 """Smallest and largest side of the box that fill="zoom" enlarges, as a share of the image's. The paper gives none."""
 
 
-def draw_fill(fill: Fill, images: Tensor, generator: torch.Generator | None, first_sample: int) -> Tensor | None:
+def draw_fill(
+    fill: Fill, num_samples: int, cells: tuple[int, int], generator: torch.Generator | None, first_sample: int
+) -> Tensor | None:
     """Draw the random numbers that a fill needs. A part of a batch gets those of the whole.
 
-    Args: images: (B, C, H, W).  generator: on the CPU.  first_sample: index of the first image in the global batch.
+    Args:
+        num_samples: B.  cells: (h, w).  generator: on the CPU.
+        first_sample: index of the first image in the global batch.
     Returns: (B, L) float in [0, 1) on the CPU, at least three per image; None for fills that draw nothing.
     Raises: ValueError if there is no generator to draw from.
     """
@@ -32,9 +36,8 @@ def draw_fill(fill: Fill, images: Tensor, generator: torch.Generator | None, fir
         return None
     if generator is None:
         raise ValueError(f"fill={fill!r} draws random numbers: pass generator= (a CPU torch.Generator)")
-    rows, columns = cell_grid(images.shape[2], images.shape[3])
-    numbers = max(3, rows * columns)  # a box takes three
-    return torch.rand(first_sample + len(images), numbers, generator=generator)[first_sample:]
+    numbers = max(3, cells[0] * cells[1])  # a box takes three
+    return torch.rand(first_sample + num_samples, numbers, generator=generator)[first_sample:]
 
 
 def fill_hidden(

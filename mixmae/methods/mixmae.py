@@ -8,7 +8,7 @@ Unusual, beside MAE: the encoder sees no mask tokens; a batch of B images gives 
 an epoch costs B encoder runs and K*B runs of the small decoder; who mixes with whom is an explicit argument.
 
 Legend: B images, M mixes (B by default), K images per mix, R of them reconstructed (K by default), H W pixels, h w mask
-cells, L tokens of the encoder's last stage (one per cell for pyramids, 2 x 2 per cell for a ViT of 16 px patches), D
+cells, L tokens of the encoder's last stage (by default one per cell for pyramids, 2 x 2 per cell for a ViT), D
 the encoder's last width, P = stride*stride*C values of the pixels under a token. `group_map` and `partners` are
 explained in mixing.py.
 """
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from mixmae import mixing
 from mixmae.decoders import DecoderConfig, PixelDecoder
-from mixmae.encoders.base import Encoder, MixEmbedding, MixEmbeddingEncoder, TokenFill, check_images
+from mixmae.encoders.base import BaseConfig, Encoder, MixEmbedding, MixEmbeddingEncoder, TokenFill, check_images
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.methods.fills import Fill, draw_fill, fill_hidden
-from mixmae.mixing import MASK_UNIT_PX, cell_grid, check_group_map, hidden_mask, upsample_group_map
-from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.mixing import cell_grid, check_group_map, hidden_mask, tokens_per_cell, upsample_group_map
+from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
 from mixmae.step import StepOutput
 
 
@@ -49,6 +49,9 @@ class MixMAEConfig:
     unmixing: Literal["attention", "embedding", "both", "none"] = "attention"
     """How the encoder tells the images of a mix apart (Table 10): masked self-attention, a mix embedding at the start
     of each stage, both, or not at all."""
+    cell_px: int | None = None
+    """Side of a mask cell in pixels, a multiple of the encoder's last stride; None: the encoder's own (its last stride,
+    2 patches for a ViT: 32 px for the paper's encoders)."""
     group_map_per: Literal["batch", "sample"] = "batch"
     """Draw one group map for the whole batch, as the official code, or one per mix."""
     pairing: Literal["all", "once"] = "all"
@@ -82,6 +85,10 @@ class MixMAEConfig:
                 raise ValueError(
                     f"fill={self.fill!r} mixes no images: leave mask_token_share, pairing and dual at their defaults"
                 )
+
+    def cell_px_on(self, encoder: Encoder | BaseConfig) -> int:
+        """Side of a mask cell in pixels on an encoder, built or not."""
+        return encoder.cell_px if self.cell_px is None else self.cell_px
 
     @property
     def masked_attention(self) -> bool:
@@ -118,20 +125,17 @@ class MixMAE(nn.Module):
     """The pretraining model: an encoder that is kept, and a decoder that is thrown away.
 
     Args:
-        encoder: built; its last stride divides the mask unit.
+        encoder: built.
         config: the objective.
-    Raises: ValueError if the encoder's last stride does not divide the mask unit, or it cannot do what the config's
-        unmixing needs.
+    Raises: ValueError if the cells do not fit the encoder or its image size, or it cannot do what the config's unmixing
+        needs.
     """
 
     def __init__(self, encoder: Encoder, config: MixMAEConfig) -> None:
         super().__init__()
         self.patch_px = encoder.strides[-1]
-        if MASK_UNIT_PX % self.patch_px:
-            raise ValueError(
-                f"MixMAE mixes cells of {MASK_UNIT_PX} px, but the encoder's last stride of {self.patch_px} px does "
-                "not divide them"
-            )
+        self.cell_px = config.cell_px_on(encoder)
+        self.cell_tokens = tokens_per_cell(self.cell_px, self.patch_px)
         if config.masked_attention and encoder.group_isolation == "none":
             raise ValueError("this encoder cannot keep groups apart: set unmixing='none', or another encoder")
         embeds = config.unmixing in ("embedding", "both")
@@ -146,7 +150,7 @@ class MixMAE(nn.Module):
             encoder_dim=encoder.channels[-1],
             patch_px=self.patch_px,
             channels=encoder.in_channels,
-            grid=self._token_grid(*cell_grid(*encoder.image_size)),
+            grid=self._token_grid(*cell_grid(*encoder.image_size, self.cell_px)),
             config=config.decoder,
         )
         groups = config.num_images + (config.mask_token_share > 0)
@@ -171,7 +175,7 @@ class MixMAE(nn.Module):
         """Compute the loss on a batch of images.
 
         Args:
-            images: (B, C, H, W) float, normalised; H and W multiples of 32. Shuffled, because neighbours mix.
+            images: (B, C, H, W) float, normalised; H and W multiples of cell_px. Shuffled: neighbours mix.
             generator, group_map, partners, first_sample: see draw.
             with_pictures: also return what a panel is drawn from.
         Returns: the loss and, if asked for, the pictures of self.pictures.
@@ -183,7 +187,8 @@ class MixMAE(nn.Module):
         predicted, hidden = self.decode(encoded, mixed)  # (M, R, L, P) and (M or 1, R, L)
         target = self.targets(images)  # of (B, L, P)
         loss = self.reconstruction_loss(predicted, target.patches[mixed.partners], hidden)  # equation 2
-        return StepOutput(loss=loss, pictures=self.pictures(images, mixed, predicted, target) if with_pictures else {})
+        pictures = self.pictures(images, mixed, predicted, hidden, target) if with_pictures else {}
+        return StepOutput(loss=loss, pictures=pictures)
 
     def draw(
         self,
@@ -205,12 +210,12 @@ class MixMAE(nn.Module):
                 generator, the parts together get the draws of the whole.
         Returns: group_map and partners, on the device of images; and the numbers that a fill draws (see fills.py), or
             None.
-        Raises: ValueError if B is no multiple of K (with default partners), sides are no multiples of 32, shapes
-            disagree, or there is no generator to draw from.
+        Raises: ValueError if B is no multiple of K (with default partners), sides are no multiples of cell_px,
+            shapes disagree, or there is no generator to draw from.
         """
         config = self.config
         check_images(images, self.encoder.in_channels)
-        cells = cell_grid(images.shape[2], images.shape[3])
+        cells = cell_grid(images.shape[2], images.shape[3], self.cell_px)
         if partners is None:
             partners = mixing.cyclic_partners(len(images), config.images_mixed)
             partners = partners if config.pairing == "all" else partners[:: config.images_mixed]
@@ -227,7 +232,7 @@ class MixMAE(nn.Module):
             group_map = mixing.draw_group_map(cells, config.num_images, generator, last_map, config.mask_token_share)
             group_map = group_map[first_map:]
         check_group_map(group_map, num_mixes=len(partners), grid=cells)
-        draws = draw_fill(config.fill, images, generator, first_sample)
+        draws = draw_fill(config.fill, len(images), cells, generator, first_sample)
         return group_map.to(images.device), partners.to(images.device), draws
 
     def mix(self, images: Tensor, group_map: Tensor, partners: Tensor, draws: Tensor | None = None) -> Mixed:
@@ -284,17 +289,19 @@ class MixMAE(nn.Module):
         weight = hidden.expand_as(error).float()
         return (error * weight).sum() / weight.sum()
 
-    def pictures(self, images: Tensor, mixed: Mixed, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
+    def pictures(
+        self, images: Tensor, mixed: Mixed, predicted: Tensor, hidden: Tensor, target: NormalisedPatches
+    ) -> dict[str, Tensor]:
         """Collect what panels.reconstruction_panel draws.
 
         Returns: detached tensors:
             originals (B, C, H, W), as given;  mixed (M, C, H, W), with mask tokens and zeros as zeros;
-            reconstructions (M, R, C, H, W): the prediction at all cells, visible ones too, in the units of images.
-                Under normalise_targets it is un-normalised with the mean and std of each TARGET patch, which the model
-                has not predicted: brightness and contrast of hidden patches are given away;
+            reconstructions and, under normalise_targets, zero_predictions (M, R, C, H, W): see
+                patches.draw_predictions;
             group_map (M or 1, h, w) and partners (M, R), as of Mixed.
         """
-        pixels = predicted.detach().float() * target.std[mixed.partners] + target.mean[mixed.partners]
+        grid = self._token_grid(*mixed.group_map.shape[1:])
+        target = NormalisedPatches(*(values[mixed.partners] for values in target))  # of (M, R, L, P)
         seen = mixed.pixels.detach()
         if mixed.fill is not None:
             filled = upsample_group_map(mixed.fill.mask, (images.shape[2], images.shape[3]))
@@ -302,15 +309,14 @@ class MixMAE(nn.Module):
         return {
             "originals": images.detach(),
             "mixed": seen,
-            "reconstructions": unpatchify(pixels, self.patch_px, self._token_grid(*mixed.group_map.shape[1:])),
+            **draw_predictions(predicted, target, hidden, self.patch_px, grid, self.config.normalise_targets),
             "group_map": mixed.group_map,
             "partners": mixed.partners,
         }
 
     def _token_grid(self, rows: int, columns: int) -> tuple[int, int]:
         """The grid of the encoder's last tokens for a grid of mask cells."""
-        tokens = MASK_UNIT_PX // self.patch_px
-        return rows * tokens, columns * tokens
+        return rows * self.cell_tokens, columns * self.cell_tokens
 
     def _check_partners(self, partners: Tensor) -> None:
         num_images = self.config.images_mixed

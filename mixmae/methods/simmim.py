@@ -13,7 +13,7 @@ warm-up epochs, batch 2048 (128 on each of 16 GPUs). 100 epochs: base lr 2e-4, c
 by 10 after 700. Their base lr is for a batch of 512, so 1e-4 peaks at 4e-4 (mmpretrain's configs spell that out; the
 800-epoch figures are those of mmpretrain for Swin-B and of the authors for ViT-B).
 
-Legend: B images, C channels, H W pixels, h w cells of 32 px, s the encoder's last stride, L = (H/s)*(W/s) its last
+Legend: B images, C channels, H W pixels, h w cells, s the encoder's last stride, L = (H/s)*(W/s) its last
 tokens, D its last width, P = s*s*C values of the pixels under a token. `mask` is bool, True = removed.
 """
 
@@ -26,20 +26,23 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.decoders import PixelHead
-from mixmae.encoders.base import Encoder, TokenFill, check_images
+from mixmae.encoders.base import BaseConfig, Encoder, TokenFill, check_images
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.masking import hide, mask_pictures, masked_mean, masks_of_batch
-from mixmae.mixing import MASK_UNIT_PX, cell_grid, upsample_group_map
-from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.mixing import cell_grid, tokens_per_cell, upsample_group_map
+from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
 from mixmae.step import StepOutput
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimMIMConfig:
-    """The objective; the defaults are those of SimMIM's code, whose cells are 32 px as ours."""
+    """The objective; the defaults are those of SimMIM's code, whose cells are 32 px as ours for its encoders."""
 
     mask_ratio: float = 0.6
     """Share of the cells of each image that is hidden, rounded up to whole cells."""
+    cell_px: int | None = None
+    """Side of a mask cell in pixels, a multiple of the encoder's last stride; None: the encoder's own (its last stride,
+    2 patches for a ViT)."""
     normalise_targets: bool = False
     """Predict the pixels under each token with zero mean and unit std, as MAE does."""
     images_mixed: ClassVar[int] = 1
@@ -49,21 +52,26 @@ class SimMIMConfig:
         if not 0.0 < self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
 
+    def cell_px_on(self, encoder: Encoder | BaseConfig) -> int:
+        """Side of a mask cell in pixels on an encoder, built or not."""
+        return encoder.cell_px if self.cell_px is None else self.cell_px
+
 
 class SimMIM(nn.Module):
     """The pretraining model: an encoder that is kept, a mask token and a linear head that are thrown away.
 
     Args:
-        encoder: built; its last stride divides 32 px.
+        encoder: built.
         config: the objective.
-    Raises: ValueError if the encoder's last stride does not divide a cell.
+    Raises: ValueError if the cells do not fit the encoder or its image size.
     """
 
     def __init__(self, encoder: Encoder, config: SimMIMConfig) -> None:
         super().__init__()
         self.stride = encoder.strides[-1]
-        if MASK_UNIT_PX % self.stride:
-            raise ValueError(f"SimMIM hides cells of {MASK_UNIT_PX} px, which a last stride of {self.stride} px cuts")
+        self.cell_px = config.cell_px_on(encoder)
+        self.cell_tokens = tokens_per_cell(self.cell_px, self.stride)
+        cell_grid(*encoder.image_size, self.cell_px)
         self.config = config
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.empty(encoder.fill_dim))
@@ -82,7 +90,7 @@ class SimMIM(nn.Module):
         """Compute the loss on a batch of images.
 
         Args:
-            images: (B, C, H, W) float, normalised; H and W multiples of 32.
+            images: (B, C, H, W) float, normalised; H and W multiples of cell_px.
             generator, mask, first_sample: see draw.
             with_pictures: also return what a panel is drawn from.
         Returns: the loss and, if asked for, the pictures of self.pictures.
@@ -93,7 +101,8 @@ class SimMIM(nn.Module):
         predicted, hidden = self.decode(encoded, mask)  # (B, L, P) and (B, L)
         target = self.targets(images)  # of (B, L, P)
         loss = self.reconstruction_loss(predicted, target.patches, hidden)
-        return StepOutput(loss=loss, pictures=self.pictures(images, mask, predicted, target) if with_pictures else {})
+        pictures = self.pictures(images, mask, predicted, hidden, target) if with_pictures else {}
+        return StepOutput(loss=loss, pictures=pictures)
 
     def draw(
         self,
@@ -111,13 +120,13 @@ class SimMIM(nn.Module):
             first_sample: index of the first image in the global batch, of which this may be a part: with the same
                 generator, the parts together get the masks of the whole.
         Returns: (B, h, w) bool, on the device of images.
-        Raises: ValueError if sides are no multiples of 32, the mask does not fit, or there is nothing to draw from.
+        Raises: ValueError if sides are no multiples of cell_px, the mask does not fit, or none can be drawn.
         """
         check_images(images, self.encoder.in_channels)
         return masks_of_batch(
             mask,
             num_samples=len(images),
-            grid=cell_grid(images.shape[2], images.shape[3]),
+            grid=cell_grid(images.shape[2], images.shape[3], self.cell_px),
             mask_ratio=self.config.mask_ratio,
             generator=generator,
             first_sample=first_sample,
@@ -137,8 +146,8 @@ class SimMIM(nn.Module):
         Args: encoded: (B, L, D).  mask: (B, h, w) bool.
         Returns: the prediction (B, L, P), for visible tokens too; and (B, L) bool, True = hidden.
         """
-        tokens = MASK_UNIT_PX // self.stride
-        hidden = upsample_group_map(mask, (mask.shape[1] * tokens, mask.shape[2] * tokens)).flatten(1)  # (B, L)
+        grid = (mask.shape[1] * self.cell_tokens, mask.shape[2] * self.cell_tokens)
+        hidden = upsample_group_map(mask, grid).flatten(1)  # (B, L)
         return self.decoder(encoded), hidden
 
     def targets(self, images: Tensor) -> NormalisedPatches:
@@ -152,12 +161,13 @@ class SimMIM(nn.Module):
         """
         return masked_mean((predicted.float() - target).abs().mean(dim=-1), mask)
 
-    def pictures(self, images: Tensor, mask: Tensor, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
-        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures. group_map has the grid of cells.
+    def pictures(
+        self, images: Tensor, mask: Tensor, predicted: Tensor, hidden: Tensor, target: NormalisedPatches
+    ) -> dict[str, Tensor]:
+        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures.
 
-        Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
-        un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        The predictions are those of patches.draw_predictions; group_map has the grid of cells.
         """
-        pixels = predicted.detach().float() * target.std + target.mean
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
-        return mask_pictures(images, unpatchify(pixels, self.stride, grid), mask)
+        drawn = draw_predictions(predicted, target, hidden, self.stride, grid, self.config.normalise_targets)
+        return mask_pictures(images, drawn, mask)

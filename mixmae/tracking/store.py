@@ -88,3 +88,12 @@ def connect(uri: str) -> Any:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+def link_in_note(run: RunRef, name: str, title: str) -> None:
+    """Add a link to one of the run's artifacts to its description, once."""
+    client = connect(run.uri)
+    note = client.get_run(run.run_id).data.tags.get(NOTE_TAG, "")
+    link = f"[{title}]({run.file_link(name)})"
+    if link not in note:
+        client.set_tag(run.run_id, NOTE_TAG, f"{note}\n\n{link}".strip())

@@ -123,6 +123,8 @@ class TrainState:
     """Images that could not be decoded so far, repeats in later epochs included."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last logged averages, and the metrics of the last evaluation."""
+    references: dict[str, float] = field(default_factory=dict)
+    """What was measured before the first step for later evaluations to be compared with, under reference/."""
 
 
 StepFunction = Callable[[nn.Module, Any, torch.Generator, int], StepOutput]

@@ -60,10 +60,6 @@ class TrainingJob(Protocol):
     def best(self) -> tuple[str, Path] | None:
         """The metric of `evaluate` whose highest value is kept, and the folder for its weights; None: none is kept."""
 
-    @property
-    def evaluates_untrained(self) -> bool:
-        """Whether `evaluate` is also called before the first step, for the point where its curves start."""
-
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
 
@@ -77,6 +73,12 @@ class TrainingJob(Protocol):
         """Metrics that all workers measure together, the same on all of them: every rank calls it at the same steps.
 
         Raises: EvaluationSkipped, on every rank, where there are none this time.
+        """
+
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        """Metrics before the first step, likewise: where the curves start, and references for what comes after.
+
+        References have names that begin with reference/. They are logged again at each evaluation, as level lines.
         """
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
@@ -201,8 +203,10 @@ def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, 
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
-        if job.evaluates_untrained and state.step == 0:
-            events.measure(0)
+        if state.step == 0:
+            untrained = events.measure(0)
+            state.references = {name: value for name, value in untrained.items() if name.startswith("reference/")}
+        events.references = state.references
         try:
             train(
                 model=trained,
@@ -250,6 +254,7 @@ class _WorkerEvents:
         # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
         self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
         self._reported_skip = False
+        self.references: Mapping[str, float] = {}
 
     @property
     def _tracker(self) -> Tracker | None:
@@ -298,6 +303,8 @@ class _WorkerEvents:
     def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
+        if step == 0:
+            return dict(self._job.evaluate_untrained(self._model, **share))
         metrics = dict(self._job.evaluate(self._model, **share))
         self._keep_if_best(step, metrics, "trained")
         if self._average is not None:
@@ -305,7 +312,7 @@ class _WorkerEvents:
                 averaged = self._job.evaluate(self._model, **share)
                 self._keep_if_best(step, averaged, "averaged")
             metrics |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
-        return metrics
+        return {**metrics, **self.references}
 
     def _keep_if_best(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
         if self._rank != 0 or self._job.best is None:

@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from mixmae.encoders.base import Encoder, TokenFill, head_depth
-from mixmae.mixing import upsample_group_map
+from mixmae.mixing import cell_grid, upsample_group_map
 from tests.factories import (
     group_maps,
     noise_images,
     seeded,
+    small_pvt,
+    small_pvt_v2,
+    small_svt,
+    small_swin,
+    small_vit,
+    swin_of_pixels,
     tiny_pcpvt,
     tiny_pvt,
     tiny_pvt_v2,
@@ -30,19 +36,36 @@ ENCODERS = {
     "twins_svt": tiny_svt,
     "vit": tiny_vit,
     "resnetv2": tiny_resnetv2,
+    "small_swin": small_swin,
+    "swin_of_pixels": swin_of_pixels,
+    "small_pvt": small_pvt,
+    "small_pvt_v2": small_pvt_v2,
+    "small_svt": small_svt,
+    "small_vit": small_vit,
 }
 every_encoder = pytest.mark.parametrize("build", ENCODERS.values(), ids=ENCODERS.keys())
 
 
+def images_for(encoder, batch=2, seed=0):
+    return noise_images(batch, encoder.image_size, encoder.in_channels, seed)
+
+
+def cells_of(encoder):
+    return cell_grid(*encoder.image_size, encoder.cell_px)
+
+
+def maps_for(encoder, num_maps=1, num_images=4):
+    return group_maps(num_maps, cells_of(encoder), num_images)
+
+
 @every_encoder
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
-@pytest.mark.parametrize(
-    ("size", "channels"), [((96, 96), 3), ((96, 160), 3), ((224, 320), 1), ((256, 256), 5), ((32, 64), 3)]
-)
-def test_features_are_as_declared_at_any_size(build, size, channels, grouped):
-    encoder, images = build(in_channels=channels), noise_images(2, size, channels)
+@pytest.mark.parametrize(("grid", "channels"), [((3, 3), 3), ((3, 5), 3), ((7, 10), 1), ((8, 8), 5), ((1, 2), 3)])
+def test_features_are_as_declared_at_any_size(build, grid, channels, grouped):
+    encoder = build(in_channels=channels)
     assert isinstance(encoder, Encoder)
-    grid = (size[0] // 32, size[1] // 32)
+    size = (grid[0] * encoder.cell_px, grid[1] * encoder.cell_px)
+    images = noise_images(2, size, channels)
     group_map = group_maps(grid=grid, num_images=2) if grouped else None
     features = encoder.features(images, group_map)
     assert len(features) == len(encoder.strides) == len(encoder.channels)
@@ -58,7 +81,7 @@ def test_features_are_as_declared_at_any_size(build, size, channels, grouped):
 @every_encoder
 def test_every_parameter_gets_a_gradient(build):
     encoder = build()
-    tokens = encoder(noise_images(4), group_maps())
+    tokens = encoder(images_for(encoder, 4), maps_for(encoder))
     # Not the plain sum: it does not depend on what comes before a fresh norm.
     (tokens * torch.randn(tokens.shape, generator=seeded(1))).sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -67,8 +90,9 @@ def test_every_parameter_gets_a_gradient(build):
 
 @every_encoder
 def test_features_and_final_tokens_come_from_one_pass(build):
-    encoder, images, group_map = build(), noise_images(2), group_maps(2)
-    for given in (None, group_map):
+    encoder = build()
+    images = images_for(encoder)
+    for given in (None, maps_for(encoder, 2)):
         assert torch.equal(encoder.final(encoder.features(images, given)[-1], given), encoder(images, given))
 
 
@@ -86,8 +110,8 @@ def test_every_parameter_has_one_depth(build):
 
 def leaks(encoder, group_map, masked, group):
     """For each stage: does changing the pixels of a group change a feature outside of it?  And inside?"""
-    images = noise_images(2)
-    pixels = upsample_group_map(group_map, (96, 96)) == group
+    images = images_for(encoder)
+    pixels = upsample_group_map(group_map, encoder.image_size) == group
     changed = images + pixels[:, None] * torch.randn(images.shape, generator=seeded(1))
     given = group_map if masked else None
     with torch.no_grad():
@@ -105,7 +129,8 @@ def leaks(encoder, group_map, masked, group):
 @pytest.mark.parametrize("num_maps", [1, 2], ids=["shared", "per-sample"])
 def test_no_group_reads_another_at_any_stage(build, num_images, num_maps):
     """The test that makes MixMAE MixMAE: not one bit moves outside the group whose pixels changed."""
-    encoder, group_map = build(), group_maps(num_maps, num_images=num_images)
+    encoder = build()
+    group_map = maps_for(encoder, num_maps, num_images)
     assert encoder.group_isolation == "exact"
     for group in range(num_images):
         for outside, inside in leaks(encoder, group_map, True, group):
@@ -116,38 +141,55 @@ def test_no_group_reads_another_at_any_stage(build, num_images, num_maps):
 @every_encoder
 def test_without_a_group_map_groups_do_leak_at_every_stage(build):
     """Or the test above could not fail."""
-    assert all(outside for outside, _ in leaks(build(), group_maps(), False, 1))
+    encoder = build()
+    assert all(outside for outside, _ in leaks(encoder, maps_for(encoder), False, 1))
+
+
+@every_encoder
+def test_cells_may_be_any_number_of_the_last_tokens(build):
+    """The smallest ones, and ones of twice the default; the map's shape tells which."""
+    encoder, last = build(), build().strides[-1]
+    for cell_px in (last, 2 * encoder.cell_px):
+        resized = build((4 * cell_px, 2 * cell_px))
+        for group in range(2):
+            for outside, inside in leaks(resized, group_maps(2, (4, 2), num_images=2), True, group):
+                assert not outside
+                assert inside
 
 
 @every_encoder
 def test_equal_maps_per_sample_are_the_shared_map(build):
-    encoder, images, group_map = build(), noise_images(3), group_maps()
+    encoder = build()
+    images, group_map = images_for(encoder, 3), maps_for(encoder)
     torch.testing.assert_close(encoder(images, group_map), encoder(images, group_map.expand(3, -1, -1)))
 
 
 @every_encoder
 def test_a_map_of_one_group_is_no_map(build):
-    encoder, images = build().double(), noise_images(2).double()  # so that rounding does not matter
-    torch.testing.assert_close(encoder(images, torch.zeros(1, 3, 3, dtype=torch.int64)), encoder(images))
+    encoder = build().double()  # so that rounding does not matter
+    images = images_for(encoder).double()
+    torch.testing.assert_close(encoder(images, torch.zeros(1, *cells_of(encoder), dtype=torch.int64)), encoder(images))
 
 
 @every_encoder
 def test_samples_do_not_see_each_other(build):
-    encoder, images = build(), noise_images(3)
-    for group_map in (None, group_maps(3)):
+    encoder = build()
+    images = images_for(encoder, 3)
+    for group_map in (None, maps_for(encoder, 3)):
         alone = None if group_map is None else group_map[1:2]
         torch.testing.assert_close(encoder(images, group_map)[1:2], encoder(images[1:2], alone), rtol=1e-5, atol=1e-5)
 
 
 @every_encoder
 def test_filled_cells_show_the_token_and_nothing_of_the_image(build):
-    encoder, images = build(), noise_images(2)
-    mask = torch.rand(2, 3, 3, generator=seeded(1)) < 0.5
+    encoder = build()
+    images = images_for(encoder)
+    mask = torch.rand(2, *cells_of(encoder), generator=seeded(1)) < 0.5
     fill = TokenFill(mask=mask, token=torch.randn(encoder.fill_dim, generator=seeded(2)))
-    pixels = upsample_group_map(mask, (96, 96))[:, None]
+    pixels = upsample_group_map(mask, encoder.image_size)[:, None]
     with torch.no_grad():
         filled = encoder(images, None, fill)
-        other = encoder(torch.where(pixels, noise_images(2, seed=3), images), None, fill)
+        other = encoder(torch.where(pixels, images_for(encoder, seed=3), images), None, fill)
         torch.testing.assert_close(filled, other, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(filled, encoder(images))
         none = TokenFill(mask=torch.zeros_like(mask), token=fill.token)
@@ -156,12 +198,17 @@ def test_filled_cells_show_the_token_and_nothing_of_the_image(build):
 
 @every_encoder
 def test_bad_inputs(build):
-    encoder, images = build(), noise_images(2)
-    with pytest.raises(ValueError, match="multiples of 32 px"):
-        encoder(noise_images(2, (96, 80)))
+    encoder = build()
+    images, (height, width), last = images_for(encoder), encoder.image_size, encoder.strides[-1]
+    with pytest.raises(ValueError, match=f"multiples of {last} px, got {height} x {width + 1}; .* {height} x {width}"):
+        encoder(noise_images(2, (height, width + 1)))
+    with pytest.raises(ValueError, match="image sides must be multiples of"):
+        build(height + 1)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         encoder(noise_images(2, channels=4))
-    with pytest.raises(ValueError, match="the images have 3 x 3 cells"):
-        encoder(images, group_maps(grid=(7, 7)))
+    tokens = f"{height // last} x {width // last} cells"
+    for cells in (5, 2 * height // last):  # cells that no token fits, and cells of half a token
+        with pytest.raises(ValueError, match=f"whole number of the encoder's last tokens.*use for example {tokens}"):
+            encoder(images, group_maps(grid=(cells, cells)))
     with pytest.raises(ValueError, match="3 group maps for 2 mixes"):
-        encoder(images, group_maps(3))
+        encoder(images, maps_for(encoder, 3))

@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
-from mixmae.mixing import upsample_group_map
+from mixmae.mixing import hidden_mask, upsample_group_map
+from mixmae.patches import target_patches
 from tests.factories import (
     DECODER,
     noise_images,
     seeded,
+    small_pvt,
+    small_swin,
+    small_vit,
+    swin_of_pixels,
     tiny_mae,
     tiny_mixmae,
     tiny_resnetv2,
@@ -23,16 +28,18 @@ from tests.factories import (
 )
 
 
-def mixmae_on_vit(image_size=96, in_channels=3, **options):
-    return MixMAE(tiny_vit(image_size, in_channels), MixMAEConfig(decoder=DECODER, **options))
+def mixmae_on(encoder):
+    return lambda *size, in_channels=3, **options: MixMAE(
+        encoder(*size, in_channels=in_channels), MixMAEConfig(decoder=DECODER, **options)
+    )
 
 
 def simmim_on(encoder):
-    return lambda image_size=96, in_channels=3, **options: tiny_simmim(encoder(image_size, in_channels), **options)
+    return lambda *size, in_channels=3, **options: tiny_simmim(encoder(*size, in_channels=in_channels), **options)
 
 
-def mae(image_size=96, in_channels=3, **options):
-    return tiny_mae(tiny_vit(image_size, in_channels), **options)
+def mae_on(encoder):
+    return lambda *size, in_channels=3, **options: tiny_mae(encoder(*size, in_channels=in_channels), **options)
 
 
 def with_options(build, **fixed):
@@ -45,13 +52,24 @@ METHODS = {
     "mixmae_once": with_options(tiny_mixmae, num_images=2, pairing="once", group_map_per="sample"),
     "mixmae_first_alone": with_options(tiny_mixmae, dual=False),
     "mixmae_zeros": with_options(tiny_mixmae, num_images=2, fill="zero"),
-    "mixmae_vit": with_options(mixmae_on_vit, num_images=2),
+    "mixmae_vit": with_options(mixmae_on(tiny_vit), num_images=2),
+    "mixmae_small_swin": mixmae_on(small_swin),
+    "mixmae_small_swin_large_cells": with_options(mixmae_on(small_swin), num_images=2, cell_px=8),
+    "mixmae_of_pixels": mixmae_on(swin_of_pixels),
+    "mixmae_small_pvt": with_options(mixmae_on(small_pvt), num_images=2),
+    "mixmae_small_vit_cells_of_a_patch": with_options(mixmae_on(small_vit), cell_px=4),
     "simmim": simmim_on(tiny_swin),
     "simmim_vit": simmim_on(tiny_vit),
     "simmim_resnetv2": simmim_on(tiny_resnetv2),
-    "mae": mae,
+    "simmim_small_swin_large_cells": with_options(simmim_on(small_swin), cell_px=8),
+    "mae": mae_on(tiny_vit),
+    "mae_cells_of_4_patches": with_options(mae_on(small_vit), cell_px=8),
 }
 every_method = pytest.mark.parametrize("build", METHODS.values(), ids=METHODS)
+
+
+def images_for(method, batch=4):
+    return noise_images(batch, method.encoder.image_size, method.encoder.in_channels)
 
 
 def given(method, pictures):
@@ -61,36 +79,41 @@ def given(method, pictures):
 
 
 @every_method
-@pytest.mark.parametrize(("size", "channels"), [((96, 160), 1), ((224, 320), 5), ((256, 256), 3), ((64, 64), 3)])
-def test_loss_and_pictures_at_any_size(build, size, channels):
-    method, images = build(in_channels=channels), noise_images(4, size, channels)  # built for 96 px
+@pytest.mark.parametrize(("grid", "channels"), [((3, 5), 1), ((7, 10), 5), ((8, 8), 3), ((2, 3), 3)])
+def test_loss_and_pictures_at_any_size(build, grid, channels):
+    method = build(in_channels=channels)  # built for another size
+    size = (grid[0] * method.cell_px, grid[1] * method.cell_px)
+    images = noise_images(4, size, channels)
     assert not method(images, generator=seeded()).pictures
     step = method(images, generator=seeded(), with_pictures=True)
     step.loss.backward()
     assert step.loss.dtype == torch.float32
     assert torch.isfinite(step.loss)
-    assert set(step.pictures) == {"originals", "mixed", "reconstructions", "group_map", "partners"}
+    drawn = {"reconstructions", "zero_predictions"} if method.config.normalise_targets else {"reconstructions"}
+    assert set(step.pictures) == {"originals", "mixed", *drawn, "group_map", "partners"}
     assert not any(picture.requires_grad for picture in step.pictures.values())
     num_mixes, num_reconstructed = step.pictures["partners"].shape
     assert torch.equal(step.pictures["originals"], images)
     assert step.pictures["mixed"].shape == (num_mixes, channels, *size)
-    assert step.pictures["reconstructions"].shape == (num_mixes, num_reconstructed, channels, *size)
+    for name in drawn:
+        assert step.pictures[name].shape == (num_mixes, num_reconstructed, channels, *size)
     group_map = step.pictures["group_map"]
     assert group_map.dtype == torch.int64
     assert len(group_map) in (1, num_mixes)
-    assert not any(side % cells for side, cells in zip(size, group_map.shape[1:], strict=True))
+    assert group_map.shape[1:] == grid
 
 
 @every_method
 def test_every_parameter_learns(build):
     method = build()
-    method(noise_images(8), generator=seeded()).loss.backward()
+    method(images_for(method, 8), generator=seeded()).loss.backward()
     assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 @every_method
 def test_the_generator_decides_and_a_given_map_takes_its_place(build):
-    method, images = build(), noise_images(4)
+    method = build()
+    images = images_for(method)
     drawn = method(images, generator=seeded(3), with_pictures=True)
     assert torch.equal(method(images, generator=seeded(3)).loss, drawn.loss)
     assert torch.equal(method(images, **given(method, drawn.pictures)).loss, drawn.loss)
@@ -100,7 +123,8 @@ def test_the_generator_decides_and_a_given_map_takes_its_place(build):
 @every_method
 def test_parts_of_a_batch_are_the_whole(build):
     """The same maps and pixels, reconstructions as close as other batch sizes allow, and the loss is the mean."""
-    method, images = build().eval(), noise_images(8)
+    method = build().eval()
+    images = images_for(method, 8)
     whole = method(images, generator=seeded(), with_pictures=True)
     losses, done = [], 0
     for part in (images[:4], images[4:]):
@@ -118,28 +142,38 @@ def test_parts_of_a_batch_are_the_whole(build):
 
 
 @every_method
+@pytest.mark.parametrize("normalise", [False, True])
 @torch.no_grad()
-def test_only_what_an_image_shows_reaches_its_reconstruction(build):
+def test_only_what_an_image_shows_reaches_its_reconstruction(build, normalise):
     """Not one bit of its hidden pixels does; of the visible ones it must, or the first half could not fail."""
-    method, images = build(normalise_targets=False), noise_images(4)
+    method = build(normalise_targets=normalise)
+    images = images_for(method)
+    names = ("reconstructions", "zero_predictions") if normalise else ("reconstructions",)
 
-    def reconstructions(images):
-        return method(images, generator=seeded(), with_pictures=True).pictures["reconstructions"]
+    def hidden_parts(images):
+        pictures = method(images, generator=seeded(), with_pictures=True).pictures
+        groups = upsample_group_map(pictures["group_map"], method.encoder.image_size)
+        hidden = hidden_mask(groups, pictures["partners"].shape[1])
+        return torch.stack([pictures[name] * hidden[:, :, None] for name in names])
 
     pictures = method(images, generator=seeded(), with_pictures=True).pictures
-    groups = upsample_group_map(pictures["group_map"], (96, 96))[0]
-    before = reconstructions(images)
+    groups = upsample_group_map(pictures["group_map"], method.encoder.image_size)[0]
+    before = hidden_parts(images)
     for group, image in enumerate(pictures["partners"][0].tolist()):
         for pixels, reaches in ((groups != group, False), (groups == group, True)):
             changed = images.clone()
             changed[image] += 5.0 * pixels
-            assert torch.equal(reconstructions(changed)[0, group], before[0, group]) != reaches
+            after = hidden_parts(changed)
+            assert all(
+                torch.equal(a, b) != reaches for a, b in zip(after[:, 0, group], before[:, 0, group], strict=True)
+            )
 
 
 @every_method
 @pytest.mark.parametrize("normalise", [False, True])
 def test_perfect_predictions_reconstruct_the_originals(monkeypatch, build, normalise):
-    method, images = build((96, 160), normalise_targets=normalise), noise_images(8, (96, 160))
+    size = (3 * build().cell_px, 5 * build().cell_px)
+    method, images = build(size, normalise_targets=normalise), noise_images(8, size)
     target, decode = method.targets(images).patches, method.decode
 
     def perfect(encoded, drawn):
@@ -151,13 +185,19 @@ def test_perfect_predictions_reconstruct_the_originals(monkeypatch, build, norma
     monkeypatch.setattr(method, "decode", perfect)
     step = method(images, generator=seeded(), with_pictures=True)
     assert step.loss.item() == 0.0
-    expected = images[step.pictures["partners"]]
-    torch.testing.assert_close(step.pictures["reconstructions"], expected, rtol=1e-5, atol=1e-5)
+    expected, made = images[step.pictures["partners"]], step.pictures["reconstructions"]
+    if normalise:  # brightness and contrast of hidden patches are not the original's: normalised, they are
+        px = round((96 * 160 / target.shape[1]) ** 0.5)
+        expected, made = (
+            target_patches(pixels.flatten(0, 1), px, normalise=True).patches for pixels in (expected, made)
+        )
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-4 if normalise else 1e-5)
 
 
 @every_method
 def test_mixed_precision_keeps_the_loss_in_float32(build):
-    method, images = build(), noise_images(4)
+    method = build()
+    images = images_for(method)
     exact = method(images, generator=seeded()).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = method(images, generator=seeded()).loss
@@ -182,9 +222,17 @@ def test_learns_to_overfit_a_batch(name):
 
 @every_method
 def test_bad_inputs_name_the_remedy(build):
-    method, images = build(), noise_images(4)
-    with pytest.raises(ValueError, match="multiples of 32 px, got 100 x 96; use for example 96 x 96"):
-        method(noise_images(4, (100, 96)), generator=seeded())
+    method = build()
+    images, (height, width), cell_px = images_for(method), method.encoder.image_size, method.cell_px
+    sizes = f"got {height + 1} x {width}; use for example {height} x {width}"
+    with pytest.raises(ValueError, match=f"multiples of {cell_px} px, {sizes}"):
+        method(noise_images(4, (height + 1, width)), generator=seeded())
+    stride = method.encoder.strides[-1]
+    if cell_px > stride:
+        with pytest.raises(ValueError, match=f"multiples of {cell_px} px"):
+            build(height + stride)
+    with pytest.raises(ValueError, match=f"cell of {cell_px + 1} px .* make cell_px a multiple"):
+        type(method)(method.encoder, dataclasses.replace(method.config, cell_px=cell_px + 1))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         method(noise_images(4, channels=1), generator=seeded())
     with pytest.raises(ValueError, match="normalised floats"):
@@ -198,7 +246,7 @@ def test_a_batch_of_as_many_images_as_mix_is_enough(build):
     method = build()
     mixed = method.config.images_mixed
     assert "images_mixed" not in {field.name for field in dataclasses.fields(method.config)}  # never written to a run
-    assert torch.isfinite(method(noise_images(mixed), generator=seeded()).loss)
+    assert torch.isfinite(method(images_for(method, mixed), generator=seeded()).loss)
     if mixed > 1:
         with pytest.raises(ValueError, match=f"multiple of {mixed}"):
-            method(noise_images(mixed + 1), generator=seeded())
+            method(images_for(method, mixed + 1), generator=seeded())

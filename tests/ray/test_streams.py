@@ -106,12 +106,14 @@ class TestStream:
             assert IdleSteps.reached.wait(timeout=60)
         assert IdleSteps.times[-1] - IdleSteps.times[0] > len(IdleSteps.times) / 200
 
-    def test_it_delivers_what_the_plan_says(self, source, plan):
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_it_delivers_what_the_plan_says(self, source, plan, channels):
         """Over three epochs and many segments, with accumulation: identical to the plain loop without Ray."""
-        options = {"share": WorkerShare(batch_size=32, micro_batch_size=8), "stop_step": 15}
+        share = WorkerShare(batch_size=32, micro_batch_size=8)
+        options = {"share": share, "stop_step": 15, "channels": channels}
         streamed = list(TrainStream(source, plan, AUGMENT, config=SMALL, **options))
         expected = list(local_batches(source, plan, AUGMENT, **options))
-        assert len(streamed) == 60
+        assert [batch.images.shape for batch in streamed] == 60 * [(8, channels, 32, 32)]
         assert torch.equal(images_of(streamed), images_of(expected))
         for name in ("rows", "labels", "epochs"):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(streamed, expected, strict=True))

@@ -1,12 +1,13 @@
 """Trained models as they are loaded to look at images."""
 
+import numpy as np
 import pytest
 import torch
 
 from mixmae.convert import Preprocessing, digest_of, save_encoder
 from mixmae.data.sources import open_source
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.inference import ahead, choose_device, load_classifier, load_frozen
+from mixmae.inference import Embedder, ahead, choose_device, load_classifier, load_frozen
 from tests.factories import tiny_swin
 
 
@@ -50,6 +51,23 @@ def test_logits_and_features_do_not_depend_on_the_batch(saved, shards):
     torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model.head(features[0][0]), found[0][0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_classifier_of_one_channel_sees_grey_images(tmp_path, shards):
+    path = tmp_path / "grey.safetensors"
+    save_encoder(
+        path,
+        ImageClassifier(tiny_swin(64, in_channels=1), 4),
+        Preprocessing(image_size=(64, 64), mean=(0.5,), std=(0.2,)),
+    )
+    source = open_source(shards("set", [0, 1, 2]))
+    classifier, frozen = load_classifier(path, device="cpu"), load_frozen(path, device="cpu")
+    logits, _ = classifier.logits(source)
+    features, _ = frozen.features(source)
+    embedded = np.array(Embedder(frozen, source)(np.arange(3))["feature"].to_pylist())
+    torch.testing.assert_close(torch.tensor(embedded, dtype=torch.float32), features, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.model.head(features), logits, rtol=1e-4, atol=1e-7)
 
 
 def test_the_digest_is_of_the_encoder_alone(saved):

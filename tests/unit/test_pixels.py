@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixmae.pixels import normalise
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
@@ -14,3 +14,12 @@ def test_values(as_tensors):
         mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     expected = torch.tensor([0.2, -0.5])[None, :, None, None].expand(3, 2, 4, 5)
     torch.testing.assert_close(normalise(images, mean=mean, std=std), expected)
+
+
+def test_the_usual_values_have_one_per_channel():
+    assert usual_normalisation(3) == (IMAGENET_MEAN, IMAGENET_STD)
+    for channels in (1, 2, 4, 13):
+        mean, std = usual_normalisation(channels)
+        assert len(mean) == len(std) == channels
+    # The luminance of the mean colour.
+    assert usual_normalisation(1)[0][0] == pytest.approx(0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406, abs=5e-4)

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from mixmae.convert.architecture import StateDict
 from mixmae.convert.names.renaming import rename
-from mixmae.encoders.base import STRIDES
+
+NUM_STAGES = 4
+"""Stages of every published PVT."""
 
 _TO_OURS = (
     (r"patch_embed\.", r"encoder.stages.0.patch_embed."),
@@ -66,12 +68,12 @@ def from_pvt(state: Mapping[str, Tensor]) -> StateDict:
     """
     kept = dict(state)
     if kept.pop("cls_token", None) is not None:
-        last = f"pos_embed{len(STRIDES)}"
+        last = f"pos_embed{NUM_STAGES}"
         kept[last] = kept[last][:, 1:]
         kept = {name: value for name, value in kept.items() if not name.startswith("head.")}
     rules = [
         rule
-        for stage in range(len(STRIDES))
+        for stage in range(NUM_STAGES)
         for rule in (
             (rf"patch_embed{stage + 1}\.", rf"encoder.stages.{stage}.patch_embed."),
             (rf"pos_embed{stage + 1}$", rf"encoder.stages.{stage}.pos_embed"),

@@ -1,6 +1,6 @@
 """Random resized crops and flips that depend on (seed, epoch, row) alone, and the fixed transform of evaluation.
 
-Legend: n images of a block, H W output size in pixels, h w size of an input image.
+Legend: n images of a block, C channels, H W output size in pixels, h w size of an input image.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _central_crops(sizes: Int64Array, ratios: tuple[float, float]) -> Int64Array
 def resize_crop(pixels: Uint8Array, box: Int64Array, flip: bool, out: Uint8Array) -> None:
     """Cut a box, resize it with antialiased bicubic, write it channels-first.
 
-    Args: pixels: (h, w, 3) uint8.  box: (top, left, height, width).  out: (3, H, W) uint8 contiguous, written to.
+    Args: pixels: (h, w, C) uint8.  box: (top, left, height, width).  out: (C, H, W) uint8 contiguous, written to.
     """
     top, left, height, width = box
     resize(pixels[top : top + height, left : left + width], flip, torch.from_numpy(out))
@@ -113,7 +113,7 @@ def resize_crop(pixels: Uint8Array, box: Int64Array, flip: bool, out: Uint8Array
 def resize(pixels: Uint8Array, flip: bool, out: torch.Tensor) -> None:
     """Resize with antialiased bicubic, write channels-first.
 
-    Args: pixels: (h, w, 3) uint8, contiguous or not.  out: (3, H, W) uint8 contiguous, written to.
+    Args: pixels: (h, w, C) uint8, contiguous or not.  out: (C, H, W) uint8 contiguous, written to.
     Source: torch's uint8 kernel; mean absolute difference from Pillow's bicubic is about 0.05 of 255.
     """
     # Copying the crop is faster than letting the kernel read rows with gaps.
@@ -129,9 +129,9 @@ def resize(pixels: Uint8Array, flip: bool, out: torch.Tensor) -> None:
 def centre_crop(pixels: Uint8Array, size: tuple[int, int], crop_pct: float = 0.875) -> Uint8Array:
     """The transform of evaluation: the central part of an image at a fixed size.
 
-    Args:   pixels: (h, w, 3) uint8.  size: (H, W).  crop_pct: the crop's side over the side that the image's
+    Args:   pixels: (h, w, C) uint8.  size: (H, W).  crop_pct: the crop's side over the side that the image's
             shorter one is resized to: 224 / 256 = 0.875 for ImageNet, 1 for no margin.
-    Returns: (3, H, W) uint8.
+    Returns: (C, H, W) uint8.
     Source: resize(256) and centre crop(224) of the usual evaluation. Here both are one resize of the central box,
             without the rounding in between.
     """
@@ -140,6 +140,6 @@ def centre_crop(pixels: Uint8Array, size: tuple[int, int], crop_pct: float = 0.8
     crop_h = min(height, max(1, round(size[0] * scale)))
     crop_w = min(width, max(1, round(size[1] * scale)))
     box = np.array([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], dtype=np.int64)
-    out: Uint8Array = np.empty((3, *size), dtype=np.uint8)
+    out: Uint8Array = np.empty((pixels.shape[2], *size), dtype=np.uint8)
     resize_crop(pixels, box, False, out)
     return out

@@ -1,17 +1,18 @@
-"""From an image file's bytes to RGB pixels, with one set of rules for every format.
+"""From an image file's bytes to RGB pixels, grey ones or RGBA, with one set of rules for every format.
 
 simplejpeg (libjpeg-turbo) decodes plain JPEGs, grey or colour; Pillow decodes everything else and what simplejpeg
 refuses. Both give the same pixels for the same JPEG. The rules:
 - Orientation: the EXIF orientation is applied, so an image is upright as it was photographed. (MAE's and MixMIM's
   loaders ignore it, which differs for a handful of ImageNet files.)
-- Alpha, in palettes too: composited on white.
+- Alpha, in palettes too: composited on white, or kept where four channels are asked for.
+- One channel: grey files as they are, the luminance (ITU-R 601) of colours.
 - CMYK: Pillow's conversion, which knows Adobe's inverted inks.
 - 16-bit grey (modes I and I;16): divided by 257. Float: [0, 1] is stretched to 255 if nothing exceeds 1.
 - Animations and multi-page files: the first frame.
 - Strictness: a file that ends too early is broken, even if part of it could be shown.
 
 Training needs a box of each image: `read_header` and then `decode_box`, which decodes as little of the file as its
-layout allows (tiles.py) and gives the same pixels as decode_rgb.
+layout allows (tiles.py) and gives the same pixels as decode_image.
 """
 
 from __future__ import annotations
@@ -34,8 +35,15 @@ Uint8Array = NDArray[np.uint8]
 MAX_PIXELS = 178_956_970
 """A file with more pixels counts as broken, because it could fill the memory. Source: Pillow's limit."""
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""What an image can be decoded to: Pillow's mode for each number of channels."""
+
+_TURBO_MODES = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGBA"}
 _TURBO_COLORSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 _GROUND = (255, 255, 255)
+_COLOUR_LEVELS, _COLOUR_SHARE = 16, 0.001
+"""A pixel has colour if its channels differ by more than so many of 255 levels (a JPEG's rounding stays below); an
+image has, if more than this share of its pixels do."""
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -76,29 +84,36 @@ def read_header(data: bytes) -> Header:
     return Header(layout.height, layout.width, layout)
 
 
-def decode_box(data: bytes, header: Header, box: Sequence[int], offsets: Offsets | None = None) -> Uint8Array:
+def decode_box(
+    data: bytes, header: Header, box: Sequence[int], offsets: Offsets | None = None, *, channels: int = 3
+) -> Uint8Array:
     """Decode a box of an image.
 
     Args:   header: of this file.  box: (top, left, height, width) inside it.  offsets: of its restart tiles.
-    Returns: (height, width, 3) uint8 RGB, the same pixels as in the whole image; usually not contiguous.
+            channels: as in decode_image.
+    Returns: (height, width, channels) uint8, the same pixels as in the whole image; usually not contiguous.
     Raises: DecodeError with a one-line reason.
     """
     top, left, height, width = box
-    pixels = _decode_part(data, header.layout, box, offsets) if header.layout is not None else None
+    pixels = None
+    if header.layout is not None:
+        pixels = _decode_part(data, header.layout, box, offsets, _TURBO_MODES[MODES[channels]])
     if pixels is None:
-        return decode_rgb(data)[top : top + height, left : left + width]
+        return decode_image(data, channels)[top : top + height, left : left + width]
     return pixels
 
 
-def _decode_part(data: bytes, layout: JpegLayout, box: Sequence[int], offsets: Offsets | None) -> Uint8Array | None:
+def _decode_part(
+    data: bytes, layout: JpegLayout, box: Sequence[int], offsets: Offsets | None, colorspace: str
+) -> Uint8Array | None:
     """The box of a baseline JPEG, decoded with little around it; None if that fails."""
     top, left, height, width = box
     try:
         if offsets is not None:
             spliced, top, left = splice(data, layout, offsets, box)
-            pixels = simplejpeg.decode_jpeg(spliced, colorspace="RGB")
+            pixels = simplejpeg.decode_jpeg(spliced, colorspace=colorspace)
         elif (short := head(data, layout, top + height)) is not None:
-            pixels = simplejpeg.decode_jpeg(short, colorspace="RGB", strict=False)
+            pixels = simplejpeg.decode_jpeg(short, colorspace=colorspace, strict=False)
         else:
             return None
     except ValueError:
@@ -107,16 +122,22 @@ def _decode_part(data: bytes, layout: JpegLayout, box: Sequence[int], offsets: O
 
 
 def decode_rgb(data: bytes) -> Uint8Array:
+    """decode_image with three channels."""
+    return decode_image(data, 3)
+
+
+def decode_image(data: bytes, channels: int) -> Uint8Array:
     """Decode an image file.
 
-    Args: data: the file's bytes, in any format that Pillow reads.
-    Returns: (H, W, 3) uint8 RGB, contiguous unless it was turned by its orientation.
+    Args: data: the file's bytes, in any format that Pillow reads.  channels: a key of MODES: 1 grey, 3 RGB, 4 RGBA.
+    Returns: (H, W, channels) uint8, contiguous unless it was turned by its orientation.
     Raises: DecodeError with a one-line reason.
     """
+    mode = MODES[channels]
     header = _jpeg_header(data)
     if header is not None and header[2] in _TURBO_COLORSPACES:
         try:
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            pixels = simplejpeg.decode_jpeg(data, colorspace=_TURBO_MODES[mode])
         except ValueError:
             pass  # Pillow tolerates some of libjpeg's warnings and has clearer messages for the others.
         else:
@@ -124,10 +145,16 @@ def decode_rgb(data: bytes) -> Uint8Array:
     with _open(data) as image:
         orientation = _orientation(image, data)
         try:
-            pixels = _pillow_rgb(image)
+            pixels = _pillow_pixels(image, mode)
         except Exception as error:  # Codecs raise whatever they like on damaged bytes.
             raise DecodeError(f"{image.format or 'image'} does not decode: {_one_line(error)}") from error
     return _turn(pixels, orientation)
+
+
+def has_colour(pixels: Uint8Array) -> bool:
+    """Whether an image is more than grey.   Args: pixels: (H, W, 3) uint8 RGB."""
+    spread = pixels.max(axis=2) - pixels.min(axis=2)
+    return bool((spread > _COLOUR_LEVELS).mean() > _COLOUR_SHARE)
 
 
 def jpeg_orientation(data: bytes) -> int:
@@ -214,25 +241,28 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _pillow_rgb(image: Image.Image) -> Uint8Array:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)
+def _pillow_pixels(image: Image.Image, mode: str) -> Uint8Array:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image).astype(np.float64) / 257.0, 0, 255)
-        return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
+        image = _grey_image(np.asarray(image).astype(np.float64) / 257.0)
+    elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        grey = np.clip(values * (255.0 if values.max() <= 1.0 else 1.0), 0, 255)
-        return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
-    if "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, (*_GROUND, 255))
-        return np.array(Image.alpha_composite(ground, layer).convert("RGB"))
-    return np.array(image.convert("RGB"))
+        image = _grey_image(values * (255.0 if values.max() <= 1.0 else 1.0))
+    elif "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
+        image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*_GROUND, 255)), image)
+    if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):  # palettes and inks become grey as the colours that they are
+        image = image.convert("RGB")
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
+    return pixels[..., None] if mode == "L" else pixels
+
+
+def _grey_image(values: NDArray[np.float64]) -> Image.Image:
+    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
 
 
 def _turn(pixels: Uint8Array, orientation: int) -> Uint8Array:
-    """Apply an EXIF orientation to (H, W, 3) pixels. Source: EXIF 2.3, tag 0x0112."""
+    """Apply an EXIF orientation to (H, W, C) pixels. Source: EXIF 2.3, tag 0x0112."""
     if orientation == 1:
         return pixels
     if orientation >= 5:

@@ -20,9 +20,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.order import Draw, uniforms
-from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mixmae.pixels import usual_normalisation
 
-_FILL = (124, 116, 104)
+_FILL: dict[str, int | tuple[int, ...]] = {"L": 117, "RGB": (124, 116, 104), "RGBA": (124, 116, 104, 255)}
 """ImageNet's mean colour, for the area that a rotated or shifted image leaves free."""
 Operation = Callable[[Image.Image, float, float], Image.Image]
 """(image, strength in [0, 1], sign) -> image."""
@@ -72,7 +72,7 @@ class FinetuneAugmentConfig(AugmentConfig):
 def augment_further(config: FinetuneAugmentConfig, image: Uint8Array, *, seed: int, epoch: int, row: int) -> None:
     """RandAugment and random erasing of a cropped image, in place.
 
-    Args: image: (3, H, W) uint8 RGB.  seed, epoch, row: the keys of the draw.
+    Args: image: (C, H, W) uint8: grey, RGB or RGBA.  seed, epoch, row: the keys of the draw.
     """
     keys = (seed, np.array([epoch]), np.array([row]))
     if config.num_operations:
@@ -84,7 +84,7 @@ def augment_further(config: FinetuneAugmentConfig, image: Uint8Array, *, seed: i
             box = _erasing_box(config, image.shape[1:], draws[1:].reshape(_ERASING_ATTEMPTS, 4))
             if box is not None:
                 top, left, height, width = box
-                noise = _noise((3, height, width), *keys)
+                noise = _noise((len(image), height, width), *keys)
                 image[:, top : top + height, left : left + width] = noise
 
 
@@ -96,16 +96,22 @@ def _rand_augment(config: FinetuneAugmentConfig, image: Uint8Array, draws: NDArr
         normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)  # Box and Muller
         strength = min(_FULL, max(0.0, config.magnitude + config.magnitude_std * normal)) / _FULL
         if changed is None:
-            changed = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+            changed = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
         operation = OPERATIONS[int(choice * len(OPERATIONS))]
+        alpha = changed.getchannel("A") if changed.mode == "RGBA" and operation not in _GEOMETRIC else None
+        if alpha is not None:  # an operation on colours
+            changed = changed.convert("RGB")
         changed = operation(changed, strength, -1.0 if sign < 0.5 else 1.0)
+        if alpha is not None:
+            changed.putalpha(alpha)
     if changed is not None:
-        image[:] = np.asarray(changed).transpose(2, 0, 1)
+        pixels = np.asarray(changed)
+        image[:] = pixels if len(image) == 1 else pixels.transpose(2, 0, 1)
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=_FILL[image.mode]
     )
 
 
@@ -117,7 +123,8 @@ def _enhance(
 
 def _solarize_add(image: Image.Image, strength: float, sign: float) -> Image.Image:
     added = min(128, int(strength * 110))
-    return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
+    levels = [min(255, value + added) if value < 128 else value for value in range(256)]
+    return image.point(levels * len(image.getbands()))
 
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -125,7 +132,7 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, sign: ImageOps.equalize(image),
     lambda image, strength, sign: ImageOps.invert(image),
     lambda image, strength, sign: image.rotate(
-        sign * 30 * strength, resample=Image.Resampling.BICUBIC, fillcolor=_FILL
+        sign * 30 * strength, resample=Image.Resampling.BICUBIC, fillcolor=_FILL[image.mode]
     ),
     lambda image, strength, sign: ImageOps.posterize(image, max(1, 4 - int(strength * 4))),
     lambda image, strength, sign: ImageOps.solarize(image, 256 - min(256, int(strength * 256))),
@@ -139,7 +146,10 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, sign: _affine(image, 1, 0, sign * 0.45 * strength * image.width, 0, 1, 0),
     lambda image, strength, sign: _affine(image, 1, 0, 0, 0, 1, sign * 0.45 * strength * image.height),
 )
-"""RandAugment's operations. The order is part of a run's random draws: never change it."""
+"""RandAugment's operations. The order is part of a run's random draws: never change it. On grey images the change of
+saturation (ImageEnhance.Color) does nothing."""
+_GEOMETRIC = (OPERATIONS[3], *OPERATIONS[-4:])
+"""Those that move pixels, and alpha with them; the others change colours and leave alpha as it is."""
 
 
 def _erasing_box(
@@ -165,5 +175,5 @@ def _noise(shape: tuple[int, int, int], seed: int, epoch: NDArray[np.int64], row
     draws = uniforms(2 * -(-count // 2), Draw.RANDOM_ERASING, seed, epoch, row, 1)[0].reshape(2, -1)
     radius, angle = np.sqrt(-2 * np.log1p(-draws[0])), 2 * np.pi * draws[1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].reshape(shape)
-    mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (np.array(values)[:, None, None] for values in usual_normalisation(shape[0]))
     return np.clip(np.rint(255 * (mean + std * normal)), 0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb, image_size
+from mixmae.data.images.decode import DecodeError, Uint8Array, decode_rgb, has_colour, image_size
 
 SIZE_EDGES = (1, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
 """Buckets of the size histogram, by the shorter side in pixels; each begins at its edge, the last is open."""
@@ -28,6 +28,8 @@ class Summary:
     largest: tuple[int, int] | None = None
     """Width and height of the image with the longest side."""
     num_decoded: int = 0
+    num_grey: int = 0
+    """Of the decoded images."""
     means: Any = field(default_factory=lambda: np.zeros(3))
     """(3,) float64: sum over decoded images of the mean of their pixels, 0 to 1, RGB."""
     squares: Any = field(default_factory=lambda: np.zeros(3))
@@ -57,6 +59,7 @@ class Summary:
             histograms = [np.bincount(flat[:, channel], minlength=256) for channel in range(3)]
             values = np.arange(256) / 255
             self.num_decoded += 1
+            self.num_grey += not has_colour(pixels)
             self.means += [(histogram @ values) / len(flat) for histogram in histograms]
             self.squares += [(histogram @ values**2) / len(flat) for histogram in histograms]
         return pixels
@@ -70,6 +73,7 @@ class Summary:
         if other.smallest is not None and other.largest is not None:
             self._extremes(other.smallest, other.largest)
         self.num_decoded += other.num_decoded
+        self.num_grey += other.num_grey
         self.means += other.means
         self.squares += other.squares
         self.broken += other.broken
@@ -100,6 +104,7 @@ class Summary:
             "largest_px": list(self.largest) if self.largest else None,
             "pixels": {
                 "images": self.num_decoded,
+                "grey": self.num_grey,
                 "mean": [round(float(value), 4) for value in mean],
                 "std": [round(float(value), 4) for value in std],
             }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from mixmae.jobs.config import differences, to_json
+from mixmae.pixels import IMAGENET_MEAN, usual_normalisation
 from mixmae.training.checkpoint import upgraded
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 
@@ -35,3 +39,21 @@ def test_configs_of_earlier_versions_are_understood():
             before["resize_share"] = before.pop("crop_pct")
         assert upgraded(before) == upgraded(now) == now
         assert "panel_every_epochs" in before["loop"]  # the argument is left alone
+
+
+def test_mean_and_std_follow_the_encoders_channels_unless_they_are_given():
+    rgb = PRETRAIN_RECIPES["demo"]()
+    grey = replace(rgb, encoder=replace(rgb.encoder, in_channels=1))
+    assert (grey.pixel_mean, grey.pixel_std) == usual_normalisation(1)
+    assert replace(grey, encoder=rgb.encoder) == rgb
+    assert rgb.pixel_mean == IMAGENET_MEAN
+    own = replace(rgb, encoder=grey.encoder, pixel_mean=(0.1,), pixel_std=(0.3,))
+    assert (own.pixel_mean, own.pixel_std) == ((0.1,), (0.3,))
+    with pytest.raises(ValueError, match="need a value for each of the encoder's 3 channels"):
+        replace(own, encoder=rgb.encoder)
+
+
+def test_channels_that_no_file_is_read_with():
+    rgb = PRETRAIN_RECIPES["demo"]()
+    with pytest.raises(ValueError, match=r"in_channels is 13: .* change --encoder.in-channels"):
+        replace(rgb, encoder=replace(rgb.encoder, in_channels=13))

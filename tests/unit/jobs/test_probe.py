@@ -53,6 +53,29 @@ def test_it_is_the_librarys_and_leaves_the_model_and_the_generators_as_they_were
     assert metrics["probe/linear_top1"] > 0.4  # colour
 
 
+def test_references_are_of_the_untrained_encoder_and_of_pixels(shards):
+    source = open_source(shards("set", LABELS))
+    probe = choose_probe(OnlineProbeConfig(images=60, k=5), source, source)
+    assert probe is not None
+    job = _job(probe)
+    model = job.build_model()
+    metrics = job.evaluate_untrained(model, rank=0, num_workers=1)
+    curve = {name: value for name, value in metrics.items() if name.startswith("probe/")}
+    expected = {**job.evaluate(model, rank=0, num_workers=1), "perf/probe_s": metrics["perf/probe_s"]}
+    assert {**curve, "perf/probe_s": metrics["perf/probe_s"]} == expected
+    images = torch.cat([batch.images for batch in eval_batches(source, 64, batch_size=64, rows=probe.rows)])
+    small = job.config.normalise(images).unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean(dim=(3, 5)).flatten(1)
+    pixels = probe_features(small, torch.tensor(LABELS)[probe.rows], 5)
+    assert {name: value for name, value in metrics.items() if name.startswith("reference/")} == {
+        "reference/knn_untrained": curve["probe/knn_top1"],
+        "reference/linear_untrained": curve["probe/linear_top1"],
+        "reference/knn_pixels": pytest.approx(pixels["probe/knn_top1"]),
+        "reference/linear_pixels": pytest.approx(pixels["probe/linear_top1"]),
+        "reference/chance": pytest.approx(1 / 3),  # of three classes: 60 images have room for no more
+    }
+    assert _job(None).evaluate_untrained(model, rank=0, num_workers=1) == {}
+
+
 def test_shares_of_three_workers_are_those_of_one(shards, monkeypatch):
     source = open_source(shards("set", LABELS))
     job = _job(choose_probe(OnlineProbeConfig(images=50, k=5), source, source))

@@ -46,7 +46,7 @@ def test_a_folder(photos, tmp_path):
     assert sum(train["shorter_side_px"].values()) == 30
     assert (train["smallest_px"], train["largest_px"]) == ([40, 300], [330, 300])
     expected = np.array([[128] * 3] * 20 + [[255, 0, 0]] * 10) / 255
-    assert train["pixels"]["images"] == 30
+    assert (train["pixels"]["images"], train["pixels"]["grey"]) == (30, 20)
     assert np.allclose(train["pixels"]["mean"], expected.mean(axis=0), atol=1e-3)
     assert np.allclose(train["pixels"]["std"], expected.std(axis=0), atol=1e-3)
     assert [record["where"].rsplit("/", 1)[1] for record in train["broken"]] == ["x.jpg", "y.jpg"]

@@ -10,7 +10,15 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from mixmae.data.images import decode
-from mixmae.data.images.decode import DecodeError, decode_rgb, image_size
+from mixmae.data.images.decode import (
+    DecodeError,
+    decode_box,
+    decode_image,
+    decode_rgb,
+    has_colour,
+    image_size,
+    read_header,
+)
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -160,3 +168,55 @@ def test_a_huge_png_header_is_refused():
     data[16:24] = (60_000).to_bytes(4, "big") * 2
     with pytest.raises(DecodeError):
         decode_rgb(bytes(data))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_grey_files_stay_grey(picture, format):
+    grey = picture.convert("L")
+    data = encoded(grey, format)
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(data, 1)[..., 0], stored)
+    assert np.array_equal(decode_image(data, 4)[..., 0], stored)
+    assert not has_colour(decode_rgb(data))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_one_channel_of_16_bits_is_scaled(format):
+    data = encoded(Image.fromarray(np.array([[0, 257, 32768, 65535]], dtype=np.uint16)), format)
+    assert decode_image(data, 1).tolist() == [[[0], [1], [128], [255]]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK"])
+def test_colours_become_their_luminance(picture, mode):
+    data = encoded(picture.convert(mode), "TIFF")
+    assert np.array_equal(decode_image(data, 1)[..., 0], np.asarray(Image.fromarray(decode_rgb(data)).convert("L")))
+    assert has_colour(decode_rgb(data))
+
+
+def test_alpha_in_one_channel_and_in_four():
+    image = Image.new("LA", (2, 1), (50, 255))
+    image.putpixel((1, 0), (50, 0))
+    data = encoded(image, "PNG")
+    assert decode_image(data, 1).tolist() == [[[50], [255]]]
+    assert decode_image(data, 4).tolist() == [[[50, 50, 50, 255], [50, 50, 50, 0]]]
+    data = encoded(Image.new("RGBA", (1, 1), (10, 20, 30, 0)), "PNG")
+    assert decode_image(data, 1).tolist() == [[[255]]]
+    assert decode_image(data, 4).tolist() == [[[10, 20, 30, 0]]]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_box_has_the_pixels_of_the_whole(picture, channels):
+    data = encoded(picture, "JPEG")
+    whole = decode_image(data, channels)
+    box = decode_box(data, read_header(data), (3, 4, 10, 12), channels=channels)
+    assert np.array_equal(box, whole[3:13, 4:16])
+    assert whole.shape == (40, 60, channels)
+    if channels == 4:
+        assert (whole[..., 3] == 255).all()
+
+
+def test_a_grey_jpeg_that_was_stored_in_colour_has_none(picture):
+    grey = picture.convert("L").convert("RGB")
+    assert not has_colour(decode_rgb(encoded(grey, "JPEG", quality=50)))
+    grey.paste((200, 30, 30), (0, 0, 5, 5))  # 1 % of the pixels
+    assert has_colour(decode_rgb(encoded(grey, "PNG")))

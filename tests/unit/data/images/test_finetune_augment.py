@@ -106,3 +106,37 @@ def test_a_block_of_finetuning_is_made_of_its_rows_alone(write_shards):
 def test_bad_settings(fields, words):
     with pytest.raises(ValueError, match=words):
         FinetuneAugmentConfig(**fields)
+
+
+@pytest.mark.parametrize("number", range(len(OPERATIONS)))
+def test_grey_images_are_augmented_as_coloured_ones_that_are_grey(number):
+    grey = Image.fromarray(picture()).convert("L")
+    found = np.asarray(OPERATIONS[number](grey, 0.7, 1.0)).astype(int)
+    expected = np.asarray(OPERATIONS[number](grey.convert("RGB"), 0.7, 1.0)).astype(int)
+    free = (expected != expected[..., :1]).any(axis=2)  # of the mean colour, which is not grey
+    assert free.mean() < 0.4
+    assert np.abs(found - expected[..., 0])[~free].max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_channels(channels):
+    plain = np.full((channels, 40, 50), 90, dtype=np.uint8)
+    config = FinetuneAugmentConfig(erasing=1.0, operation_probability=1.0, num_operations=3)
+    changed = np.stack([further_of(plain, config, row) for row in range(60)])
+    assert changed.shape == (60, channels, 40, 50)
+    assert changed.std(axis=0).min() > 0
+
+
+def test_colours_change_and_alpha_stays():
+    opaque = np.full((4, 40, 50), 255, dtype=np.uint8)
+    opaque[:3] = np.arange(50) * 5
+    config = FinetuneAugmentConfig(erasing=0.0, operation_probability=1.0)
+    changed = np.stack([further_of(opaque, config, row) for row in range(60)])
+    assert (changed[:, 3] == 255).all()
+    assert (changed[:, :3] != opaque[:3]).any(axis=(1, 2, 3)).mean() > 0.9
+
+
+def further_of(plain: np.ndarray, config: FinetuneAugmentConfig, row: int) -> np.ndarray:
+    image = plain.copy()
+    augment_further(config, image, seed=0, epoch=0, row=row)
+    return image

@@ -1,0 +1,102 @@
+"""A pretraining as its workers run it, without Ray: grey images through an encoder of one channel, to the panel."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mixmae.data.blocks import local_batches
+from mixmae.data.order import Plan
+from mixmae.data.source import DataError
+from mixmae.data.sources import open_source
+from mixmae.jobs.pretraining import PretrainJob
+from mixmae.training.loop import TrainState, train
+from mixmae.training.optim import build_optimizer
+from pipelines.recipes import PRETRAIN_RECIPES
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """80 grey PNGs of 40 px in four classes, every second one of 16 bits."""
+    images = []
+    for row in range(80):
+        low = np.random.default_rng(row).integers(60 * (row % 4), 60 * (row % 4) + 75, (5, 5), dtype=np.uint8)
+        image = Image.fromarray(low).resize((40, 40), Image.Resampling.BICUBIC)
+        if row % 2:
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        images.append({"bytes": out.getvalue(), "path": f"{row}.png"})
+    labels = [row % 4 for row in range(80)]
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "train-0.parquet", row_group_size=20)
+    return open_source(tmp_path)
+
+
+class Losses:
+    """The loop's Events: keeps the loss of each step."""
+
+    def __init__(self):
+        self.values = []
+
+    def log(self, step, record, broken):
+        self.values.append(record["loss"])
+
+    def evaluate(self, step):
+        return {}
+
+    def save(self, state):
+        pass
+
+
+def test_ten_steps_on_grey_images(grey, tmp_path):
+    config = PRETRAIN_RECIPES["demo"]()
+    config = replace(
+        config,
+        encoder=replace(config.encoder, in_channels=1, window_sizes=(8, 8, 4, 2)),
+        augment=replace(config.augment, image_size=64),
+        loop=replace(config.loop, steps=10, batch_size=8, log_every_steps=1),
+        probe=replace(config.probe, images=80),
+    )
+    job = PretrainJob.of(config, grey, grey, data=None, folder=tmp_path / "run")
+    torch.manual_seed(0)
+    model, events = job.build_model(), Losses()
+    plan = Plan(chunk_sizes=grey.chunk_sizes, seed=0, window_rows=40)
+    train(
+        model=model,
+        optimizer=build_optimizer(model, job.optim),
+        peak_lr=2e-3,
+        clip_grad_norm=None,
+        step_function=job.step,
+        batches=local_batches(grey, plan, config.augment, share=config.share(num_workers=1), stop_step=10, channels=1),
+        state=TrainState(),
+        config=job.loop,
+        length=job.length,
+        events=events,
+        device=torch.device("cpu"),
+    )
+    assert events.values[-1] < events.values[0] - 0.02
+    model.eval()
+    with torch.no_grad():
+        panel, metrics = job.draw_panel(model)
+    assert np.isfinite(metrics["heldout/loss"])
+    pixels = np.asarray(panel.crop((7, 17, 69, 79)))  # the first original, without the outlines of its cells
+    inside = pixels[2:28, 2:28].astype(int)
+    assert (inside == inside[..., :1]).all()
+    assert inside.std() > 1
+    assert job.evaluate(model, rank=0, num_workers=1)["probe/knn_top1"] > 0.5  # brightness tells the class
+    assert "in_channels" in job.params["encoder"]
+
+
+def test_colours_are_refused_before_a_run_of_one_channel(shards, tmp_path):
+    config = PRETRAIN_RECIPES["demo"]()
+    config = replace(config, encoder=replace(config.encoder, in_channels=1))
+    source = open_source(shards("set", [row % 4 for row in range(120)]))
+    with pytest.raises(DataError, match=r"--encoder\.in-channels 3"):
+        PretrainJob.of(config, source, source, data=None, folder=tmp_path)
