@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -30,9 +30,11 @@ from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
 from mixmae.training.loop import TrainState
-from mixmae.training.mailbox import Message
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
+
+if TYPE_CHECKING:
+    from mixmae.training.mailbox import Message
 
 JobT = TypeVar("JobT", bound=Job)
 ArgumentsT = TypeVar("ArgumentsT", bound="RunArguments")
