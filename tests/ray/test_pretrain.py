@@ -19,7 +19,7 @@ LOOSE = ["--loop.max-broken-fraction", "0.2"]
 def finished(tmp_path_factory, photos, mlflow_server) -> Finished:
     """One run to its end; the other runs are compared with it."""
     base = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *TINY, *LOOSE]
+    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, "--workers", "1", *TINY, *LOOSE]
     done = run("demo", "--output", base / "whole", *arguments, cwd=base)
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)
