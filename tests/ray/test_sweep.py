@@ -52,7 +52,7 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     save_encoder(base / "encoder.safetensors", SwinEncoder(ENCODER), preprocessing)
     arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *SHORT]
     arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
-    arguments += ["--register-model", "tiny"]
+    arguments += ["--register-model", "tiny", "--max-concurrent", "1"]
     program = sweep_command(*arguments)
     for finished in (0, 2):  # in the reference, which is the first trial, and later in another one
         when = partial(is_under_way, base / "sweep", finished)
