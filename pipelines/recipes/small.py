@@ -1,7 +1,7 @@
 """MixMAE of small images, 28 to 96 px, and the finetuning of each: one GPU, or patience.
 
 None of them has been run yet. What they have in common, and why:
-- A cell is one token of the last stage, and the stages end where an image has about as many cells as in the paper (7 x 7
+- A cell is one token of the last stage; the stages end where an image has about as many cells as in the paper (7 x 7
   at 224 px): 49, 64, 64 and 36. Patches are 2 px; at 96 px they are 4 px, or the first stage would have 2,304 tokens.
 - Four images per mix: 75 % of each is hidden, as in the paper and in public MAE trainings on CIFAR.
 - Those trainings also give the length (800 to 2,000 epochs of 50,000 images) and the peak rate (2.4e-3 for batches of
