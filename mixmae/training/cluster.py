@@ -89,6 +89,8 @@ def connect(
         # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
         # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        # Ray lowers the priority of its workers by 15: beside one busy program they would get next to nothing.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that warns of nodes going away
         try:
             ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
