@@ -24,8 +24,7 @@ LABELS = [row % 4 for row in range(60)]
 
 def _job(probe: Probe | None) -> PretrainJob:
     config = PRETRAIN_RECIPES["demo"]()
-    encoder = replace(config.encoder, image_size=64, window_sizes=(8, 8, 4, 2), embed_dim=8)
-    config = replace(config, augment=replace(config.augment, image_size=64), encoder=encoder)
+    config = replace(config, encoder=replace(config.encoder, embed_dim=8))  # of 64 px
     nothing: Any = None
     return PretrainJob(config=config, source=nothing, heldout=nothing, data=nothing, folder=nothing, probe=probe)
 
