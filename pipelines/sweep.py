@@ -27,7 +27,7 @@ from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
-from mixmae.jobs.record import read_begun
+from mixmae.jobs.record import RunRecord, read_begun
 from mixmae.tracking import claim_model_name, finish_run
 from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
@@ -54,10 +54,7 @@ def sweep(arguments: Arguments, name: str) -> int:
     if not arguments.max_concurrent:
         at_once = default_workers(arguments.ray_address, arguments.device) // arguments.workers
         arguments = replace(arguments, max_concurrent=max(1, min(at_once, space.num_trials)))
-    before = read_begun(output)
-    # A sweep that was begun without a reference, as all of earlier versions were, goes on without one.
-    has_reference = before is None or before.space is None or "reference" in before.space
-    reference = space.reference if arguments.reference and pretrained is not None and has_reference else None
+    reference = choose_reference(arguments, space, read_begun(output))
     run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config, reference))
     if run is None:
         return 0
@@ -117,6 +114,17 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
             f"the trials cannot be judged on {source.name}, see the note: give a set with labels (docs/data.md)."
         )
     return run.record_data(job)
+
+
+def choose_reference(arguments: Arguments, space: Space, before: RunRecord | None) -> Mapping[str, Any] | None:
+    """The fields of the reference from scratch, or None for a sweep without one.
+
+    A sweep that was begun without it, as all of earlier versions were, goes on without it.
+
+    Args: before: the interrupted sweep that is continued, if there is one.
+    """
+    begun_without = before is not None and before.space is not None and "reference" not in before.space
+    return space.reference if arguments.reference and arguments.pretrained and not begun_without else None
 
 
 def fixed_for_all(

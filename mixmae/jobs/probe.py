@@ -101,7 +101,7 @@ class Probe:
 
     def _pixels(self, config: RunConfig, rank: int, num_workers: int) -> tuple[Tensor, Tensor]:
         """This worker's part: pixels (n, C*16*16), normalised, and labels (n,)."""
-        batches = _decoded(self, config.augment.size, rank, num_workers)
+        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
         if not batches:
             return torch.empty(0, len(config.pixel_mean) * PIXELS**2), torch.empty(0, dtype=torch.int64)
         small = [F.adaptive_avg_pool2d(config.normalise(batch.images), PIXELS).flatten(1) for batch in batches]
@@ -112,7 +112,7 @@ class Probe:
         encoder = model.encoder
         assert isinstance(encoder, Encoder)
         device = next(model.parameters()).device
-        batches = _decoded(self, config.augment.size, encoder.in_channels, rank, num_workers)
+        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
         if not batches:  # more workers than images
             return torch.empty(0, encoder.channels[-1]), torch.empty(0, dtype=torch.int64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):

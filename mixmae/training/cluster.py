@@ -89,8 +89,16 @@ def connect(
         # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
         # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        # Ray lowers the priority of its workers by 15: beside one busy program they would get next to nothing.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that warns of nodes going away
-        ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+        try:
+            ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+        except Exception as error:  # Ray raises bare Exceptions
+            raise ClusterError(
+                f"Ray could not start on this machine ({str(error).splitlines()[0]}): where other programs take all "
+                "cores, stop some and give the command again; Ray's own log is in /tmp/ray/session_latest/logs."
+            ) from error
         return
     try:
         _check_listening(address)

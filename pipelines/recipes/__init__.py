@@ -37,6 +37,7 @@ from pipelines.recipes.simmim import (
     simmim_twins_svt_large_800ep,
     simmim_vit_base_800ep,
 )
+from pipelines.recipes.small import SMALL_RECIPES
 
 __all__ = [
     "FINETUNE_RECIPES",
@@ -51,6 +52,7 @@ Recipe = Callable[[], PretrainConfig]
 
 RECIPE_GROUPS: dict[str, tuple[Recipe, ...]] = {
     "on any computer": (demo,),
+    "small images, one GPU": tuple(SMALL_RECIPES),
     "MixMAE of Swin (the paper's tables 2 to 5)": (
         mixmae_swin_base_300ep,
         mixmae_swin_base_600ep,

@@ -13,6 +13,7 @@ from mixmae.jobs.config import FinetuneConfig
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
 from pipelines.recipes.demo import demo
+from pipelines.recipes.small import SMALL_RECIPES
 from tune_spaces.transfer import TRANSFERS, Transfer
 
 Recipe = Callable[[], FinetuneConfig]
@@ -157,6 +158,7 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         demo_finetune,
+        *SMALL_RECIPES.values(),
         mixmae_swin_base_finetune_100ep,
         mixmae_swin_large_finetune_50ep,
         mixmae_swin_huge_finetune_50ep,

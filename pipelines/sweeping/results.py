@@ -277,7 +277,7 @@ def draw_curves(
         steps, values = zip(*curves[result.trial], strict=True) if curves.get(result.trial) else ((), ())
         best = number == 0 and result.is_ranked
         name = result.label + ("" if result.status == "finished" else f" ({result.status})")
-        style = {"linestyle": "--", "color": "black"} if result.is_reference else {}
+        style: dict[str, Any] = {"linestyle": "--", "color": "black"} if result.is_reference else {}
         width, order = (2.5, 3) if best else (1.0, 2)
         axes.plot(steps, values, marker=".", linewidth=width, zorder=order, label=name, **style)
     axes.grid(alpha=0.3)

@@ -110,6 +110,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))
     tags = {"trial": trial_id}
     if is_reference:
+        assert isinstance(job, ClassificationJob)
         job, tags = replace(job, pretrained=None, initial=None), {**tags, "reference": FROM_SCRATCH}
     job = run.track(job, tags=tags, parent_run_id=shared.run.run_id)
     try:

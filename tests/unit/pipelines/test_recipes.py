@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import tyro
 
 from mixmae.encoders.build import build_encoder, config_from_json, size_name
+from mixmae.finetune.classification import ImageClassifier
 from mixmae.jobs.config import differences, to_json
 from mixmae.methods.build import build_method
 from mixmae.methods.mae import MAEConfig
@@ -27,12 +29,14 @@ from pipelines.recipes import (
 )
 from pipelines.recipes.finetune import TRANSFER_RECIPES
 from pipelines.recipes.mixmae_ablations import MIXMAE_ABLATIONS
+from pipelines.recipes.small import SMALL_RECIPES
 from tune_spaces.transfer import TRANSFERS
 
 ROOT = Path(__file__).parents[3]
 
 ALL = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES, **LINEAR_PROBE_RECIPES}
-PAPER = [name for name in PRETRAIN_RECIPES if name != "demo"]
+SMALL = [recipe.__name__ for recipe in SMALL_RECIPES]
+PAPER = [name for name in PRETRAIN_RECIPES if name not in ("demo", *SMALL)]
 TRANSFER = [recipe.__name__ for recipe in TRANSFER_RECIPES]
 """Finetuning on other sets than ImageNet (table 5)."""
 METHODS = {"mixmae": MixMAEConfig, "simmim": SimMIMConfig, "mae": MAEConfig}
@@ -119,9 +123,7 @@ def test_rates_are_the_published_ones(method, batch_size, peak_lr, warmup_epochs
 
 def test_mixmae_outside_the_ablations_hides_three_quarters():
     ablations = {recipe.__name__ for recipe in MIXMAE_ABLATIONS}
-    configs = [
-        recipe() for name, recipe in PRETRAIN_RECIPES.items() if name.startswith("mixmae_") and name not in ablations
-    ]
+    configs = [PRETRAIN_RECIPES[name]() for name in PAPER if name.startswith("mixmae_") and name not in ablations]
     assert configs
     assert all(config.method == MixMAEConfig() and config.augment.image_size == 224 for config in configs)
 
@@ -229,3 +231,29 @@ def test_the_sizes_of_the_other_sets_are_those_of_the_documentation():
         counts = (transfer.num_classes, transfer.train_images, transfer.val_images)
         row = f"| {transfer.title} | {' | '.join(f'{count:,}' for count in counts)} |"
         assert any(line.startswith(row) for line in lines), row
+
+
+@pytest.mark.parametrize(("pretraining", "finetuning"), SMALL_RECIPES.items(), ids=SMALL)
+def test_small_images_go_through_pretraining_and_finetuning_of_one_encoder(pretraining, finetuning):
+    before, after = pretraining(), finetuning()
+    assert replace(after.sized_encoder(), drop_path=before.encoder.drop_path) == before.sized_encoder()
+    size, channels = before.augment.size, before.encoder.in_channels
+    told = re.match(r"mixmae_swin_(\d+)px_(grey_)?(\d+)ep", pretraining.__name__)
+    assert (told[1], told[2] is not None, told[3]) == (str(size[0]), channels == 1, str(before.loop.epochs))
+    assert f"_{after.loop.epochs}ep" in finetuning.__name__
+    cells = (size[0] // before.method.cell_px_on(before.encoder)) ** 2
+    assert 36 <= cells <= 64  # the paper has 49
+    images = before.normalise(torch.randint(0, 256, (4, channels, *size), dtype=torch.uint8))
+    model = build_method(build_encoder(before.sized_encoder()), before.method)
+    assert model(images, generator=torch.Generator().manual_seed(0)).loss.isfinite()
+    assert ImageClassifier(build_encoder(after.sized_encoder()), 7)(images).shape == (4, 7)
+    for text in (pretraining.__doc__, finetuning.__doc__):
+        assert "Expected: not yet run." in text
+    before.share(num_workers=8)
+
+
+def test_the_28_px_recipes_take_colours_with_one_flag():
+    for recipe in (*SMALL_RECIPES.items(),)[0]:
+        grey = recipe()
+        coloured = replace(grey, encoder=replace(grey.encoder, in_channels=3))
+        assert len(coloured.pixel_mean) == 3
