@@ -187,7 +187,7 @@ def test_perfect_predictions_reconstruct_the_originals(monkeypatch, build, norma
     assert step.loss.item() == 0.0
     expected, made = images[step.pictures["partners"]], step.pictures["reconstructions"]
     if normalise:  # brightness and contrast of hidden patches are not the original's: normalised, they are
-        px = round((96 * 160 / target.shape[1]) ** 0.5)
+        px = round((size[0] * size[1] / target.shape[1]) ** 0.5)
         expected, made = (
             target_patches(pixels.flatten(0, 1), px, normalise=True).patches for pixels in (expected, made)
         )
