@@ -259,7 +259,7 @@ def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 def checkpoint_of(model: nn.Module, base: Path) -> Path:
     """A checkpoint after step 1 of a run in base/runs/photos, which MLflow does not know."""
     checkpoint = base / "runs" / "photos" / "checkpoints" / "step_0000001"
-    config = {"encoder": config_to_json(model.encoder.config), "augment": {"image_size": 96}}  # type: ignore[union-attr, arg-type]
+    config = {"encoder": config_to_json(model.encoder.config), "augment": {"image_size": model.encoder.image_size[0]}}  # type: ignore[union-attr, arg-type]
     save_checkpoint(checkpoint, model=model, optimizer=None, state={"config": config, "position": {"step": 1}})
     (checkpoint.parents[1] / "run.json").write_text("{}")
     return checkpoint

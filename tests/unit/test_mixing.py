@@ -13,6 +13,7 @@ from mixmae.mixing import (
     draw_group_map,
     hidden_mask,
     mix,
+    tokens_per_cell,
     unmix,
     upsample_group_map,
 )
@@ -71,7 +72,7 @@ def test_maps_are_a_function_of_the_generator():
 
 
 def test_grid_that_cannot_hold_the_images():
-    with pytest.raises(ValueError, match="larger images or mix fewer"):
+    with pytest.raises(ValueError, match="larger images, smaller cells, or mix fewer"):
         draw_group_map((1, 3), 4, seeded())
 
 
@@ -185,4 +186,9 @@ def test_disagreeing_shapes():
     with pytest.raises(ValueError, match="disagree"):
         unmix(torch.zeros(2, 9, 4), torch.zeros(1, 4, 8, dtype=torch.bool), torch.zeros(4))
     with pytest.raises(ValueError, match="224 x 96"):
-        cell_grid(225, 97)
+        cell_grid(225, 97, 32)
+    with pytest.raises(ValueError, match="multiples of 32 px, got 8 x 97; use for example 32 x 96"):
+        cell_grid(8, 97, 32)
+    for cell_px in (0, 6, 12):
+        with pytest.raises(ValueError, match=f"cell of {cell_px} px would cut .* make cell_px a multiple of 8"):
+            tokens_per_cell(cell_px, 8)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mixmae.convert.architecture import BIAS_TABLE, Architecture, StateDict, read_architecture, window_size
 
 BIAS_INDEX = "relative_position_index"
-NEEDED = ("patch_embed.proj.weight", "absolute_pos_embed", f"layers.3.blocks.0.attn.{BIAS_TABLE}", "norm.weight")
+NEEDED = ("patch_embed.proj.weight", "absolute_pos_embed", f"layers.1.blocks.0.attn.{BIAS_TABLE}", "norm.weight")
 """Names that every official model has."""
 
 

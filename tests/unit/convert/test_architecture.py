@@ -13,9 +13,24 @@ from mixmae.convert import (
     read_architecture,
 )
 from mixmae.encoders.build import SIZES, build_encoder
+from mixmae.encoders.pvt import pvt_tiny, pvt_v2_b0
 from mixmae.encoders.swin import SwinEncoder, swin_base
+from mixmae.encoders.twins import twins_svt_small
+from mixmae.encoders.vit import vit_tiny
 from mixmae.finetune.classification import ImageClassifier
-from tests.factories import noise_images, tiny_mixmae, tiny_pcpvt, tiny_pvt, tiny_pvt_v2, tiny_svt, tiny_vit
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
+from tests.factories import (
+    DECODER,
+    noise_images,
+    small_swin,
+    swin_of_pixels,
+    tiny_mixmae,
+    tiny_pcpvt,
+    tiny_pvt,
+    tiny_pvt_v2,
+    tiny_svt,
+    tiny_vit,
+)
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if not name.endswith("_w7")])
@@ -28,6 +43,23 @@ def test_known_sizes_are_read_off_their_shapes(name):
     assert f"({name})" in describe(state)
     larger = read_architecture(state, image_size=(256, 320)).encoder
     assert larger == dataclasses.replace(config, image_size=(256, 320))
+
+
+@pytest.mark.parametrize("build", [small_swin, swin_of_pixels])
+def test_patches_and_stages_are_read_off_their_shapes(build):
+    made = build()
+    state = {f"encoder.{name}": value for name, value in made.state_dict().items()}
+    assert read_architecture(state).encoder == made.config
+    method = MixMAE(made, MixMAEConfig(decoder=DECODER))
+    assert read_architecture(method.state_dict(), decoder_num_heads=4).decoder == DECODER
+
+
+@pytest.mark.parametrize("size", [pvt_tiny, pvt_v2_b0, twins_svt_small, vit_tiny])
+def test_patches_of_known_widths_are_read_off_their_shapes(size):
+    config = dataclasses.replace(size(), patch_px=2, image_size=64)
+    with torch.device("meta"):
+        state = {f"encoder.{name}": value for name, value in build_encoder(config).state_dict().items()}
+    assert read_architecture(state, image_size=64).encoder == config
 
 
 @pytest.mark.parametrize("build", [tiny_pvt, tiny_pvt_v2, tiny_pcpvt, tiny_svt, tiny_vit])

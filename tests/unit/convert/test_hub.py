@@ -9,13 +9,15 @@ import timm
 import torch
 
 import mixmae.timm_models  # noqa: F401
+from mixmae.convert import load_encoder
 from mixmae.convert.exported import read_export
 from mixmae.convert.hub import write_hub
 from mixmae.encoders.build import config_to_json
 from mixmae.encoders.pvt import PvtEncoder, pvt_v2_b0
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.tracking import create_run, metric_history
 from mixmae.training.checkpoint import save_checkpoint
-from tests.factories import noise_images, tiny_mixmae, trained
+from tests.factories import DECODER, checkpoint_of, noise_images, small_swin, tiny_mixmae, trained
 
 PANEL = Path(__file__).parents[3] / "docs" / "images" / "demo_panel.png"
 
@@ -79,3 +81,17 @@ def test_the_card_of_a_known_size(tmp_path):
     assert card.splitlines()[7] == "# pvt_v2_b0, an encoder of MixMAE"
     assert "| licence of the data | not stated |" in card
     assert "![" not in card
+
+
+def test_an_encoder_for_small_images_comes_back(tmp_path):
+    """From a run through a hub folder to timm and to ours, with its patches, stages and size."""
+    method = trained(MixMAE(small_swin(), MixMAEConfig(decoder=DECODER)))
+    write_hub(read_export(checkpoint_of(method, tmp_path)), tmp_path / "hub")
+    images = noise_images(2, (32, 32))
+    in_timm = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert in_timm.feature_info[-1]["reduction"] == 4
+    encoder, metadata = load_encoder(tmp_path / "hub")
+    assert metadata.encoder == small_swin().config
+    with torch.no_grad():
+        assert torch.equal(in_timm(images), method.encoder(images).mean(dim=1))
+        assert torch.equal(encoder(images), method.encoder(images))

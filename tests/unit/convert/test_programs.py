@@ -11,7 +11,7 @@ from mixmae.convert.programs import check_onnx, write_onnx, write_pt2
 from mixmae.encoders.build import config_to_json
 from mixmae.finetune.classification import ImageClassifier
 from tests.contract.test_encoders import ENCODERS
-from tests.factories import checkpoint_of, noise_images, tiny_simmim, tiny_vit, trained
+from tests.factories import checkpoint_of, noise_images, small_swin, tiny_simmim, tiny_vit, trained
 
 
 @pytest.mark.slow
@@ -25,17 +25,18 @@ def test_graphs_of_every_encoder_give_the_same_numbers(tmp_path, build):
     assert "onnxruntime differs by" in write_onnx(item, tmp_path / "encoder.onnx")
 
 
-def test_torch_export_gives_the_same_numbers(tmp_path):
-    encoder = trained(tiny_vit())  # the smallest graph
-    save_encoder(tmp_path / "weights.safetensors", encoder, Preprocessing(image_size=(96, 96)))
+@pytest.mark.parametrize("build", [tiny_vit, small_swin])  # the smallest graphs
+def test_torch_export_gives_the_same_numbers(tmp_path, build):
+    encoder = trained(build())
+    save_encoder(tmp_path / "weights.safetensors", encoder, Preprocessing(image_size=encoder.image_size))
     item = read_export(tmp_path / "weights.safetensors")
     assert "torch.export differs by" in write_pt2(item, tmp_path / "encoder.pt2")
-    images = noise_images(5, seed=9)
+    images = noise_images(5, encoder.image_size, seed=9)
     extra = {"mixmae.json": ""}
     program = torch.export.load(tmp_path / "encoder.pt2", extra_files=extra).module()
     with torch.no_grad():
         torch.testing.assert_close(program(images), encoder(images), rtol=1e-5, atol=1e-5)
-    assert json.loads(extra["mixmae.json"])["preprocessing"]["image_size"] == [96, 96]
+    assert json.loads(extra["mixmae.json"])["preprocessing"]["image_size"] == list(encoder.image_size)
 
 
 def test_onnx_gives_the_same_numbers(tmp_path):

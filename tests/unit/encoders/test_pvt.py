@@ -7,13 +7,12 @@ import torch
 
 from mixmae.encoders.base import TokenFill
 from mixmae.encoders.pvt import PvtConfig, PvtEncoder, pvt_large, pvt_medium, pvt_small, pvt_tiny, pvt_v2_b2
-from tests.factories import group_maps, noise_images, seeded, tiny_pvt, tiny_pvt_v2
+from tests.factories import SMALL_PYRAMID, group_maps, noise_images, seeded, tiny_pvt, tiny_pvt_v2
 
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"image_size": 200}, "192 x 192"),
         ({"in_channels": 0}, "at least 1"),
         ({"depths": (2, 2, 2)}, "one per stage"),
         ({"sr_ratios": (8, 4, 2, 0)}, "at least 1"),
@@ -22,6 +21,7 @@ from tests.factories import group_maps, noise_images, seeded, tiny_pvt, tiny_pvt
         ({"sr_ratios": (16, 4, 2, 1)}, "its sr_ratio must divide 8"),
         ({"sr_ratios": (8, 3, 2, 1)}, "its sr_ratio must divide 4"),
         ({"sr_ratios": (8, 4, 2, 2)}, "its sr_ratio must divide 1"),
+        ({**SMALL_PYRAMID, "sr_ratios": (8, 4, 2)}, "cells of 8 px, the last stride: its sr_ratio must divide 4"),
         ({"drop_path": 1.0}, "below 1"),
         ({"version": 3}, "1 or 2"),
     ],

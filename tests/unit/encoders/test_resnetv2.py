@@ -11,7 +11,6 @@ from tests.factories import group_maps, noise_images, tiny_resnetv2, tiny_swin
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"image_size": 200}, "192 x 192"),
         ({"in_channels": 0}, "at least 1"),
         ({"depths": (3, 4, 6)}, "one per stage"),
         ({"stem_dim": 100}, "multiple of num_norm_groups"),

@@ -12,10 +12,12 @@ from tests.factories import noise_images, tiny_shifted_swin, tiny_swin
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"image_size": 200}, "192 x 192"),
-        ({"image_size": (64, 100)}, "64 x 96"),
         ({"in_channels": 0}, "at least 1"),
-        ({"depths": (2, 2, 2)}, "one per stage"),
+        ({"patch_px": 3}, "one of 1, 2, 4, 8, got 3"),
+        ({"depths": (2,)}, "two to four stages"),
+        ({"depths": (2, 2, 2, 2, 2)}, "two to four stages"),
+        ({"depths": (2, 0, 2, 2)}, "at least 1"),
+        ({"depths": (2, 2, 2)}, "num_heads needs 3 numbers of at least 1, one per stage of depths"),
         ({"window_sizes": (7, 7, 7, 0)}, "at least 1"),
         ({"embed_dim": 98}, "multiple of 4"),
         ({"num_heads": (3, 8, 16, 32)}, "change embed_dim or num_heads"),

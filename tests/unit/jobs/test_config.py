@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from mixmae.jobs.config import differences, to_json
+from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
+from mixmae.encoders.vit import ViTConfig
+from mixmae.jobs.config import FinetuneConfig, PretrainConfig, differences, to_json
+from mixmae.methods.mae import MAEConfig
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.methods.simmim import SimMIMConfig
 from mixmae.pixels import IMAGENET_MEAN, usual_normalisation
 from mixmae.training.checkpoint import upgraded
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from tests.factories import small_swin, tiny_swin
 
 
 def test_only_what_changes_the_result_counts_as_a_difference():
@@ -57,3 +64,68 @@ def test_channels_that_no_file_is_read_with():
     rgb = PRETRAIN_RECIPES["demo"]()
     with pytest.raises(ValueError, match=r"in_channels is 13: .* change --encoder.in-channels"):
         replace(rgb, encoder=replace(rgb.encoder, in_channels=13))
+
+
+def test_a_run_begun_before_there_was_a_patch_size_goes_on():
+    now = to_json(PRETRAIN_RECIPES["demo"]())
+    before = json.loads(json.dumps(now))
+    before["encoder"].pop("patch_px")
+    before["method"].pop("cell_px")
+    now = to_json(replace(PRETRAIN_RECIPES["demo"](), method=MixMAEConfig(num_images=2)))
+    assert not [change for change in differences(before, now) if "patch_px" in change or "cell_px" in change]
+
+
+SMALL = small_swin().config  # a last stride of 4 px
+
+
+def pretrain(encoder, image_size, method):
+    return PretrainConfig(encoder=encoder, augment=AugmentConfig(image_size=image_size), method=method)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "image_size", "method"),
+    [
+        (SMALL, 8, MixMAEConfig()),
+        (SMALL, (28, 40), MixMAEConfig(num_images=2)),
+        (SMALL, 32, MixMAEConfig(cell_px=16)),
+        (SMALL, 32, SimMIMConfig(cell_px=8)),
+        (ViTConfig(patch_px=4), 28, MixMAEConfig(cell_px=4)),
+        (ViTConfig(patch_px=14), 28, MAEConfig()),
+        (tiny_swin().config, 64, MixMAEConfig()),
+    ],
+)
+def test_sizes_that_fit(encoder, image_size, method):
+    pretrain(encoder, image_size, method)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "image_size", "method", "remedy"),
+    [
+        (SMALL, 30, MixMAEConfig(), "each side must be a multiple of 4 px.*--augment.image-size 28 or 32.*patch-px"),
+        (SMALL, (32, 33), MixMAEConfig(), "--augment.image-size 32 or 32 36"),
+        (SMALL, 32, MixMAEConfig(cell_px=12), "--augment.image-size 24 or 36, or --method.cell-px 4"),
+        (SMALL, 32, MixMAEConfig(cell_px=64), "multiple of 64 px, the side of a mask cell.*size 64, or"),
+        (SMALL, 32, MixMAEConfig(cell_px=6), "--method.cell-px is 6.*a multiple of 4, or.*--encoder.patch-px"),
+        (SMALL, 32, SimMIMConfig(cell_px=2), "--method.cell-px is 2.*a multiple of 4"),
+        (SMALL, 32, MixMAEConfig(cell_px=0), "--method.cell-px is 0"),
+        (ViTConfig(patch_px=4), 28, MixMAEConfig(), "--augment.image-size 24 or 32, or --method.cell-px 4"),
+        (tiny_swin().config, 28, MixMAEConfig(), "--augment.image-size 32, or a smaller --encoder.patch-px"),
+        (tiny_swin().config, 32, MixMAEConfig(), "1 mask cells of 32 px, and the method needs 4.*--method.num-images"),
+        (SMALL, (8, 16), MixMAEConfig(cell_px=8), "2 mask cells.*a smaller --method.cell-px"),
+        (SMALL, 8, MixMAEConfig(num_images=2, mask_token_share=0.8), "4 mask cells of 4 px, and the method needs 10"),
+        (SMALL, (4, 8), SimMIMConfig(), "2 mask cells.*needs 3.*--method.mask-ratio"),
+        (ViTConfig(patch_px=14), 32, MAEConfig(), "--augment.image-size 28 or 42"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_the_flag(encoder, image_size, method, remedy):
+    with pytest.raises(ValueError, match=remedy) as caught:
+        pretrain(encoder, image_size, method)
+    assert str(caught.value).count(". ") == 0  # one sentence
+
+
+def test_a_classifier_needs_whole_tokens():
+    """Checked when the encoder is known: that of the weights may take the recipe's place."""
+    config = FinetuneConfig(encoder=tiny_swin().config, augment=FinetuneAugmentConfig(image_size=28))
+    with pytest.raises(ValueError, match=r"a multiple of 32 px.*use --augment.image-size 32"):
+        config.check_size()
+    replace(config, encoder=SMALL).check_size()

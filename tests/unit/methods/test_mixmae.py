@@ -96,7 +96,7 @@ def test_bad_inputs_name_the_remedy():
         method(images, group_map=group_maps(grid=(7, 7)))
     with pytest.raises(ValueError, match=r"\(M, 4\)"):
         method(images, generator=seeded(), partners=cyclic_partners(4, 2))
-    with pytest.raises(ValueError, match="larger images or mix fewer"):
+    with pytest.raises(ValueError, match="larger images, smaller cells, or mix fewer"):
         method(noise_images(4, (32, 96)), generator=seeded())
 
 
@@ -116,9 +116,10 @@ def test_bad_configs():
     encoder.group_isolation = "none"
     with pytest.raises(ValueError, match="set unmixing='none'"):
         MixMAE(encoder, MixMAEConfig())
-    encoder.strides = (4, 8, 24)
-    with pytest.raises(ValueError, match="last stride of 24 px does not divide"):
-        MixMAE(encoder, MixMAEConfig())
+    with pytest.raises(ValueError, match="would cut the encoder's last tokens of 32 px"):
+        tiny_mixmae(cell_px=48)
+    with pytest.raises(ValueError, match="multiples of 64 px, got 96 x 96"):
+        tiny_mixmae(cell_px=64)
     with pytest.raises(ValueError, match="Swin does"):
         MixMAE(tiny_vit(), MixMAEConfig(unmixing="embedding"))
     with pytest.raises(ValueError, match="all fills would be the same; set unmixing='none'"):
@@ -131,7 +132,7 @@ def test_bad_configs():
         MixMAEConfig(fill="noise")
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         MixMAEConfig(mask_token_share=1.0)
-    with pytest.raises(ValueError, match="larger images or mix fewer"):
+    with pytest.raises(ValueError, match="larger images, smaller cells, or mix fewer"):
         tiny_mixmae(mask_token_share=0.8)(noise_images(4), generator=seeded())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixmae.masking import draw_masks, hide
-from mixmae.methods.simmim import SimMIM, SimMIMConfig
+from mixmae.methods.simmim import SimMIMConfig
 from mixmae.mixing import upsample_group_map
 from mixmae.patches import patchify
 from tests.factories import noise_images, seeded, tiny_resnetv2, tiny_simmim, tiny_swin, tiny_vit
@@ -79,11 +79,9 @@ def test_bad_inputs_name_the_remedy():
     method, images = tiny_simmim(), noise_images(2)
     with pytest.raises(ValueError, match=r"\(2 or 1, 3, 3\)"):
         method(images, mask=masks(grid=(6, 6)))
-    with pytest.raises(ValueError, match="use larger images"):
+    with pytest.raises(ValueError, match="use larger images or smaller cells"):
         method(noise_images(2, (32, 32)), generator=seeded())
     with pytest.raises(ValueError, match="between 0 and 1, got 1"):
         SimMIMConfig(mask_ratio=1)
-    encoder = tiny_swin()
-    encoder.strides = (4, 12)
-    with pytest.raises(ValueError, match="last stride of 12 px"):
-        SimMIM(encoder, SimMIMConfig())
+    with pytest.raises(ValueError, match="would cut the encoder's last tokens of 32 px"):
+        tiny_simmim(cell_px=16)

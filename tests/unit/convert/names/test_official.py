@@ -15,10 +15,12 @@ from mixmae.convert import (
 )
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
-from tests.factories import tiny_mixmae, tiny_swin
+from tests.factories import small_swin, tiny_mixmae, tiny_swin
 
 MODELS = pytest.mark.parametrize(
-    "model", [tiny_mixmae(), ImageClassifier(tiny_swin(), 10)], ids=["pretraining", "finetuning"]
+    "model",
+    [tiny_mixmae(), ImageClassifier(tiny_swin(), 10), ImageClassifier(small_swin(), 10)],
+    ids=["pretraining", "finetuning", "two stages"],
 )
 ODD = SwinConfig(
     image_size=(64, 96),
