@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
-from mixmae.data.shards.pack import default_shapes
+from mixmae.data.shards.pack import default_set
 from mixmae.data.source import read_rows
 from mixmae.data.sources import open_train_and_held_out
 from pipelines.command import command
@@ -90,7 +90,7 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
     train, validation = (
         [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_train_and_held_out(str(default_shapes(output / "shapes-shards")))
+        for part in open_train_and_held_out(str(default_set(output / "shapes-shards")))
     )
     return train, validation
 

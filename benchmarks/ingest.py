@@ -48,7 +48,8 @@ from mixmae.data.order import Plan
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import Source
 from mixmae.data.sources import open_source
-from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.data.stream_config import StreamConfig
+from mixmae.data.streams import TrainStream
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mixmae.share import WorkerShare
 

@@ -5,13 +5,12 @@ Legend: N images, D the encoder's last width, C classes.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,7 @@ from mixmae.data.images.decode import DecodeError, Uint8Array, decode_image
 from mixmae.data.source import Sample, Source, read_rows
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
+from mixmae.machine import Device, threads_per_process, usable_cores
 from mixmae.probing.features import LabelledBatch, extract_features, predict_logits
 from mixmae.training.checkpoint import upgraded
 from mixmae.training.run_folder import weights_of
@@ -34,9 +34,6 @@ CROP_PCT = 0.875
 """Side of the central crop over that of the resized image, where nothing else is known: 224 / 256."""
 REPORT_EVERY_S = 15.0
 """Seconds between two lines about the progress."""
-
-Device = Literal["auto", "cpu", "gpu"]
-"""Where a model runs; auto takes a GPU if this process has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +186,7 @@ def decoded(
     rows: Int64Array | None = None,
 ) -> Iterator[ImageBatch]:
     """Batches of a source's images, all or these rows, decoded by threads one batch ahead of the model."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         batches = eval_batches(
             source,
             preprocessing.image_size,
@@ -245,7 +242,7 @@ class Embedder:
     def __init__(self, frozen: FrozenEncoder, source: Source, num_processes: int = 1) -> None:
         """Args: num_processes: those that may decode on the same cores, this one included."""
         self._frozen, self._source = frozen, source
-        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_processes), "decode")
+        self._pool = ThreadPoolExecutor(threads_per_process(num_processes), "decode")
 
     def __call__(self, rows: Int64Array) -> pa.Table:
         """The features of these rows, in order; rows that do not decode are left out."""

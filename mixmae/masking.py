@@ -8,6 +8,7 @@ All functions are pure; randomness comes from the generator that is passed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -127,17 +128,17 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum()
 
 
-def mask_pictures(images: Tensor, reconstructed: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def mask_pictures(images: Tensor, predictions: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     """Describe masked images as mixes of one image: group 0 is visible, group 1 is removed.
 
-    Args: images, reconstructed: (B, C, H, W).  mask: (B, h, w) bool.
+    Args: images: (B, C, H, W).  predictions: of patches.draw_predictions, each (B, C, H, W).  mask: (B, h, w) bool.
     Returns: what panels.reconstruction_panel draws, detached: originals, mixed (B, C, H, W), with removed cells blank;
-        reconstructions (B, 1, C, H, W);  group_map (B, h, w) int64, 0 visible and 1 removed;  partners (B, 1).
+        the predictions, each (B, 1, C, H, W);  group_map (B, h, w) int64, 0 visible and 1 removed;  partners (B, 1).
     """
     return {
         "originals": images.detach(),
         "mixed": hide(images, mask).detach(),
-        "reconstructions": reconstructed.detach()[:, None],
+        **{name: drawn[:, None] for name, drawn in predictions.items()},
         "group_map": mask.long(),
         "partners": torch.arange(len(images), device=images.device)[:, None],
     }

@@ -15,58 +15,64 @@ from torch import Tensor
 
 GROUP_COLORS = ((230, 60, 60), (50, 120, 230), (40, 170, 80), (240, 160, 20), (150, 80, 200))
 """Outline of the cells of group 0, 1, ...: at most five images are mixed."""
+TILE_PX = 200
+"""Images are enlarged by the whole factor that brings their width next to it: four columns are 700 to 1,100 px wide."""
 GAP_PX = 6
 TITLE_PX = 16
+CAPTION = "Outlined cells were shown to the model; the others are its prediction."
+NORMALISED_CAPTION = (
+    "Outlined cells were shown to the model. Hidden cells take brightness and contrast from the visible ones around "
+    "them: what the reconstruction has beyond a prediction of zero, the model has found."
+)
 
 
-def reconstruction_panel(
-    pictures: Mapping[str, Tensor], *, mean: Sequence[float], std: Sequence[float], scale: int = 1, caption: str = ""
-) -> Image.Image:
-    """Draw one row per mix: the K originals, the mix, the K reconstructions, with each group's cells in its colour.
+def reconstruction_panel(pictures: Mapping[str, Tensor], *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """Draw one row per image: the original, what the model saw of it, the reconstruction.
 
-    A masked image (MAE, SimMIM) is a mix of one image, whose hidden cells belong to no image and have no outline.
-    A reconstruction shows the prediction in hidden cells, and the original in the cells that the model saw, where its
-    output is not trained.
+    Before the reconstruction stands, for normalised targets, a prediction of zero: what the reconstruction has beyond
+    it, the model has found. Both show the original in the cells that the model saw, which are outlined: its output is
+    not trained there. Images of one mix stand together, each with the mix and its own cells outlined in its colour. A
+    masked image (MAE, SimMIM) is a mix of one image, whose hidden cells belong to no image.
 
     Args:
-        pictures: of StepOutput: originals (N, C, H, W), mixed (M, C, H, W), reconstructions (M, K, C, H, W), all
-            normalised; group_map (M or 1, h, w) int64; partners (M, K) int64 in [0, N), the image of each group.
+        pictures: of StepOutput: originals (N, C, H, W), mixed (M, C, H, W), reconstructions and perhaps
+            zero_predictions (M, K, C, H, W), all normalised; group_map (M or 1, h, w) int64; partners (M, K) int64 in
+            [0, N), the image of each group.
         mean, std: of the pixel normalisation, in units of 0..1; one value per channel.
-        scale: pixels of the panel per pixel of the image, along a side.
-        caption: text below the panel.
-    Returns: an RGB picture. Of images with other than three channels it shows the first three, or the first one.
+    Returns: an RGB picture with a caption. Of images with other than three channels it shows the first three, or the
+        first one.
     """
-    originals, mixed = pictures["originals"], pictures["mixed"]
-    reconstructions, partners = pictures["reconstructions"], pictures["partners"]
+    originals, mixed, partners = pictures["originals"], pictures["mixed"], pictures["partners"]
     num_mixes, num_images = partners.shape
     group_map = pictures["group_map"].expand(num_mixes, -1, -1)
+    titles = {"zero_predictions": "prediction of zero", "reconstructions": "reconstruction"}
+    titles = {name: title for name, title in titles.items() if name in pictures}
+    scale = max(1, round(TILE_PX / originals.shape[-1]))
     height, width = originals.shape[-2] * scale, originals.shape[-1] * scale
-    columns = 2 * num_images + 1
-    panel_width = columns * (width + GAP_PX) + GAP_PX
+    mix_height = num_images * (height + GAP_PX) + 2 * GAP_PX * (num_images > 1)
+
+    panel_width = (2 + len(titles)) * (width + GAP_PX) + GAP_PX
     font = ImageFont.load_default(size=11)
-    lines = textwrap.wrap(caption, max(1, int((panel_width - 2 * GAP_PX) / font.getlength("n")))) if caption else []
-    pictures_height = TITLE_PX + num_mixes * (height + GAP_PX)
+    caption = NORMALISED_CAPTION if len(titles) > 1 else CAPTION
+    lines = textwrap.wrap(caption, max(1, int((panel_width - 2 * GAP_PX) / font.getlength("n"))))
+    pictures_height = TITLE_PX + num_mixes * mix_height
     panel = Image.new("RGB", (panel_width, pictures_height + TITLE_PX * len(lines)), (255, 255, 255))
     draw = ImageDraw.Draw(panel)
-    if num_images == 1:
-        titles = ["image", "seen by the model", "reconstruction"]
-    else:
-        images, filled_in = ([f"{name} {k + 1}" for k in range(num_images)] for name in ("image", "reconstruction"))
-        titles = [*images, "mix", *filled_in]
-    for column, title in enumerate(titles):
+    for column, title in enumerate(["image", "mix" if num_images > 1 else "seen by the model", *titles.values()]):
         draw.text((GAP_PX + column * (width + GAP_PX), 2), title, fill=(0, 0, 0), font=font)
     for m in range(num_mixes):
+        cells = group_map[m].cpu().numpy()
         shown_pixels = _to_pixels(group_map[m], originals.shape[-2:])
-        filled = [
-            torch.where(shown_pixels == k, originals[partners[m, k]], reconstructions[m, k]) for k in range(num_images)
-        ]
-        tiles = [*originals[partners[m]], mixed[m], *filled]
-        shown = [*range(num_images), None if num_images > 1 else 0, *range(num_images)]
-        for column, (tile, group) in enumerate(zip(tiles, shown, strict=True)):
-            left, top = GAP_PX + column * (width + GAP_PX), TITLE_PX + m * (height + GAP_PX)
-            picture = to_image(tile, mean=mean, std=std).resize((width, height), Image.Resampling.NEAREST)
-            panel.paste(picture, (left, top))
-            _outline_cells(draw, group_map[m].cpu().numpy(), (left, top, width, height), only=group)
+        for k in range(num_images):
+            original = originals[partners[m, k]]
+            predictions = [torch.where(shown_pixels == k, original, pictures[name][m, k]) for name in titles]
+            top = TITLE_PX + m * mix_height + k * (height + GAP_PX)
+            for column, tile in enumerate([original, mixed[m], *predictions]):
+                left = GAP_PX + column * (width + GAP_PX)
+                picture = to_image(tile, mean=mean, std=std).resize((width, height), Image.Resampling.NEAREST)
+                panel.paste(picture, (left, top))
+                if column:
+                    _outline_cells(draw, cells == k, (left, top, width, height), GROUP_COLORS[k % len(GROUP_COLORS)])
     for number, line in enumerate(lines):
         draw.text((GAP_PX, pictures_height + number * TITLE_PX), line, fill=(0, 0, 0), font=font)
     return panel
@@ -88,16 +94,16 @@ def to_image(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _outline_cells(
-    draw: ImageDraw.ImageDraw, cells: np.ndarray, box: tuple[int, int, int, int], *, only: int | None
+    draw: ImageDraw.ImageDraw, cells: np.ndarray, box: tuple[int, int, int, int], color: tuple[int, int, int]
 ) -> None:
-    """Outline the cells of group `only` (None: of every group) in their group's colour."""
+    """Outline the areas of cells that are True."""
     left, top, width, height = box
     rows, columns = cells.shape
-    for row in range(rows):
-        for column in range(columns):
-            group = int(cells[row, column])
-            if only is not None and group != only:
-                continue
-            x0, y0 = left + column * width // columns, top + row * height // rows
-            x1, y1 = left + (column + 1) * width // columns - 1, top + (row + 1) * height // rows - 1
-            draw.rectangle((x0, y0, x1, y1), outline=GROUP_COLORS[group % len(GROUP_COLORS)])
+    around = np.pad(cells, 1)
+    for row, column in np.argwhere(cells):
+        x0, y0 = left + column * width // columns, top + row * height // rows
+        x1, y1 = left + (column + 1) * width // columns - 1, top + (row + 1) * height // rows - 1
+        sides = {(0, 1): (x0, y0, x1, y0), (2, 1): (x0, y1, x1, y1), (1, 0): (x0, y0, x0, y1), (1, 2): (x1, y0, x1, y1)}
+        for (down, right), side in sides.items():
+            if not around[row + down, column + right]:
+                draw.line(side, fill=color)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 VARIANCE_EPS = 1e-6
 """Added to the variance of a patch before the root; value of MAE and of the official MixMAE code."""
+DISTANCE_POWER = 3
+"""A visible patch weighs 1 / distance^3 for a hidden one: 2 is nearly the image's mean, 5 nearly the nearest patch."""
 
 
 def image_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -91,3 +93,48 @@ def target_patches(images: Tensor, patch_px: int, *, normalise: bool) -> Normali
         return normalise_patches(patches)
     ones = torch.ones_like(patches[..., :1])
     return NormalisedPatches(patches, torch.zeros_like(ones), ones)
+
+
+def draw_predictions(
+    predicted: Tensor, target: NormalisedPatches, hidden: Tensor, patch_px: int, grid: tuple[int, int], normalised: bool
+) -> dict[str, Tensor]:
+    """Turn predicted patches into images, with no help from the pixels that were hidden.
+
+    A normalised prediction becomes pixels through a mean and a std. A hidden patch gets those of the visible patches
+    around it: with its own, a prediction of zero would already show the brightness of every hidden patch.
+
+    Args:
+        predicted: (..., L, P) float, in the units of target.
+        target: of the same images, with mean and std (..., L, 1).
+        hidden: (..., L) bool, True = hidden from the model.
+        patch_px: side of a patch in pixels.
+        grid: (rows, columns) of patches, with rows * columns = L.
+        normalised: whether the target is.
+    Returns: detached float32: reconstructions (..., C, H, W), the prediction at all patches, visible ones too; and if
+        normalised, zero_predictions, of the same shape: what a prediction of zero would look like.
+    """
+    predicted = predicted.detach().float()
+    if not normalised:
+        return {"reconstructions": unpatchify(predicted, patch_px, grid)}
+    mean, std = (interpolate_hidden(values, hidden, grid) for values in (target.mean, target.std))
+    return {
+        "reconstructions": unpatchify(predicted * std + mean, patch_px, grid),
+        "zero_predictions": unpatchify(mean.expand_as(predicted), patch_px, grid),
+    }
+
+
+def interpolate_hidden(values: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Replace the values of hidden patches by means over the visible ones, weighted by 1 / distance^DISTANCE_POWER.
+
+    Args:
+        values: (..., L, n) float.
+        hidden: (..., L) bool, True = hidden; leading sides as of values, or 1.
+        grid: (rows, columns) of patches.
+    Returns: (..., L, n).
+    """
+    sides = [torch.arange(side, device=values.device, dtype=values.dtype) for side in grid]
+    places = torch.cartesian_prod(*sides)  # (L, 2)
+    distance = torch.cdist(places, places).clamp(min=1.0)  # (L, L); a hidden patch is none of those that it averages
+    weights = (~hidden)[..., None, :] / distance**DISTANCE_POWER  # (..., L, L)
+    interpolated = weights @ values / weights.sum(dim=-1, keepdim=True)
+    return torch.where(hidden[..., None], interpolated, values)

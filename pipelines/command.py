@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from mixmae.jobs.config import RunConfig
-from mixmae.training.loop import TrainingStopped
-from mixmae.training.worker import WorkersFailed
+from mixmae.training.failures import TrainingStopped, WorkersFailed
 from pipelines.console import fail
-from pipelines.recipes import find_recipe, list_recipes
+
+if TYPE_CHECKING:
+    from mixmae.jobs.config import RunConfig
 
 ArgumentsT = TypeVar("ArgumentsT")
 
@@ -60,6 +60,8 @@ def recipe_command(
         gets the recipe's name.
     Returns, Raises: as command.
     """
+    from pipelines.recipes import find_recipe, list_recipes  # they bring torch, which not every pipeline needs
+
     argv = sys.argv[1:] if argv is None else argv
     usage = f"usage: python pipelines/{program} {kind.upper()} [options]\n\n{kind}s:\n{list_recipes(recipes)}\n"
     if not argv or argv[0] in ("-h", "--help"):

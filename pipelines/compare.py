@@ -4,7 +4,8 @@
 
 Every arm gets the same encoder, images, batch and seconds of training on one core of this machine (plain torch, no
 Ray): as many steps as fit, with a schedule that ends there. Its frozen features are then judged by kNN and by a linear
-probe on the validation split. Prints a table with mean and std over seeds, and writes results.csv and table.md.
+probe on the validation split. Prints a table with mean and std over seeds, then in words which arms differ from the
+untrained encoder, and writes results.csv and table.md.
 
 Seconds are CPU time of the process: other programs on the machine do not shorten an arm's training.
 """
@@ -26,10 +27,10 @@ from torch import nn
 
 from mixmae.data.blocks import eval_batches, local_batches
 from mixmae.data.order import Plan
-from mixmae.data.shards.pack import default_shapes
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
-from mixmae.data.sources import open_train_and_held_out
 from mixmae.encoders.build import build_encoder
+from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.jobs.config import PretrainConfig
 from mixmae.methods.build import MethodConfig, build_method
 from mixmae.methods.mixmae import MixMAEConfig
@@ -49,6 +50,11 @@ WARMUP_STEPS, TIMED_STEPS = 3, 20
 """Steps that are timed to find how many fit, after some that warm up."""
 JUDGED_IMAGES = 2000
 """Most images of each split that kNN and probe see."""
+UNTRAINED = "untrained"
+"""The arm that the others are compared with."""
+STANDARD_ERRORS = 3.0
+"""A difference of means counts if it is above so many of its standard errors: with three seeds per arm, two arms that
+are alike differ so in about 1 comparison of 25."""
 
 
 def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
@@ -60,7 +66,7 @@ def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
         )
     base = replace(method, fill="mix", unmixing="attention", num_images=2)
     return {
-        "untrained": None,
+        UNTRAINED: None,
         "SimMIM": SimMIMConfig(),
         "MAE-style, 75 %": replace(base, fill="zero", num_images=4),
         "MixMAE, K = 2": base,
@@ -77,7 +83,7 @@ class Arguments:
     recipe: str = "demo"
     """MixMAE recipe that gives encoder, images, batch and optimiser."""
     data: str | None = None
-    """Labelled images: any source but a folder of image files. Default: the built-in set of shapes."""
+    """Labelled images (docs/data.md), as for pretraining. Default: the built-in moths."""
     seconds: float = 50.0
     """Training time of each arm and seed, on one core."""
     seeds: int = 3
@@ -196,10 +202,9 @@ def compare(arguments: Arguments) -> int:
     if unknown:
         raise ValueError(f"There is no arm {unknown[0]!r}: the arms are {', '.join(chosen)}.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    place = arguments.data or str(default_shapes(arguments.output / "shapes"))
-    train_set, validation = open_train_and_held_out(place)
+    train_set, validation = open_for_training(arguments.data, arguments.output, HELDOUT_IMAGES)
     if not (train_set.has_labels and validation.has_labels):
-        raise ValueError(f"{place} has no labels: kNN and the probe need the class of every image.")
+        raise ValueError(f"{train_set.name} has no labels: kNN and the probe need the class of every image.")
 
     table = arguments.output / "results.csv"
     results = _read(table)
@@ -212,7 +217,7 @@ def compare(arguments: Arguments) -> int:
             results.append(run_arm(name, chosen[name], arm, arguments.seconds, train_set, validation))
             print(f"{results[-1]}", flush=True)
             _write(table, results)
-    text = summary(results)
+    text = f"{summary(results)}\n\n{verdict(results)}"
     write_text(arguments.output / "table.md", text + "\n")
     print(text)
     return 0
@@ -246,15 +251,52 @@ def _optim(optim: OptimConfig, method: MethodConfig) -> OptimConfig:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A Markdown table: mean and sample std over seeds, in %."""
+    """A Markdown table, the untrained encoder first: mean and sample std over seeds, in %."""
     lines = ["| pretraining | steps | kNN top-1, % | linear probe top-1, % |", "| --- | ---: | ---: | ---: |"]
-    for name in dict.fromkeys(result.arm for result in results):
+    for name in _arms_of(results):
         own = [result for result in results if result.arm == name]
         lines.append(
             f"| {name} | {round(statistics.mean(r.steps for r in own))} | {_mean_and_std([r.knn for r in own])} | "
             f"{_mean_and_std([r.probe for r in own])} |"
         )
     return "\n".join(lines)
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """Say of each arm, in a line of Markdown, whether its features are better than the untrained encoder's.
+
+    The standard error of a difference of means is the root of the sum of both arms' std^2 / seeds.
+    """
+    names = _arms_of(results)
+    if names[0] != UNTRAINED or len(names) < 2:
+        return f"No verdict: it takes the arm {UNTRAINED!r} and another one (--only)."
+    lines = [
+        f"Compared with the untrained encoder; a difference of means counts from {STANDARD_ERRORS:.0f} of its standard "
+        "errors on:",
+        "",
+    ]
+    for name in names[1:]:
+        arms = [[result for result in results if result.arm == arm] for arm in (name, UNTRAINED)]
+        knn = _compare([[result.knn for result in arm] for arm in arms])
+        probe = _compare([[result.probe for result in arm] for arm in arms])
+        lines.append(f"- {name}: kNN {knn}; linear probe {probe}.")
+    return "\n".join(lines)
+
+
+def _compare(arms: Sequence[Sequence[float]]) -> str:
+    """One accuracy of an arm (first) and of the untrained encoder, in 0..1, in words."""
+    gap = 100 * (statistics.mean(arms[0]) - statistics.mean(arms[1]))
+    if min(len(arm) for arm in arms) < 2:
+        return f"{gap:+.1f} points, but one seed cannot tell"
+    error = 100 * sum(statistics.variance(arm) / len(arm) for arm in arms) ** 0.5
+    if abs(gap) <= STANDARD_ERRORS * error:
+        return f"{gap:+.1f} points, no difference can be told (standard error {error:.1f})"
+    return f"{'above' if gap > 0 else 'below'} by {abs(gap):.1f} points (standard error {error:.1f})"
+
+
+def _arms_of(results: Sequence[Result]) -> list[str]:
+    """Their names in the order of the results, but the untrained encoder first."""
+    return sorted(dict.fromkeys(result.arm for result in results), key=lambda name: name != UNTRAINED)
 
 
 def _mean_and_std(shares: Sequence[float]) -> str:

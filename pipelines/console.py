@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mixmae.training.mailbox import Message
-from mixmae.training.run_folder import RunFolder
+if TYPE_CHECKING:
+    from mixmae.training.mailbox import Message
+    from mixmae.training.run_folder import RunFolder
 
 
 def fail(sentence: object, *, code: int = 1) -> NoReturn:
@@ -88,9 +89,11 @@ class ProgressView:
             self.line(f"step {step}/{self._total} · {status}")
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of an evaluation, with its `step`."""
-        values = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "step")
-        self.line(f"evaluation after step {int(metrics['step'])}: {values}")
+        """Show the metrics of an evaluation, with its `step`; references, which stay the same, at step 0 alone."""
+        step = int(metrics["step"])
+        shown = {name: value for name, value in metrics.items() if step == 0 or not name.startswith("reference/")}
+        values = " · ".join(f"{name} {value:.4f}" for name, value in shown.items() if name != "step")
+        self.line(f"evaluation after step {step}: {values}")
 
     def line(self, text: str) -> None:
         """Print a line, above the bar where there is one."""

@@ -32,13 +32,13 @@ from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import (
     CROP_PCT,
     REPORT_EVERY_S,
-    Device,
     Embedder,
     EmbeddingWorker,
     FrozenEncoder,
     feature_schema,
     load_frozen,
 )
+from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
 

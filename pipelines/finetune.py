@@ -26,7 +26,7 @@ from mixmae.jobs.record import read_begun
 from mixmae.tracking import tag_run
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES
-from pipelines.run import Run, RunArguments, begin, output_folder
+from pipelines.run import Run, RunArguments, begin, output_folder, with_workers
 
 JobT = TypeVar("JobT", bound=ClassificationJob)
 
@@ -58,8 +58,8 @@ def prepare(
     Args: usual: the recipe's config.  cached: whether it is a linear probe on cached features.
     Returns: the run and its job, or None if the run is finished, which is printed.
     """
+    arguments = replace(arguments, workers=1) if cached else with_workers(arguments)
     config, pretrained, weights = arguments.config, None, None
-    config.share(num_workers=arguments.workers)
     if arguments.pretrained is not None:
         before = read_begun(output_folder(arguments, recipe))
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, before)

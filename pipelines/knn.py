@@ -25,8 +25,9 @@ from mixmae.data.classes import read_classes
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
-from mixmae.inference import CROP_PCT, Device, FrozenEncoder, load_frozen
+from mixmae.inference import CROP_PCT, FrozenEncoder, load_frozen
 from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run
 from mixmae.training.run_folder import run_around
@@ -41,7 +42,7 @@ class Arguments:
     weights: tyro.conf.Positional[Path]
     """A run's folder or checkpoint, an encoder file, a hub folder, or weights of other formats."""
     data: str | None = None
-    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in set of shapes."""
+    """Labelled images (docs/data.md), as for pretraining. Without it: the built-in moths."""
     k: int = 20
     """Training images that vote."""
     temperature: float = 0.07

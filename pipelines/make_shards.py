@@ -1,4 +1,4 @@
-"""Turn any collection of images, or the built-in shapes, into Parquet shards that every other command reads.
+"""Turn any collection of images, or a built-in set, into Parquet shards that every other command reads.
 
     python pipelines/make_shards.py SOURCE OUTPUT
 
@@ -13,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import ray
 import tyro
 
 from mixmae.data.shards.pack import ShardJob, WriteJob, WrittenShard, make_shards, run_in_threads
-from mixmae.training.cluster import connect
 from pipelines.command import command
 
 
@@ -28,7 +26,8 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of WebDataset tars
     or of Parquet files; iNaturalist, Places205 or Places365 as unpacked; a list of files (.txt); a glob; a JSON list of
-    sources; a URI such as s3://bucket/prefix; or the word "shapes" for the built-in set."""
+    sources; a URI such as s3://bucket/prefix; or a built-in set: "moths" ("moths:0.6" for
+    another difficulty) or "shapes"."""
     output: Annotated[str, tyro.conf.Positional]
     """Local folder for the shards and their manifest.json; made if it is missing."""
     shard_mb: float = 128.0
@@ -51,6 +50,8 @@ class Arguments:
 
 def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Run the jobs on the Ray cluster that this process has joined, one task per shard."""
+    import ray
+
     task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda job: write(job))
     waiting = list(reversed(jobs))
     limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -66,6 +67,8 @@ def run_on_ray(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Itera
 def run(arguments: Arguments) -> int:
     """Pack the source, in threads or on Ray.   Returns: the process's exit status."""
     if arguments.ray_address is not None:
+        from mixmae.training.cluster import connect
+
         connect(arguments.ray_address, num_workers=0)
     make_shards(
         arguments.source,

@@ -20,7 +20,8 @@ from mixmae.data.blocks import eval_batch
 from mixmae.data.channels import check_channels
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.sources import list_splits, open_source
-from mixmae.inference import Device, load_classifier
+from mixmae.inference import load_classifier
+from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
 from pipelines.stats import CELL_PX, SHEET_SIDE, draw_contact_sheet

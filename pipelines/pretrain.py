@@ -18,9 +18,10 @@ import tyro
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.pretraining import HELDOUT_IMAGES, PretrainJob, check_method
+from mixmae.probing.online import summarise_probe
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES
-from pipelines.run import RunArguments, begin
+from pipelines.run import RunArguments, begin, with_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,7 @@ class Arguments(RunArguments):
 
 def pretrain(arguments: Arguments, recipe: str) -> int:
     """Run or continue a pretraining run.   Returns: the process's exit status."""
-    config = arguments.config
-    config.share(num_workers=arguments.workers)
+    arguments, config = with_workers(arguments), arguments.config
     check_method(config)
     run = begin(arguments, recipe)
     if run is None:
@@ -50,15 +50,16 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if done is None:
         return 130
     metrics = done.metrics
-    knn = f", kNN top-1 {metrics['final/knn_top1']:.1%}" if "final/knn_top1" in metrics else ""
     print(
         f"Finished in {done.seconds:.0f} s: loss {metrics['final/loss']:.4f}, "
-        f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}{knn}\n"
+        f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
         f"MLflow UI   {job.ref.ui_command}"
     )
     run.print_broken()
+    if "final/knn_top1" in metrics:
+        print(summarise_probe(done.state.metrics))
     return 0
 
 

@@ -15,9 +15,10 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -26,14 +27,17 @@ from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import RunConfig, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
-from mixmae.tracking import RunRef, create_run, finish_run, log_file, reopen_run, resolve_uri
-from mixmae.training.cluster import Device, join
+from mixmae.machine import Device
+from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
 from mixmae.training.loop import TrainState
 from mixmae.training.run_folder import RunFolder
-from mixmae.training.worker import fit
 from pipelines.console import ProgressView
 
+if TYPE_CHECKING:
+    from mixmae.training.mailbox import Message
+
 JobT = TypeVar("JobT", bound=Job)
+ArgumentsT = TypeVar("ArgumentsT", bound="RunArguments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,13 @@ class RunArguments:
     """The recipe's fields; any of them can be changed."""
     data: str | None = None
     """Parquet shards, tars, a glob, a file list or a URI such as s3://BUCKET/PREFIX (docs/data.md), or a folder of
-    image files, which is packed once into shards beside the output. Without it: the built-in set of shapes."""
+    image files, which is packed once into shards beside the output. Without it: the built-in moths."""
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
     must be one that all nodes share."""
-    workers: int = 1
-    """Training processes: one per GPU, or some on CPU."""
+    workers: int = 0
+    """Training processes. 0: one per GPU; without GPUs one per core, or fewer where the batch cannot be cut into as
+    many parts; on a cluster one, so give their number there."""
     device: Device = "auto"
     """Where workers train; auto takes GPUs if the cluster has any."""
     resume: bool = False
@@ -68,10 +73,32 @@ class RunArguments:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}: it must be at least 1.")
+        if self.workers < 0:
+            raise ValueError(f"--workers is {self.workers}: it must be at least 1, or 0 to choose by the machine.")
         if self.output is not None and re.match(r"[a-z0-9]+:/", str(self.output)):
             raise ValueError(f"--output is {self.output}: runs are written to a folder, on a cluster to a shared one.")
+
+
+def with_workers(arguments: ArgumentsT) -> ArgumentsT:
+    """The arguments with the number of workers that was asked for, or else the largest that fits machine and batch.
+
+    Raises: ValueError if the batch cannot be cut into as many parts.
+    """
+    from mixmae.training.cluster import default_workers  # Ray takes a second to import: --help does without it
+
+    count = arguments.workers or default_workers(arguments.ray_address, arguments.device)
+    while not arguments.workers and count > 1 and not _can_share(arguments.config, count):
+        count -= 1
+    arguments.config.share(num_workers=count)
+    return replace(arguments, workers=count)
+
+
+def _can_share(config: RunConfig, num_workers: int) -> bool:
+    try:
+        config.share(num_workers=num_workers)
+    except ValueError:
+        return False
+    return True
 
 
 def output_folder(arguments: RunArguments, recipe: str) -> RunFolder:
@@ -93,6 +120,8 @@ class Run:
     uri: str
     """MLflow's store."""
     use_gpu: bool = False
+    runs_at_once: int = 1
+    """Runs that share the machine."""
 
     @property
     def data_folder(self) -> Path:
@@ -123,9 +152,13 @@ class Run:
         Raises: ValueError if the job's set is smaller than a batch, before that; ClusterError if Ray cannot hold the
             workers.
         """
+        from mixmae.training.cluster import join
+
         _ = job.length  # raises, before minutes are spent on a cluster
         arguments = self.arguments
-        self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
+        with ThreadPoolExecutor(1) as meanwhile:
+            meanwhile.submit(preload, self.uri)
+            self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
@@ -190,10 +223,20 @@ class Run:
         Returns: how it ended, or None after Ctrl-C.
         Raises: TrainingStopped, WorkersFailed.
         """
+        from mixmae.training.worker import fit
+
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
         status, tags, metrics = "FAILED", {}, {}
         try:
             with ProgressView(job.length.total_steps) as view:
+
+                def receive(message: Message) -> None:
+                    view.receive(message, folder)
+                    if message[0] == "evaluation":
+                        evaluations = folder.add_evaluation(message[1])
+                        with contextlib.suppress(Exception):  # a picture less, or a store that is away
+                            job.draw_curves(evaluations)
+
                 state, checkpoint = fit(
                     job,
                     folder=folder.path,
@@ -202,7 +245,8 @@ class Run:
                     use_gpu=self.use_gpu,
                     max_failures=arguments.max_failures,
                     checkpoints_to_keep=arguments.checkpoints_to_keep,
-                    on_message=lambda message: view.receive(message, folder),
+                    runs_at_once=self.runs_at_once,
+                    on_message=receive,
                     callbacks=callbacks,
                 )
             status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)

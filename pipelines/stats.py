@@ -8,7 +8,6 @@ complete; --sample N decodes only N rows, chosen by a hash. Writes stats.json an
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from mixmae.data.order import Draw, permutation
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import layout_of, list_splits, open_source
 from mixmae.data.sources.storage import plain_place, writable_folder
+from mixmae.machine import usable_cores
 from mixmae.writing import write_json, writing
 from pipelines.command import command
 
@@ -147,7 +147,7 @@ def _look(
     whole = Summary()
     thumbnails: dict[int, tuple[Uint8Array, int]] = {}
     reported = time.monotonic()
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         for part in pool.map(look, group_by_chunk(chunks)):
             whole.merge(part.summary)
             thumbnails |= part.thumbnails

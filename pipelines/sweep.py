@@ -16,7 +16,7 @@ import difflib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,12 @@ from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
-from mixmae.jobs.record import read_begun
+from mixmae.jobs.record import RunRecord, read_begun
 from mixmae.tracking import claim_model_name, finish_run
+from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
-from pipelines.run import Run, begin, output_folder
+from pipelines.run import Run, begin, output_folder, with_workers
 from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
 from pipelines.sweeping.tuner import join_cluster, make_tuner
@@ -48,9 +49,13 @@ def sweep(arguments: Arguments, name: str) -> int:
     if isinstance(config, FinetuneConfig) and arguments.pretrained is not None:
         usual = FINETUNE_RECIPES[space.recipe]()
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, read_begun(output))
+    arguments = with_workers(replace(arguments, output=output.path, config=config))
     check_trials(space, config, arguments.workers)
-    arguments = replace(arguments, output=output.path, config=config)
-    run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config))
+    if not arguments.max_concurrent:
+        at_once = default_workers(arguments.ray_address, arguments.device) // arguments.workers
+        arguments = replace(arguments, max_concurrent=max(1, min(at_once, space.num_trials)))
+    reference = choose_reference(arguments, space, read_begun(output))
+    run = begin(arguments, name, pretrained=pretrained, space=fixed_for_all(space, config, reference))
     if run is None:
         return 0
     if arguments.register_model is not None:
@@ -63,9 +68,11 @@ def sweep(arguments: Arguments, name: str) -> int:
             keep_initial(pretrained, weights, config, output.path)
     use_gpu, slots = join_cluster(arguments, space)
     parent, links = open_parent(run, space, job)
+    doing = "Continuing" if run.is_continued else "Sweeping"
+    beside = "" if reference is None else " and a reference from scratch"
     print(
-        f"{'Continuing' if run.is_continued else 'Sweeping'} {name}: {space.num_trials} trials of {space.recipe} on "
-        f"{job.source.name} ({job.source.num_rows} images), {job.length.total_steps} steps each unless it varies, "
+        f"{doing} {name}: {space.num_trials} trials{beside} of {space.recipe} on {job.source.name} "
+        f"({job.source.num_rows} images), {job.length.total_steps} steps each unless it varies, "
         f"{arguments.max_concurrent} at once\noutput {output.path}\nMLflow {run.uri}",
         flush=True,
     )
@@ -75,6 +82,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         job=job,
         folder=output.path,
         pretrained=pretrained,
+        reference=reference,
         run=parent,
         use_gpu=use_gpu,
     )
@@ -108,9 +116,29 @@ def make_job(run: Run) -> ClassificationJob | PretrainJob:
     return run.record_data(job)
 
 
-def fixed_for_all(space: Space, config: FinetuneConfig | PretrainConfig) -> dict[str, Any]:
-    """What a continued sweep must have as it was: the space and, of pretraining, the probe that judges the trials."""
-    return {**space.to_json(), **({"probe": vars(config.probe)} if isinstance(config, PretrainConfig) else {})}
+def choose_reference(arguments: Arguments, space: Space, before: RunRecord | None) -> Mapping[str, Any] | None:
+    """The fields of the reference from scratch, or None for a sweep without one.
+
+    A sweep that was begun without it, as all of earlier versions were, goes on without it.
+
+    Args: before: the interrupted sweep that is continued, if there is one.
+    """
+    begun_without = before is not None and before.space is not None and "reference" not in before.space
+    return space.reference if arguments.reference and arguments.pretrained and not begun_without else None
+
+
+def fixed_for_all(
+    space: Space, config: FinetuneConfig | PretrainConfig, reference: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a continued sweep must have as it was: the space, the probe of pretraining, the reference of finetuning.
+
+    Args: reference: its fields; None: there is none.
+    """
+    return {
+        **space.to_json(),
+        **({"probe": vars(config.probe)} if isinstance(config, PretrainConfig) else {}),
+        **({} if reference is None else {"reference": dict(reference)}),
+    }
 
 
 def choose_space(arguments: Arguments, name: str) -> Space:
@@ -120,8 +148,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
         space = replace(space, trials=arguments.trials)
     if arguments.hours is not None:
         space = replace(space, hours=arguments.hours)
-    if arguments.max_concurrent < 1:
-        raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1.")
+    if arguments.max_concurrent < 0:
+        raise ValueError(f"--max-concurrent is {arguments.max_concurrent}: it must be at least 1, or 0 to choose.")
     usual = base_config(space)
     pretrains = isinstance(usual, PretrainConfig)
     if pretrains != space.pretrains:
@@ -148,7 +176,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
 def check_trials(space: Space, config: FinetuneConfig | PretrainConfig, num_workers: int) -> None:
     """See that every trial can be trained like this.   Raises: ValueError."""
     space.check(config)
-    for point in space.points(config.loop.seed):
+    reference = [] if space.pretrains else [space.reference]
+    for point in [*reference, *space.points(config.loop.seed)]:
         trial = set_fields(config, point)
         trial.share(num_workers=num_workers)
         trial.check_size()

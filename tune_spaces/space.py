@@ -103,6 +103,10 @@ class Space:
     """What trials are ranked by, taken at the end of each. Finetuning has val/*, pretraining probe/*."""
     scheduler: Asha | None = None
     """Which trials stop early; None: no trial does."""
+    reference: Mapping[str, Value] = field(default_factory=lambda: {"optim.layer_decay": None})
+    """Fields of the reference: a finetuning from scratch that the trials, which start from pretrained weights, are
+    compared with. All other fields, those that vary too, have the recipe's values. Layer decay protects pretrained
+    layers, so it is off. Where training from scratch needs another rate, give it here: {"optim.base_lr": 0.03}."""
 
     def __post_init__(self) -> None:
         if not self.vary or any(
@@ -169,6 +173,8 @@ class Space:
     def check(self, config: Any) -> None:
         """Check that a config has every field and takes every value.   Raises: ValueError if not."""
         set_fields(config, self.change)
+        if not self.pretrains:
+            set_fields(config, self.reference)
         if self.search == "grid":
             for point in self.points(0):
                 set_fields(config, point)

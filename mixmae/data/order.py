@@ -39,6 +39,7 @@ class Draw(IntEnum):
     SOURCES = 7
     RAND_AUGMENT = 8
     RANDOM_ERASING = 9
+    MOTHS = 10
 
 
 def _finalise(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

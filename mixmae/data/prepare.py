@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mixmae.data.shards.pack import default_shapes, is_image_folder, make_shards
+from mixmae.data.shards.pack import is_image_folder, make_shards
+from mixmae.data.shards.plan import DEFAULT_SET, built_in
 from mixmae.data.source import Source
 from mixmae.data.sources import open_train_and_held_out
 
 
 def open_for_training(data: str | None, folder: Path, holdout_rows: int) -> tuple[Source, Source]:
-    """The training and the held-out source; image folders and the built-in set become shards in `folder` first.
+    """The training and the held-out source; image folders and built-in sets become shards in `folder` first.
 
-    Args: data: what open_source takes; None: the built-in set.  holdout_rows: of a set without a validation split, at
-        most this many images are held out.
+    Args:
+        data: what open_source takes, or the name of a built-in set (default: moths).
+        holdout_rows: of a set without a validation split, at most this many images are held out.
     Raises: DataError.
     """
-    if data is None:
-        location = str(default_shapes(folder / "shapes"))
+    data = data or DEFAULT_SET
+    if built_in(data):
+        location = str(make_shards(data, folder / data.replace(":", "-")).folder)
     elif is_image_folder(data):
         path = Path(data).expanduser().resolve()
         # What has changed since the last run is packed anew.

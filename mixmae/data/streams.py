@@ -17,14 +17,15 @@ import ctypes
 import json
 import logging
 import math
+import os
 import queue
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -41,38 +42,14 @@ from mixmae.data.blocks import Block, BrokenRecord, ImageBatch, as_batch, load_b
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Source
+from mixmae.data.stream_config import StreamConfig
 from mixmae.share import WorkerShare
 
+DECODE_NICE = 5
+"""How much lower the priority of threads that decode is; on Linux each thread has its own. Training then gets three
+times their share of a core; at 19 it is 70 times, and beside busy programs images would hardly come at all."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """How the stream is executed. Nothing here changes which images come or in which order."""
-
-    target_block_images: int = 512
-    """Images that one task decodes, at most; a block has as many whole micro-batches as fit."""
-    target_block_mb: float = 80.0
-    """Size of a finished block, at most; the smaller of the two limits holds."""
-    decode_concurrency: int | None = None
-    """Decode tasks at once, per worker. None: the cluster's CPUs beyond one per worker, shared by the workers."""
-    decode_threads: int | None = None
-    """Threads in a decode task. None: 1, or more if there are fewer tasks at once than cores."""
-    decode_cpus: float | None = None
-    """CPUs that Ray books for a decode task. None: 1, or a fraction if fewer CPUs than tasks are left after the
-    workers'."""
-    prefetch_blocks: int = 2
-    """Finished blocks that wait in a worker for the loop."""
-    object_store_mb: float | None = None
-    """Budget in the object store for one worker's blocks under way. None: enough to keep every task busy."""
-    segment_blocks: int = 1000
-    """Blocks in one Ray Data execution; the next starts while the current one ends."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}: it must be above 0")
 
 
 class TrainStream:
@@ -116,7 +93,9 @@ class TrainStream:
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
         self._prefetch, budget = _store_shares(self._config, block_bytes, self._concurrency, store_bytes)
         self._context = _data_context(block_bytes, budget)
-        self._segments: list[_Segment] = []
+        # Started here and not with the first batch: its processes start while the caller does other things.
+        first = min(self._config.segment_blocks, len(self._edges) - 1)
+        self._segments = [self._start_segment(0, first)] if first else []
         self._closed = False
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -149,7 +128,7 @@ class TrainStream:
         size = self._config.segment_blocks
         # Starting an execution takes about a second; half a segment or 64 blocks of lead cover it.
         lead = max(1, min(64, size // 2))
-        started = 0
+        started = min(size, num_blocks)
         for index in range(num_blocks):
             while started < num_blocks and index >= started - lead and not self._closed:
                 stop = min(started + size, num_blocks)
@@ -258,7 +237,9 @@ def _loader(
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
         _keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
-        block = load_block(source, augment, rows, epochs, seed=seed, channels=channels, pool=_pool(threads))
+        work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
+        pool = _pool(threads)
+        block = work(pool=pool) if threads > 1 else pool.submit(work).result()
         return _pack(descriptor["index"][0].as_py(), block)
 
     return load
@@ -278,9 +259,9 @@ def _keep_freed_memory() -> None:
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor | None:
-    """The threads of a task's process; they outlive the task."""
-    return ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The threads of a task's process; they outlive the task. Training goes first where it is on the same cores."""
+    return ThreadPoolExecutor(threads, "decode", initializer=os.nice, initargs=(DECODE_NICE,))
 
 
 def _pack(index: int, block: Block) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from mixmae.finetune.classification import ImageClassifier, Mix, classification_
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import DataRecord, Pretrained
+from mixmae.machine import threads_per_process
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.probing.features import predict_logits
 from mixmae.step import StepOutput
@@ -94,6 +94,10 @@ class ClassificationJob(Job):
         return len(self.classes)
 
     @property
+    def num_judged(self) -> int:
+        return self.validation.num_rows
+
+    @property
     def loop(self) -> LoopConfig:
         if self.config.divergence is None:
             return self.config.loop
@@ -142,7 +146,7 @@ class ClassificationJob(Job):
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
         rows = np.array_split(np.arange(self.validation.num_rows), num_workers)[rank]
         if len(rows):  # decoded in this process: a task of Ray's could wait for the CPU that this worker holds
-            with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_workers)) as pool:
+            with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
                 batches = eval_batches(
                     self.validation,
                     config.augment.image_size,

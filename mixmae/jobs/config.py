@@ -16,7 +16,7 @@ from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.decode import MODES
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
-from mixmae.data.streams import StreamConfig
+from mixmae.data.stream_config import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig

@@ -7,7 +7,7 @@ that. A sweep builds one job, too, of which `of_trial` makes those of its trials
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mixmae.data.order import Plan
 from mixmae.data.source import Source
-from mixmae.data.streams import TrainStream
 from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, to_json
@@ -87,10 +86,6 @@ class Job:
         return None
 
     @property
-    def evaluates_untrained(self) -> bool:
-        return False
-
-    @property
     def params(self) -> dict[str, Any]:
         """MLflow's parameters: all fields of the config, and the numbers that runs of any task are compared by."""
         sized = self.config.sized_encoder()
@@ -135,11 +130,22 @@ class Job:
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
         return {}
 
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        return {}
+
+    def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """Draw the curves of the run, in the driver, after each evaluation.
+
+        Args: evaluations: the metrics of all so far, each with its `step`.
+        """
+
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         return None, {}
 
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
+        from mixmae.data.streams import TrainStream  # only workers read, so only they need Ray Data
+
         share = self.config.share(num_workers=num_workers, rank=rank)
         plan = Plan(chunk_sizes=self.source.chunk_sizes, seed=self.config.loop.seed, window_rows=self.data.window_rows)
         stream = TrainStream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +24,13 @@ from mixmae.jobs.record import DataRecord
 from mixmae.methods.build import build_method
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
+from mixmae.probing.online import draw_probe
 from mixmae.step import StepOutput
+from mixmae.tracking import log_file
 from mixmae.training.loop import TrainState, step_seed
 
-PANEL_ROWS = 3
-"""Mixes that a panel shows, each of other images."""
+PANEL_IMAGES = 6
+"""Images that a panel shows: in mixes of each K other ones, as many as these make, but at least one."""
 HELDOUT_IMAGES = 60
 """Held-out images that the reconstruction loss is measured on; a multiple of 2, 3, 4 and 5."""
 
@@ -65,8 +68,9 @@ class PretrainJob(Job):
         )
 
     @property
-    def evaluates_untrained(self) -> bool:
-        return self.probe is not None
+    def num_judged(self) -> int:
+        """Images of the probe."""
+        return 0 if self.probe is None else len(self.probe.rows)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -84,6 +88,20 @@ class PretrainJob(Job):
             return {}
         return self.probe.measure(model, self.config, rank=rank, num_workers=num_workers)
 
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
+        """The probe, and its references."""
+        if self.probe is None:
+            return {}
+        return self.probe.measure_untrained(model, self.config, rank=rank, num_workers=num_workers)
+
+    def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """probe.png, in the run's folder and in MLflow, whose own charts do not put the references beside a curve."""
+        if self.probe is None:
+            return
+        path = self.folder / "probe.png"
+        draw_probe(evaluations, path)
+        log_file(self.ref, path, title="kNN and linear probe beside the untrained encoder")
+
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         """Some mixes of held-out images with their reconstructions, and heldout/loss; nothing without such images."""
         images = self.images_on_device(model, self._heldout_images)
@@ -92,16 +110,12 @@ class PretrainJob(Job):
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
         num_images = self.config.method.images_mixed
-        shown = images[: PANEL_ROWS * num_images]
+        shown = images[: max(1, PANEL_IMAGES // num_images) * num_images]
         generator = torch.Generator().manual_seed(step_seed(0, "panel"))
-        # One mix per row, each of other images.
         mixes = cyclic_partners(len(shown), num_images)[::num_images].to(images.device)
         chosen = {"partners": mixes} if num_images > 1 else {}
         pictures = model(shown, generator=generator, with_pictures=True, **chosen).pictures
-        caption = "Outlined cells are shown to the model; in reconstructions they are the original's pixels."
-        if self.config.method.normalise_targets:
-            caption += " Hidden cells are un-normalised with the mean and std of the original's patch."
-        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std, caption=caption)
+        panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std)
         return panel, {"heldout/loss": loss}
 
     def final_metrics(self, state: TrainState) -> dict[str, float]:

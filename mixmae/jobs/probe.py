@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixmae.data.blocks import ImageBatch, eval_batches
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
 from mixmae.jobs.config import RunConfig
+from mixmae.machine import threads_per_process
 from mixmae.probing.features import extract_features
 from mixmae.probing.online import OnlineProbeConfig, choose_images, probe_features
-from mixmae.training.worker import EvaluationSkipped
+from mixmae.training.failures import EvaluationSkipped
 
 PROBE_BATCH = 64
 """Images of a worker's part of the probe that go through the encoder at once."""
+PIXELS = 16
+"""Sides, in pixels, of the small images that the encoder's features are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,9 +57,33 @@ class Probe:
         Raises: EvaluationSkipped, on all workers, if any of them fails: this never ends a pretraining.
         """
         start = time.perf_counter()
+        metrics = self._classify(lambda: self._features(model, config, rank, num_workers), num_workers)
+        return {**metrics, "perf/probe_s": time.perf_counter() - start}
+
+    def measure_untrained(
+        self, model: nn.Module, config: RunConfig, *, rank: int, num_workers: int
+    ) -> dict[str, float]:
+        """Measure an untrained encoder, and what else the features of a trained one should surpass.
+
+        Returns: of measure, the same as reference/knn_untrained and reference/linear_untrained; reference/knn_pixels
+            and reference/linear_pixels, of the images' own pixels, 16 x 16 of them, in place of features; and
+            reference/chance, the share that guesses would hit.
+        Raises: as measure.
+        """
+        untrained = self.measure(model, config, rank=rank, num_workers=num_workers)
+        pixels = self._classify(lambda: self._pixels(config, rank, num_workers), num_workers)
+        named = {
+            f"reference/{kind}_{what}": metrics[f"probe/{kind}_top1"]
+            for what, metrics in (("untrained", untrained), ("pixels", pixels))
+            for kind in ("knn", "linear")
+        }
+        return {**untrained, **named, "reference/chance": 1 / self.num_classes}
+
+    def _classify(self, compute: Callable[[], tuple[Tensor, Tensor]], num_workers: int) -> dict[str, float]:
+        """Classify all workers' images.   Args: compute: this worker's features and labels."""
         share: tuple[Tensor, Tensor] | str
         try:
-            share = self._features(model, config, rank, num_workers)
+            share = compute()
         except Exception as error:  # the others wait for this share: send them the reason instead
             share = f"{type(error).__name__}: {error}"
         shares: list[Any] = [share]
@@ -67,17 +95,24 @@ class Probe:
             raise EvaluationSkipped(f"no probe ({failed})")
         features, labels = (torch.cat([part[kind] for part in shares]) for kind in (0, 1))
         try:
-            metrics = probe_features(features, labels, self.k)
+            return probe_features(features, labels, self.k)
         except (ValueError, RuntimeError) as error:
             raise EvaluationSkipped(f"no probe ({error})") from error
-        return {**metrics, "perf/probe_s": time.perf_counter() - start}
+
+    def _pixels(self, config: RunConfig, rank: int, num_workers: int) -> tuple[Tensor, Tensor]:
+        """This worker's part: pixels (n, C*16*16), normalised, and labels (n,)."""
+        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
+        if not batches:
+            return torch.empty(0, len(config.pixel_mean) * PIXELS**2), torch.empty(0, dtype=torch.int64)
+        small = [F.adaptive_avg_pool2d(config.normalise(batch.images), PIXELS).flatten(1) for batch in batches]
+        return torch.cat(small), torch.cat([batch.labels for batch in batches])
 
     def _features(self, model: nn.Module, config: RunConfig, rank: int, num_workers: int) -> tuple[Tensor, Tensor]:
         """This worker's part: features (n, D) and labels (n,)."""
         encoder = model.encoder
         assert isinstance(encoder, Encoder)
         device = next(model.parameters()).device
-        batches = _decoded(self, config.augment.size, encoder.in_channels, rank, num_workers)
+        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
         if not batches:  # more workers than images
             return torch.empty(0, encoder.channels[-1]), torch.empty(0, dtype=torch.int64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
@@ -88,7 +123,7 @@ class Probe:
 def _decoded(probe: Probe, size: tuple[int, int], channels: int, rank: int, num_workers: int) -> list[ImageBatch]:
     """A worker's images, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all workers."""
     rows = np.array_split(probe.rows, num_workers)[rank]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // num_workers)) as pool:
+    with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
         return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, channels=channels, pool=pool))
 
 

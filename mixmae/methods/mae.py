@@ -27,7 +27,7 @@ from mixmae.decoders import DecoderConfig, PixelDecoder
 from mixmae.encoders.base import BaseConfig, Encoder, SequenceEncoder, check_images
 from mixmae.masking import mask_pictures, masked_mean, masks_of_batch, place_tokens, visible_cells
 from mixmae.mixing import cell_grid, tokens_per_cell, upsample_group_map
-from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
 from mixmae.step import StepOutput
 
 
@@ -107,7 +107,8 @@ class MAE(nn.Module):
         predicted, hidden = self.decode(encoded, mask)  # (B, L, P) and (B, L)
         target = self.targets(images)  # of (B, L, P)
         loss = self.reconstruction_loss(predicted, target.patches, hidden)
-        return StepOutput(loss=loss, pictures=self.pictures(images, mask, predicted, target) if with_pictures else {})
+        pictures = self.pictures(images, mask, predicted, hidden, target) if with_pictures else {}
+        return StepOutput(loss=loss, pictures=pictures)
 
     def draw(
         self,
@@ -166,15 +167,16 @@ class MAE(nn.Module):
         """
         return masked_mean((predicted.float() - target).square().mean(dim=-1), mask)
 
-    def pictures(self, images: Tensor, mask: Tensor, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
-        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures. group_map has the grid of cells.
+    def pictures(
+        self, images: Tensor, mask: Tensor, predicted: Tensor, hidden: Tensor, target: NormalisedPatches
+    ) -> dict[str, Tensor]:
+        """Collect what panels.reconstruction_panel draws: see masking.mask_pictures.
 
-        Reconstructions hold the prediction everywhere, in the units of images; under normalise_targets they are
-        un-normalised with the mean and std of each TARGET patch, which the model has not predicted.
+        The predictions are those of patches.draw_predictions; group_map has the grid of patches.
         """
-        pixels = predicted.detach().float() * target.std + target.mean
         grid = self._patch_grid(mask.shape[1], mask.shape[2])
-        return mask_pictures(images, unpatchify(pixels, self.stride, grid), mask)
+        drawn = draw_predictions(predicted, target, hidden, self.stride, grid, self.config.normalise_targets)
+        return mask_pictures(images, drawn, mask)
 
     def _patch_grid(self, rows: int, columns: int) -> tuple[int, int]:
         """The grid of patches for a grid of cells."""

@@ -27,7 +27,7 @@ from mixmae.encoders.base import BaseConfig, Encoder, MixEmbedding, MixEmbedding
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.methods.fills import Fill, draw_fill, fill_hidden
 from mixmae.mixing import cell_grid, check_group_map, hidden_mask, tokens_per_cell, upsample_group_map
-from mixmae.patches import NormalisedPatches, target_patches, unpatchify
+from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
 from mixmae.step import StepOutput
 
 
@@ -187,7 +187,8 @@ class MixMAE(nn.Module):
         predicted, hidden = self.decode(encoded, mixed)  # (M, R, L, P) and (M or 1, R, L)
         target = self.targets(images)  # of (B, L, P)
         loss = self.reconstruction_loss(predicted, target.patches[mixed.partners], hidden)  # equation 2
-        return StepOutput(loss=loss, pictures=self.pictures(images, mixed, predicted, target) if with_pictures else {})
+        pictures = self.pictures(images, mixed, predicted, hidden, target) if with_pictures else {}
+        return StepOutput(loss=loss, pictures=pictures)
 
     def draw(
         self,
@@ -288,17 +289,19 @@ class MixMAE(nn.Module):
         weight = hidden.expand_as(error).float()
         return (error * weight).sum() / weight.sum()
 
-    def pictures(self, images: Tensor, mixed: Mixed, predicted: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
+    def pictures(
+        self, images: Tensor, mixed: Mixed, predicted: Tensor, hidden: Tensor, target: NormalisedPatches
+    ) -> dict[str, Tensor]:
         """Collect what panels.reconstruction_panel draws.
 
         Returns: detached tensors:
             originals (B, C, H, W), as given;  mixed (M, C, H, W), with mask tokens and zeros as zeros;
-            reconstructions (M, R, C, H, W): the prediction at all cells, visible ones too, in the units of images.
-                Under normalise_targets it is un-normalised with the mean and std of each TARGET patch, which the model
-                has not predicted: brightness and contrast of hidden patches are given away;
+            reconstructions and, under normalise_targets, zero_predictions (M, R, C, H, W): see
+                patches.draw_predictions;
             group_map (M or 1, h, w) and partners (M, R), as of Mixed.
         """
-        pixels = predicted.detach().float() * target.std[mixed.partners] + target.mean[mixed.partners]
+        grid = self._token_grid(*mixed.group_map.shape[1:])
+        target = NormalisedPatches(*(values[mixed.partners] for values in target))  # of (M, R, L, P)
         seen = mixed.pixels.detach()
         if mixed.fill is not None:
             filled = upsample_group_map(mixed.fill.mask, (images.shape[2], images.shape[3]))
@@ -306,7 +309,7 @@ class MixMAE(nn.Module):
         return {
             "originals": images.detach(),
             "mixed": seen,
-            "reconstructions": unpatchify(pixels, self.patch_px, self._token_grid(*mixed.group_map.shape[1:])),
+            **draw_predictions(predicted, target, hidden, self.patch_px, grid, self.config.normalise_targets),
             "group_map": mixed.group_map,
             "partners": mixed.partners,
         }

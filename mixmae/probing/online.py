@@ -6,7 +6,9 @@ Legend: N images, D width, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from mixmae.probing.ridge import ridge_leave_one_out
 
 IMAGES_PER_CLASS = 20
 """Images per class, if there are as many: with fewer, most of the k = 20 neighbours are of other classes."""
+KINDS = {"knn": "kNN", "linear": "linear probe"}
+"""The classifiers, as metrics are called and as people call them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +83,48 @@ def probe_features(features: Tensor, labels: Tensor, k: int) -> dict[str, float]
     knn = knn_leave_one_out(features[known], indices, num_classes=count, config=KnnConfig(k=k)).accuracy
     linear = ridge_leave_one_out(features[known], indices, num_classes=count)
     return {"probe/knn_top1": knn.top[1], "probe/linear_top1": linear.top[1]}
+
+
+def summarise_probe(metrics: Mapping[str, float]) -> str:
+    """Say in one line how good the features are, beside what they should surpass.
+
+    Args: metrics: probe/* of probe_features, and reference/* of a run's first evaluation, if it is known.
+    """
+    knn, linear = (f"{name} {metrics[f'probe/{kind}_top1']:.1%}" for kind, name in KINDS.items())
+    if "reference/chance" not in metrics:
+        return f"{knn}, {linear}"
+    share = {name.removeprefix("reference/"): f"{value:.1%}" for name, value in metrics.items()}
+    return (
+        f"{knn} (untrained encoder {share['knn_untrained']}, raw pixels {share['knn_pixels']}), "
+        f"{linear} ({share['linear_untrained']}, {share['linear_pixels']}), chance level {share['chance']}"
+    )
+
+
+def draw_probe(evaluations: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw both probes over the steps, beside what they should surpass.
+
+    Args:
+        evaluations: at least one: probe/* of probe_features, reference/* if they are known, and the `step`.
+        path: a PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    last = evaluations[-1]
+    for axes, (kind, name) in zip(figure.subplots(1, 2, sharey=True), KINDS.items(), strict=True):
+        steps, shares = zip(*((entry["step"], entry[f"probe/{kind}_top1"]) for entry in evaluations), strict=True)
+        axes.plot(steps, shares, marker="o", label="pretrained")
+        for key, label, style in (
+            (f"{kind}_untrained", "untrained encoder", {"color": "C3", "linestyle": "--"}),
+            (f"{kind}_pixels", "raw pixels", {"color": "C2", "linestyle": "-."}),
+            ("chance", "chance", {"color": "grey", "linestyle": ":"}),
+        ):
+            if f"reference/{key}" in last:
+                axes.axhline(last[f"reference/{key}"], label=label, **style)
+        axes.set(title=f"{name}, top-1", xlabel="step")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(alpha=0.3)
+    axes.set_ylim(bottom=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=100)

@@ -12,7 +12,7 @@ from mixmae.tracking.runs import (
     reopen_run,
     tag_run,
 )
-from mixmae.tracking.store import NOTE_TAG, RunRef, TrackingError, resolve_uri
+from mixmae.tracking.store import NOTE_TAG, RunRef, TrackingError, preload, resolve_uri
 from mixmae.tracking.tracker import MlflowTracker
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "log_table",
     "metric_history",
     "model_link",
+    "preload",
     "register_model",
     "reopen_run",
     "resolve_uri",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixmae.tracking.store import RunRef, TrackingError, connect
+from mixmae.tracking.store import RunRef, TrackingError, connect, link_in_note
 
 MAX_PARAM_CHARS = 6000
 """MLflow's limit for the value of a parameter."""
@@ -108,9 +108,11 @@ def tag_run(uri: str, run_id: str, key: str, value: str) -> RunRef | None:
         return None
 
 
-def log_file(run: RunRef, path: Path) -> None:
-    """Keep a file among the run's artifacts."""
+def log_file(run: RunRef, path: Path, *, title: str | None = None) -> None:
+    """Keep a file among the run's artifacts.   Args: title: of a link to it in the run's description; None: no link."""
     connect(run.uri).log_artifact(run.run_id, str(path))
+    if title is not None:
+        link_in_note(run, path.name, title)
 
 
 def log_table(run: RunRef, rows: Sequence[Mapping[str, Any]], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -63,6 +64,17 @@ def resolve_uri(uri: str | None, folder: Path) -> str:
     return uri.rstrip("/")
 
 
+def preload(uri: str) -> None:
+    """Import MLflow and make a local store ready, which takes seconds, before they are used.
+
+    It can run in a thread while Ray starts. What fails here fails again, and is reported, when a run is created.
+    """
+    client = connect(uri)
+    if uri.startswith("sqlite:///"):
+        with contextlib.suppress(Exception):
+            client.search_experiments(max_results=1)
+
+
 def connect(uri: str) -> Any:
     """MLflow's client of a store; the folder of a sqlite file is made."""
     import logging
@@ -76,3 +88,12 @@ def connect(uri: str) -> Any:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+def link_in_note(run: RunRef, name: str, title: str) -> None:
+    """Add a link to one of the run's artifacts to its description, once."""
+    client = connect(run.uri)
+    note = client.get_run(run.run_id).data.tags.get(NOTE_TAG, "")
+    link = f"[{title}]({run.file_link(name)})"
+    if link not in note:
+        client.set_tag(run.run_id, NOTE_TAG, f"{note}\n\n{link}".strip())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from mixmae.tracking.store import NOTE_TAG, RunRef, connect
+from mixmae.tracking.store import RunRef, connect, link_in_note
 
 
 class MlflowTracker:
@@ -37,8 +37,7 @@ class MlflowTracker:
             self._client.log_image(self._run.run_id, image, key=key, step=step)
             # MLflow's own card for a series opens on a list of parameters: the newest image is also a file with a link.
             self._client.log_image(self._run.run_id, image, artifact_file=f"{key}.png")
-            if NOTE_TAG not in self._client.get_run(self._run.run_id).data.tags:
-                self.set_tag(NOTE_TAG, f"[newest {key}]({self._run.file_link(f'{key}.png')})")
+            link_in_note(self._run, f"{key}.png", f"newest {key}")
 
     def set_tag(self, key: str, value: str) -> None:
         """Tag the run."""

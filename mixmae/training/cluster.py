@@ -6,16 +6,30 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import ray
+import torch
 
-Device = Literal["auto", "cpu", "gpu"]
-"""Where workers compute; auto takes GPUs if the cluster has any."""
+from mixmae.machine import Device, usable_cores
 
 
 class ClusterError(ValueError):
     """The cluster cannot run what was asked for; the message says why and what to do."""
+
+
+def default_workers(address: str | None, device: Device) -> int:
+    """How many workers a run takes by default: one per GPU of this machine; without GPUs one per core.
+
+    On a CPU, processes of one thread each make more images per second than threads of one process, which wait for each
+    other at every operation, and for a core that another program uses.
+
+    Args: as in `join`. On a cluster it is 1: what is there may be others', or not be started yet.
+    """
+    if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return 1
+    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return num_gpus or (1 if device == "gpu" else usable_cores())
 
 
 def join(
@@ -42,7 +56,7 @@ def join(
     connect(address, num_workers=total + (num_trials or 0), slots=slots, dashboard=dashboard)
     use_gpu = uses_gpu(device)
     require_resources(num_workers=total, use_gpu=use_gpu, wait_s=0.0 if is_own else 30.0)  # one of our own cannot grow
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if is_own and not use_gpu and num_workers > cores:  # its CPUs are logical ones: Ray would not refuse
         raise ClusterError(
             f"{num_workers} workers on a machine of {cores} cores would only wait for each other: lower --workers to "
@@ -71,11 +85,20 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # Logical CPUs only count tasks: the workers' share comes on top, so that decoding always finds one free.
-        num_cpus = (os.cpu_count() or 1) + num_workers
+        num_cpus = usable_cores() + num_workers
         # Threads that wait for each other spin for milliseconds by default. Where anything else runs on the same cores,
         # they spin while the one they wait for is not running, and steps take many times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-        ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+        # Ray lowers the priority of its workers by 15: beside one busy program they would get next to nothing.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that warns of nodes going away
+        try:
+            ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+        except Exception as error:  # Ray raises bare Exceptions
+            raise ClusterError(
+                f"Ray could not start on this machine ({str(error).splitlines()[0]}): where other programs take all "
+                "cores, stop some and give the command again; Ray's own log is in /tmp/ray/session_latest/logs."
+            ) from error
         return
     try:
         _check_listening(address)

@@ -22,11 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
+from mixmae.training.failures import TrainingStopped
 from mixmae.training.schedule import RunLength, learning_rate
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on and a restart would not help; the message is for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +123,8 @@ class TrainState:
     """Images that could not be decoded so far, repeats in later epochs included."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last logged averages, and the metrics of the last evaluation."""
+    references: dict[str, float] = field(default_factory=dict)
+    """What was measured before the first step for later evaluations to be compared with, under reference/."""
 
 
 StepFunction = Callable[[nn.Module, Any, torch.Generator, int], StepOutput]

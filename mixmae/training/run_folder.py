@@ -4,6 +4,8 @@ run.json                what the run is, and whether it is finished (mixmae.jobs
 checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
 panels/step_N.png       pictures of held-out images
+evaluations.jsonl       metrics of each evaluation, with the step; a step that was trained again is there again
+probe.png               curves of the probe, in pretraining
 broken_images.jsonl     the ledger: images that could not be decoded
 """
 
@@ -73,6 +75,14 @@ class RunFolder:
     def best(self) -> Path:
         """The weights that did best on the validation set."""
         return self.path / "best"
+
+    def add_evaluation(self, metrics: dict[str, float]) -> list[dict[str, float]]:
+        """Keep the metrics of an evaluation, with its `step`; returns those of all steps, the last ones of each."""
+        file = self.path / "evaluations.jsonl"
+        with file.open("a") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+        by_step = {entry["step"]: entry for entry in map(json.loads, file.read_text().splitlines())}
+        return [by_step[step] for step in sorted(by_step)]
 
     def keep_panel(self, step: int, png: bytes) -> None:
         """Write the panel drawn after a step."""

@@ -10,6 +10,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,24 +20,19 @@ import ray.train
 import ray.train.torch
 import torch
 from PIL import Image
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixmae.machine import threads_per_process
 from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from mixmae.training.ema import WeightAverage
-from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainingStopped, TrainState, step_seed, train
+from mixmae.training.failures import EvaluationSkipped, TrainingStopped, WorkersFailed
+from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainState, step_seed, train
 from mixmae.training.mailbox import Message, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
-
-
-class WorkersFailed(RuntimeError):
-    """Workers failed more often than they may be restarted; the message has the first cause in one line."""
-
-
-class EvaluationSkipped(RuntimeError):
-    """Raised by `evaluate` on every rank to skip this evaluation; training continues and the reason is logged once."""
 
 
 class Tracker(Protocol):
@@ -64,10 +60,6 @@ class TrainingJob(Protocol):
     def best(self) -> tuple[str, Path] | None:
         """The metric of `evaluate` whose highest value is kept, and the folder for its weights; None: none is kept."""
 
-    @property
-    def evaluates_untrained(self) -> bool:
-        """Whether `evaluate` is also called before the first step, for the point where its curves start."""
-
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
 
@@ -81,6 +73,12 @@ class TrainingJob(Protocol):
         """Metrics that all workers measure together, the same on all of them: every rank calls it at the same steps.
 
         Raises: EvaluationSkipped, on every rank, where there are none this time.
+        """
+
+    def evaluate_untrained(self, model: nn.Module, *, rank: int, num_workers: int) -> Mapping[str, float]:
+        """Metrics before the first step, likewise: where the curves start, and references for what comes after.
+
+        References have names that begin with reference/. They are logged again at each evaluation, as level lines.
         """
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
@@ -102,6 +100,7 @@ def fit(
     use_gpu: bool,
     max_failures: int,
     checkpoints_to_keep: int | None,
+    runs_at_once: int = 1,
     on_message: Callable[[Message], None],
     callbacks: Sequence[Any] = (),
 ) -> tuple[TrainState, str]:
@@ -110,6 +109,7 @@ def fit(
     Args:
         folder, name: checkpoints go to folder/name/; the same pair again continues from the last one there.
         max_failures: restarts of the worker group before giving up.
+        runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
     Returns: the final state and the path of the last checkpoint.
@@ -123,9 +123,9 @@ def fit(
         os.environ.setdefault(variable, value)
     mailbox = open_mailbox()
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         run_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "mailbox": mailbox},
+        train_loop_config={"job": job, "mailbox": mailbox, "runs_at_once": runs_at_once},
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
             use_gpu=use_gpu,
@@ -163,20 +163,20 @@ def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
     result and not an exception because Ray would restart the group after an exception, and this would not help.
     """
     try:
-        return _run_worker(settings["job"], settings["mailbox"])
+        return _run_worker(**settings)
     except Exception as error:
         line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_first_line(error)}"
         ray.get(settings["mailbox"].put.remote(("failed", line)))
         raise
 
 
-def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
+def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
     else:
         torch.set_float32_matmul_precision("high")
 
@@ -202,9 +202,11 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
         if rank == 0:
             mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
-        if job.evaluates_untrained and state.step == 0:
-            events.measure(0)
         batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
+        if state.step == 0:
+            untrained = events.measure(0)
+            state.references = {name: value for name, value in untrained.items() if name.startswith("reference/")}
+        events.references = state.references
         try:
             train(
                 model=trained,
@@ -225,6 +227,14 @@ def _run_worker(job: TrainingJob, mailbox: Any) -> dict[str, Any]:
     return {"state": vars(state), "stopped": None}
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Ray Train without its actor for data sets: the workers have streams of their own (mixmae.data.streams)."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        usual = super()._create_default_callbacks()  # type: ignore[misc]
+        return [item for item in usual if not isinstance(item, DatasetsCallback)]
+
+
 class _WorkerEvents:
     """The loop's Events inside a Ray Train worker: rank 0 logs and sends, every rank takes part in Ray's barriers."""
 
@@ -241,8 +251,15 @@ class _WorkerEvents:
     ) -> None:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
-        self._tracker = job.open_tracker() if rank == 0 else None
+        # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
+        self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
         self._reported_skip = False
+        self.references: Mapping[str, float] = {}
+
+    @property
+    def _tracker(self) -> Tracker | None:
+        """Of rank 0, else None."""
+        return None if self._opening is None else self._opening.result()
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -286,6 +303,8 @@ class _WorkerEvents:
     def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
+        if step == 0:
+            return dict(self._job.evaluate_untrained(self._model, **share))
         metrics = dict(self._job.evaluate(self._model, **share))
         self._keep_if_best(step, metrics, "trained")
         if self._average is not None:
@@ -293,7 +312,7 @@ class _WorkerEvents:
                 averaged = self._job.evaluate(self._model, **share)
                 self._keep_if_best(step, averaged, "averaged")
             metrics |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
-        return metrics
+        return {**metrics, **self.references}
 
     def _keep_if_best(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
         if self._rank != 0 or self._job.best is None:

@@ -32,14 +32,17 @@ from mixmae.writing import write_json
 from pipelines.console import elapsed_since
 from pipelines.run import Run
 from pipelines.sweeping.results import (
+    FROM_SCRATCH,
+    Reference,
     TrialResult,
     draw_curves,
     draw_heat_map,
-    label,
     link_line,
     print_table,
     rank,
     rows_of,
+    scores,
+    verdict,
     write_csv,
     write_note,
 )
@@ -81,20 +84,22 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
     # Not what fit() returns: that forgets the values of trials that never reported.
     trials = tune.ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials
     ended = rank([result_of(shared, trial) for trial in trials], metric, space.mode)
-    winner = ended[0] if ended[0].status == "finished" else None
+    winner = ended[0] if ended[0].is_ranked else None
     num_failed = sum(result.status == "failed" for result in ended)
     complete = winner is not None and not num_failed
 
-    files = write_results(shared, ended, winner)
+    reference = find_reference(shared, ended)
+    remarks = verdict(ended, metric, reference, shared.job.num_judged) if winner else ""
+    files = write_results(shared, ended, winner, reference)
     links |= {file.stem.replace("_", " "): parent.file_link(file.name) for file in files if file.suffix == ".png"}
     for file in files:
         log_file(parent, file)
     for number, result in enumerate(ended, start=1):
-        if result.status == "finished":
+        if result.is_ranked:
             tag_run(parent.uri, result.run_id, "rank", str(number))
     if complete:  # once: MLflow adds rows to a table that is there
         log_table(parent, rows_of(ended), "results")
-    tags = {NOTE_TAG: write_note(ended, metric, parent, links)}
+    tags = {NOTE_TAG: write_note(ended, metric, parent, links, reference, remarks)}
     if winner is not None:
         tags |= {"best.trial": winner.trial, "best.run_id": winner.run_id}
         tags |= {f"best.{name.rpartition('.')[2]}": str(value) for name, value in winner.values.items()}
@@ -105,7 +110,8 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
     print(f"{len(ended)} trials in {elapsed_since(start)}")
     if winner is not None:
         print(
-            f"best        {label(winner.values)}: {metric} {winner.metrics[metric]:.4f}\nweights     {folder / 'best'}"
+            f"best        {winner.label}: {metric} {scores(ended, metric, reference)}\n"
+            f"weights     {folder / 'best'}\n{remarks}"
         )
     print(
         f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}\n"
@@ -115,7 +121,7 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
         name = shared.arguments.register_model
         version = register(shared, ended[0].run_id, name)
         links[f"model {name}, version {version}"] = model_link(name, version)
-        tag_run(parent.uri, parent.run_id, NOTE_TAG, write_note(ended, metric, parent, links))
+        tag_run(parent.uri, parent.run_id, NOTE_TAG, write_note(ended, metric, parent, links, reference, remarks))
     if num_failed:
         print(f"{num_failed} trials failed. The same command tries them again.")
     elif winner is None:
@@ -125,7 +131,22 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
     return 0 if complete else 1
 
 
-def write_results(shared: Sweep, ended: Sequence[TrialResult], winner: TrialResult | None) -> list[Path]:
+def find_reference(shared: Sweep, ended: Sequence[TrialResult]) -> Reference | None:
+    """What the best trial is compared with, if it is known: of a pretraining, its own encoder before the first step.
+
+    Args: ended: ranked.
+    """
+    metric = shared.space.final_metric
+    if shared.space.pretrains:
+        start = [value for step, value in curve(shared, ended[0]) if step == 0]
+        return Reference(words="untrained encoder", value=start[0]) if start else None
+    done = [result for result in ended if result.is_reference and result.status == "finished"]
+    return Reference(words=FROM_SCRATCH, value=done[0].metrics[metric]) if done else None
+
+
+def write_results(
+    shared: Sweep, ended: Sequence[TrialResult], winner: TrialResult | None, reference: Reference | None
+) -> list[Path]:
     """Write the sweep's files: results.csv, the pictures, and of a winner best_config.json and the link best.
 
     Args: ended: ranked.
@@ -136,7 +157,7 @@ def write_results(shared: Sweep, ended: Sequence[TrialResult], winner: TrialResu
     draw_curves(ended, {result.trial: curve(shared, result) for result in ended}, space.metric, folder / "curves.png")
     files = [folder / "results.csv", folder / "curves.png"]
     if space.search == "grid" and len(space.vary) == 2:
-        draw_heat_map(ended, space.final_metric, folder / "heat_map.png")
+        draw_heat_map(ended, space.final_metric, folder / "heat_map.png", reference)
         files.append(folder / "heat_map.png")
     if winner is not None:
         config = set_fields(shared.arguments.config, dict(winner.values))

@@ -64,7 +64,10 @@ class Progress(tune.Callback):
             self._live = Live(auto_refresh=False)
             self._live.start()
             atexit.register(self._live.stop)  # after Ctrl-C: the terminal wants its cursor back
-        table = Table(*(name.rpartition(".")[2] for name in trial.config["values"]), "")
+        names = next((list(values) for other in trials if (values := other.config["values"])), [""])
+        table = Table(*(name.rpartition(".")[2] for name in names), "")
         for other in trials:
-            table.add_row(*texts_of(other.config["values"]), self._said.get(other.trial_id, other.status.lower()))
+            values = other.config["values"]
+            texts = [label(None), *[""] * (len(names) - 1)] if values is None else texts_of(values)
+            table.add_row(*texts, self._said.get(other.trial_id, other.status.lower()))
         self._live.update(table, refresh=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,12 +18,12 @@ from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
 from mixmae.tracking import RunRef, finish_run, metric_history
 from mixmae.training.checkpoint import read_state
-from mixmae.training.loop import TrainingStopped
+from mixmae.training.failures import TrainingStopped
 from mixmae.training.run_folder import RunFolder
 from pipelines import finetune
 from pipelines.run import begin
-from pipelines.sweeping.results import TrialResult, label
-from tune_spaces.fields import set_fields
+from pipelines.sweeping.results import FROM_SCRATCH, TrialResult, label
+from tune_spaces.fields import get_field, set_fields
 from tune_spaces.space import Space, final_name
 
 
@@ -33,13 +34,15 @@ class Arguments(finetune.Arguments):
     config: Annotated[FinetuneConfig | PretrainConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
     """The fields of the space's recipe; any of them that does not vary can be changed."""
     workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
-    """Training processes of each trial: one per GPU, or some on CPU."""
-    max_concurrent: int = 1
-    """Trials at once."""
+    """Training processes of each trial: one per GPU, or some on CPU. 0: all GPUs or cores for one trial at a time."""
+    max_concurrent: int = 0
+    """Trials at once. 0: as many as this machine has GPUs, or else cores, for their workers; on a cluster 1."""
     trials: int | None = None
     """How many trials a space that draws them has. Default: the space's own number."""
     hours: float | None = None
     """After these, counted from this start, trials end where they are. Default: the space's own budget."""
+    reference: bool = True
+    """Train once from scratch, too, for as many steps, as the reference of trials that start from --pretrained."""
     register_model: str | None = None
     """Name of a model in MLflow's registry that the winner becomes the next version of, with the alias "best"."""
     experiment: str = "mixmae-sweep"
@@ -61,9 +64,18 @@ class Sweep:
     folder: Path
     pretrained: Pretrained | None
     """The weights that all trials start from; None: from scratch."""
+    reference: Mapping[str, Any] | None
+    """Fields of the reference, by dotted name; None: there is no reference."""
     run: RunRef
     """The parent."""
     use_gpu: bool
+
+    def fields_of(self, values: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The fields, by dotted name, that a trial does not share with the others.   Args: values: as Tune has them."""
+        if values is None:
+            assert self.reference is not None
+            return self.reference
+        return values
 
 
 def trial_folder(folder: Path, trial_id: str) -> Path:
@@ -77,6 +89,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     Raises: WorkersFailed, after which Tune tries again, from the last checkpoint.
     """
     trial_id, values = tune.get_context().get_trial_id(), config["values"]
+    is_reference = values is None
     folder = trial_folder(shared.folder, trial_id)
     before = read_record(RunFolder(folder))
     if before is not None and before.status in ("finished", "stopped"):  # Tune does not know it yet
@@ -84,17 +97,22 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         return
     arguments = replace(
         shared.arguments,
-        config=set_fields(shared.arguments.config, values),
+        config=set_fields(shared.arguments.config, shared.fields_of(values)),
         output=folder,
         mlflow_uri=shared.run.uri,
         run_name=label(values),
         max_failures=0,  # Tune starts the trial again, should this process die or its workers
     )
-    run = begin(arguments, shared.space.recipe, pretrained=shared.pretrained, trial=values)
+    pretrained = None if is_reference else shared.pretrained
+    run = begin(arguments, shared.space.recipe, pretrained=pretrained, trial=shared.fields_of(values))
     assert run is not None
-    run.use_gpu = shared.use_gpu
+    run.use_gpu, run.runs_at_once = shared.use_gpu, arguments.max_concurrent
     job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))
-    job = run.track(job, tags={"trial": trial_id}, parent_run_id=shared.run.run_id)
+    tags = {"trial": trial_id}
+    if is_reference:
+        assert isinstance(job, ClassificationJob)
+        job, tags = replace(job, pretrained=None, initial=None), {**tags, "reference": FROM_SCRATCH}
+    job = run.track(job, tags=tags, parent_run_id=shared.run.run_id)
     try:
         run.train(job, [TuneReportCallback()])
     except TrainingStopped as stop:  # a result, not a failure: another start would not help
@@ -125,9 +143,11 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
         with contextlib.suppress(Exception):  # the store's trouble must not hide the results
             ended = "FINISHED" if status == "halted" else "FAILED"
             finish_run(ref, status=ended, tags={status: reason}, metrics=metrics)
+    config = set_fields(shared.arguments.config, shared.fields_of(trial.config["values"]))
     return TrialResult(
         trial=trial.trial_id,
-        values=trial.config["values"],
+        values={name: get_field(config, name) for name in shared.space.vary},
+        is_reference=trial.config["values"] is None,
         status=cast(Any, status),
         reason=reason,
         metrics=metrics,

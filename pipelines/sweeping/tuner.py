@@ -12,6 +12,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from mixmae.training.cluster import ClusterError, join
 from pipelines.sweeping import progress
@@ -69,17 +70,19 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
     budget_s = None if space.hours is None else space.hours * 3600
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return _restore(folder, trainable, budget_s)
+    reference = [] if shared.reference is None else [None]  # its values, as Tune has them: first, it is always there
     if space.search == "optuna":
         values: Any = {name: _domain(dimension) for name, dimension in space.vary.items()}
     else:
-        values = tune.grid_search(space.points(shared.arguments.config.loop.seed))
+        points: list[Any] = list(space.points(shared.arguments.config.loop.seed))
+        values = tune.grid_search([*reference, *points])
     return tune.Tuner(
         trainable,
         param_space={"values": values},
         tune_config=tune.TuneConfig(
             metric=space.metric,
             mode=space.mode,
-            num_samples=space.num_trials if space.search == "optuna" else 1,
+            num_samples=space.num_trials + len(reference) if space.search == "optuna" else 1,
             search_alg=_optuna(shared) if space.search == "optuna" else None,
             scheduler=_scheduler(shared),
             time_budget_s=budget_s,
@@ -91,7 +94,7 @@ def make_tuner(shared: Sweep, slots: float) -> tune.Tuner:
             storage_path=str(shared.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=shared.arguments.max_failures),
-            callbacks=[Progress(space.num_trials, shared.folder, space.metric)],
+            callbacks=[Progress(space.num_trials + len(reference), shared.folder, space.metric)],
         ),
     )
 
@@ -110,12 +113,52 @@ def _restore(folder: Path, trainable: Any, budget_s: float | None) -> tune.Tuner
     return tuner
 
 
-def _scheduler(shared: Sweep) -> AsyncHyperBandScheduler | None:
+class AshaOfTrials(AsyncHyperBandScheduler):
+    """ASHA that leaves the reference alone: it is not stopped, and no trial is compared with it."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Stop the trial or not."""
+        if trial.config["values"] is None:
+            return str(self.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Remember how good it was."""
+        if trial.config["values"] is not None:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class OptunaOfTrials(OptunaSearch):
+    """Optuna that has the reference run first and learns nothing from it.   Args: reference: whether there is one."""
+
+    def __init__(self, *, reference: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._wants_reference, self._reference_id = reference, ""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The values of a new trial."""
+        if self._wants_reference and self._reference_id in ("", trial_id):
+            self._reference_id = trial_id
+            return {"values": None}
+        return super().suggest(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Learn from a trial under way."""
+        if trial_id != self._reference_id:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Learn from a trial that has ended."""
+        if trial_id != self._reference_id:
+            super().on_trial_complete(trial_id, result, error)
+
+
+def _scheduler(shared: Sweep) -> AshaOfTrials | None:
     """Who stops trials early; None: nobody."""
     asha, length = shared.space.scheduler, shared.job.length
     if asha is None:
         return None
-    return AsyncHyperBandScheduler(
+    return AshaOfTrials(
         time_attr="epoch",
         # Just below the end: no trial is stopped while it closes its record.
         max_t=0.999 * length.total_steps / length.steps_per_epoch,  # type: ignore[arg-type]
@@ -133,8 +176,6 @@ def _domain(dimension: Choice | Uniform) -> Any:
 
 
 def _optuna(shared: Sweep) -> Searcher:
-    from ray.tune.search.optuna import OptunaSearch
-
-    space = shared.space
-    search = OptunaSearch(metric=space.metric, mode=space.mode, seed=shared.arguments.config.loop.seed)
+    space, seed = shared.space, shared.arguments.config.loop.seed
+    search = OptunaOfTrials(reference=shared.reference is not None, metric=space.metric, mode=space.mode, seed=seed)
     return ConcurrencyLimiter(search, max_concurrent=shared.arguments.max_concurrent)

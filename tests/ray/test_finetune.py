@@ -57,7 +57,7 @@ def pretrained(tmp_path_factory, mlflow_server) -> Path:
 def finished(tmp_path_factory, pretrained, mlflow_server) -> Finished:
     """One run to its end; the other runs are compared with it."""
     base = tmp_path_factory.mktemp("runs")
-    arguments = ["--pretrained", str(pretrained), "--mlflow-uri", mlflow_server, *SHORT]
+    arguments = ["--pretrained", str(pretrained), "--mlflow-uri", mlflow_server, "--workers", "1", *SHORT]
     done = run("demo_finetune", "--output", base / "whole", *arguments, cwd=base, pipeline="finetune")
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)

@@ -19,7 +19,7 @@ LOOSE = ["--loop.max-broken-fraction", "0.2"]
 def finished(tmp_path_factory, photos, mlflow_server) -> Finished:
     """One run to its end; the other runs are compared with it."""
     base = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *TINY, *LOOSE]
+    arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, "--workers", "1", *TINY, *LOOSE]
     done = run("demo", "--output", base / "whole", *arguments, cwd=base)
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)
@@ -68,6 +68,14 @@ def test_mlflow_holds_the_run(finished):
         assert set(curve) == {0, *looks}, name
         assert all(0 <= value <= 1 for value in curve.values()), name
     assert "evaluation after step 0: probe/knn_top1" in finished.text
+    for name in ("knn_untrained", "linear_untrained", "knn_pixels", "linear_pixels", "chance"):
+        line = {p.step: p.value for p in client.get_metric_history(seen.info.run_id, f"reference/{name}")}
+        assert set(line) == {0, *looks}, name
+        assert len(set(line.values())) == 1, name
+    last_line = finished.text.strip().splitlines()[-1]
+    assert last_line.startswith("kNN ")
+    assert f"(untrained encoder {seen.data.metrics['reference/knn_untrained']:.1%}, raw pixels " in last_line
+    assert seen.data.tags["mlflow.note.content"].count("](") == 2  # the curves and the newest panel
     history = client.get_metric_history(seen.info.run_id, "train/loss")
     assert sorted({point.step for point in history}) == [1, *range(5, 61, 5)]
     assert any(name.startswith("system/") for name in seen.data.metrics)
@@ -77,7 +85,8 @@ def test_mlflow_holds_the_run(finished):
     images = [item.path for item in client.list_artifacts(seen.info.run_id, "images")]
     assert len(images) >= 4
     artifacts = {item.path for item in client.list_artifacts(seen.info.run_id)}
-    assert {"config.json", "broken_images.jsonl"} <= artifacts
+    assert {"config.json", "broken_images.jsonl", "probe.png", "reconstruction.png"} <= artifacts
+    assert (finished.output / "probe.png").is_file()
 
 
 def test_a_checkpoint_says_all_that_a_reader_needs(finished):
@@ -129,6 +138,11 @@ def test_interrupted_and_continued_equals_uninterrupted(finished):
     assert [step for step, _ in continued.curve("train/loss")].count(1) == 1  # it did not begin anew
     for name, value in finished.weights.items():
         assert torch.equal(value, continued.weights[name]), name
+
+    for name in ("probe/knn_top1", "reference/knn_untrained", "reference/linear_pixels"):  # nor was step 0 lost
+        points = dict(finished.curve(name))
+        assert dict(continued.curve(name)) == points, name
+        assert [step for step, _ in continued.curve(name)].count(0) == 1, name
 
     from mlflow import MlflowClient
 

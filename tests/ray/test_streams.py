@@ -27,7 +27,8 @@ from mixmae.data.order import Plan
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
 from mixmae.data.source import Source
 from mixmae.data.sources import open_source
-from mixmae.data.streams import StreamConfig, TrainStream
+from mixmae.data.stream_config import StreamConfig
+from mixmae.data.streams import TrainStream
 from mixmae.share import WorkerShare
 from tests.factories import jpeg
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,12 @@ def swept(tmp_path_factory, photos, mlflow_server) -> Swept:
     save_encoder(base / "encoder.safetensors", SwinEncoder(ENCODER), preprocessing)
     arguments = ["--data", str(photos), "--mlflow-uri", mlflow_server, *SHORT]
     arguments += ["--pretrained", str(base / "encoder.safetensors"), "--output", str(base / "sweep")]
-    arguments += ["--register-model", "tiny"]
+    arguments += ["--register-model", "tiny", "--max-concurrent", "1"]
     program = sweep_command(*arguments)
-    status, killed = interrupt(program, lambda: one_and_a_half(base / "sweep"), how=signal.SIGKILL, cwd=ROOT)
-    assert status == -signal.SIGKILL, killed
+    for finished in (0, 2):  # in the reference, which is the first trial, and later in another one
+        when = partial(is_under_way, base / "sweep", finished)
+        status, killed = interrupt(program, when, how=signal.SIGKILL, cwd=ROOT)
+        assert status == -signal.SIGKILL, killed
     kept = {file: file.stat().st_mtime_ns for file in weights_of_finished(base / "sweep")}
     again = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, killed + again.stdout + again.stderr
@@ -67,14 +70,19 @@ def weights_of_finished(sweep: Path) -> list[Path]:
     return [Path(record["checkpoint"]) / "model.safetensors" for record in records if record["status"] == "finished"]
 
 
-def one_and_a_half(sweep: Path) -> bool:
-    """Whether one trial is finished and the next one has a checkpoint."""
-    trials = sorted((sweep / "trials").glob("*/run.json"))
-    done = [json.loads(file.read_text())["status"] == "finished" for file in trials]
-    return done == [True, False] and has_checkpoint(trials[1].parent)
+def is_under_way(sweep: Path, finished: int) -> bool:
+    """Whether so many trials are finished and the next one has a checkpoint."""
+    trials = list((sweep / "trials").glob("*/run.json"))
+    going = [file.parent for file in trials if json.loads(file.read_text())["status"] != "finished"]
+    return len(trials) == finished + 1 and len(going) == 1 and has_checkpoint(going[0])
 
 
 def children(swept: Swept) -> list:
+    """The runs of the trials, without the reference."""
+    return [run for run in all_children(swept) if "reference" not in run.data.tags]
+
+
+def all_children(swept: Swept) -> list:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=swept.server)
@@ -83,15 +91,15 @@ def children(swept: Swept) -> list:
 
 
 def test_every_trial_is_there_exactly_once(swept):
-    assert "Continuing tiny: 4 trials" in swept.text
-    assert "finished (4 of 4" in swept.text
-    assert len(swept.kept) == 1
+    assert "Continuing tiny: 4 trials and a reference from scratch" in swept.text
+    assert "finished (5 of 5" in swept.text
+    assert len(swept.kept) == 2
     assert swept.kept.items() <= {file: file.stat().st_mtime_ns for file in weights_of_finished(swept.output)}.items()
     found = children(swept)
     settings = sorted((float(run.data.params["layer_decay"]), float(run.data.params["drop_path"])) for run in found)
     assert settings == [(0.7, 0.0), (0.7, 0.1), (0.8, 0.0), (0.8, 0.1)]
     assert {run.info.status for run in found} == {"FINISHED"}
-    assert len(list((swept.output / "trials").iterdir())) == 4
+    assert len(list((swept.output / "trials").iterdir())) == len(all_children(swept)) == 5
 
 
 def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
@@ -99,16 +107,16 @@ def test_the_trial_that_was_under_way_continues_from_its_checkpoint(swept):
 
     client = MlflowClient(tracking_uri=swept.server)
     counts = []
-    for trial in children(swept):
+    for trial in all_children(swept):
         steps = [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")]
         assert sorted(set(steps)) == [1, *range(4, 33, 4)]
         counts.append(steps.count(1))
-    assert counts == [1, 1, 1, 1]  # step 1 was logged once: none began anew
+    assert counts == [1] * 5  # step 1 was logged once: none began anew
 
 
 def test_all_trials_have_the_same_numbers(swept):
     """The parallel coordinates of MLflow's page show a run only if it has every chosen key, as a number."""
-    for trial in children(swept):
+    for trial in all_children(swept):
         for key in NUMBERS:
             float(trial.data.params[key])
         assert set(METRICS) <= set(trial.data.metrics)
@@ -135,14 +143,45 @@ def test_the_parent_holds_what_came_of_it(swept):
 def test_the_table_ranks_the_trials(swept):
     with (swept.output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
-    values = [float(row["final/top1"]) for row in rows]
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4", "reference"]
+    values = [float(row["final/top1"]) for row in rows[:-1]]
     assert values == sorted(values, reverse=True)
     config = json.loads((swept.output / "best_config.json").read_text())
     assert config["optim"]["layer_decay"] == float(rows[0]["optim.layer_decay"])
     assert config["encoder"]["drop_path"] == float(rows[0]["encoder.drop_path"])
     assert (swept.output / "best").resolve() == (swept.output / "trials" / rows[0]["trial"] / "best").resolve()
     assert (swept.output / "best" / "model.safetensors").is_file()
+
+
+def test_the_reference_is_from_scratch_and_beside_the_others(swept):
+    from mlflow import MlflowClient
+
+    (reference,) = (run for run in all_children(swept) if "reference" in run.data.tags)
+    assert reference.info.run_name == reference.data.tags["reference"] == "from scratch"
+    assert reference.data.tags["pretrained"] == "none"
+    assert "rank" not in reference.data.tags
+    assert (reference.data.params["layer_decay"], reference.data.params["optim.layer_decay"]) == ("1.0", "none")
+    firsts = [first_norm(swept, run) for run in children(swept) if float(run.data.params["drop_path"]) == 0]
+    assert len(firsts) == 2
+    assert len(set(firsts)) == 1
+    assert first_norm(swept, reference) not in firsts  # the same images and settings, other weights
+    parent = MlflowClient(tracking_uri=swept.server).get_run(swept.state["mlflow"]["run_id"])
+    note = parent.data.tags["mlflow.note.content"]
+    best, scratch = (run.data.metrics["final/top1"] for run in (parent, reference))
+    shown = f"final/top1 {best:.2%}, from scratch {scratch:.2%}"
+    assert f"{shown}**" in note.partition("\n")[0]
+    assert "\n| reference | None | 0 |" in note
+    assert shown in swept.text
+    assert "points may be noise (2 standard errors of a difference on" in note
+    assert "points may be noise (2 standard errors of a difference on" in swept.text
+
+
+def first_norm(swept: Swept, run) -> float:
+    """Of the gradient in the first step."""
+    from mlflow import MlflowClient
+
+    history = MlflowClient(tracking_uri=swept.server).get_metric_history(run.info.run_id, "train/grad_norm")
+    return next(point.value for point in history if point.step == 1)
 
 
 def test_the_winner_is_a_registered_model_that_needs_none_of_our_code(swept, tmp_path):

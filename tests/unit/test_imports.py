@@ -31,7 +31,18 @@ ANYONE = {
     "mixmae",
     *(
         f"mixmae.{name}"
-        for name in ("masking", "metrics", "mixing", "panels", "patches", "pixels", "share", "step", "writing")
+        for name in (
+            "machine",
+            "masking",
+            "metrics",
+            "mixing",
+            "panels",
+            "patches",
+            "pixels",
+            "share",
+            "step",
+            "writing",
+        )
     ),
 }
 RAY_ALLOWED = ("mixmae/data/streams.py", "mixmae/training/", "pipelines/", "tune_spaces/")
@@ -84,5 +95,27 @@ def test_ray_and_mlflow_stay_in_their_rooms(path):
 def test_importing_the_library_loads_neither_ray_nor_mlflow():
     modules = "sys, mixmae, mixmae.training.loop, mixmae.tracking, mixmae.timm_models"
     code = f"import {modules}; print({{'ray', 'mlflow'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("pipeline", ["stats", "make_shards"])
+def test_help_of_what_needs_no_model_loads_no_torch(pipeline):
+    help_then_print = f"""
+import contextlib, sys
+from pipelines import {pipeline}
+with contextlib.suppress(SystemExit):
+    {pipeline}.main(["--help"])
+print({{"ray", "mlflow", "torch"}} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", help_then_print]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert f"{pipeline}.py" in done.stdout
+    assert done.stdout.endswith("set()\n")
+
+
+def test_ray_and_mlflow_load_only_when_a_run_needs_them():
+    pipelines = "pretrain, finetune, linear_probe, knn, embed, evaluate, predict, export, compare"
+    code = f"import sys; from pipelines import {pipelines}; print({{'ray', 'mlflow'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"

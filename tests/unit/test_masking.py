@@ -102,7 +102,7 @@ def test_masked_mean_by_hand():
 
 def test_pictures_are_a_mix_of_one():
     images, made, mask = noise_images(2), noise_images(2, seed=1), draw_masks((3, 3), 0.6, seeded(), 2)
-    pictures = mask_pictures(images, made, mask)
+    pictures = mask_pictures(images, {"reconstructions": made}, mask)
     assert torch.equal(pictures["mixed"], hide(images, mask))
     assert torch.equal(pictures["reconstructions"][:, 0], made)
     assert torch.equal(pictures["group_map"] == 1, mask)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixmae.patches import normalise_patches, patchify, unpatchify
+from mixmae.patches import draw_predictions, interpolate_hidden, normalise_patches, patchify, unpatchify
 from tests.factories import noise_images
 
 
@@ -36,6 +36,31 @@ def test_statistics_undo_the_normalisation_of_flat_patches_too():
     normalised, mean, std = normalise_patches(patches)
     torch.testing.assert_close(normalised * std + mean, patches)
     assert normalised[-1].abs().max() < 1e-3
+
+
+def test_hidden_patches_take_the_values_of_visible_ones_by_distance():
+    values = torch.tensor([1.0, 50.0, 70.0, 9.0])[:, None]
+    hidden = torch.tensor([False, True, True, False])
+    between = interpolate_hidden(values, hidden, (1, 4)).flatten()
+    expected = [1.0, (1 + 9 / 8) / (1 + 1 / 8), (1 / 8 + 9) / (1 / 8 + 1), 9.0]  # weights 1 / distance^3
+    torch.testing.assert_close(between, torch.tensor(expected))
+    both = interpolate_hidden(values.expand(3, 2, 4, 1), torch.stack([hidden, ~hidden])[None], (1, 4))
+    torch.testing.assert_close(both[2, 0, :, 0], between)
+    assert both[0, 1, :, 0].tolist() == pytest.approx([(50 + 70 / 8) / 1.125, 50, 70, (50 / 8 + 70) / 1.125])
+
+
+def test_drawn_predictions_by_hand():
+    """Two patches of two pixels, the second hidden: both get the mean 2 and the std of the first."""
+    target = normalise_patches(torch.tensor([[1.0, 3.0], [100.0, 200.0]]).repeat_interleave(2, dim=1))
+    predicted, hidden = torch.tensor([[1.0, 1, -1, -1], [0.5, 0.5, 0, 0]]), torch.tensor([False, True])
+    drawn = draw_predictions(predicted, target, hidden, 2, (1, 2), normalised=True)
+    std = (4 / 3) ** 0.5
+    upper, lower = [2 + std] * 2 + [2 + std / 2] * 2, [2 - std] * 2 + [2.0] * 2
+    torch.testing.assert_close(drawn["reconstructions"], torch.tensor([[upper, lower]]))
+    torch.testing.assert_close(drawn["zero_predictions"], torch.full((1, 2, 4), 2.0))
+    plain = draw_predictions(predicted, target, hidden, 2, (1, 2), normalised=False)
+    assert torch.equal(plain.pop("reconstructions"), unpatchify(predicted, 2, (1, 2)))
+    assert not plain
 
 
 def test_bad_shapes():

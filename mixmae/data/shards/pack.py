@@ -1,4 +1,4 @@
-"""Packing any collection of images, or the built-in shapes, into Parquet shards with a manifest.
+"""Packing any collection of images, or a built-in set, into Parquet shards with a manifest.
 
 Images keep their pixels: baseline JPEGs become restart-tile JPEGs (tiles.py: lossless, and a crop decodes only what it
 shows) if jpegtran is installed, everything else is stored byte for byte. Rows are shuffled. Without a validation split
@@ -7,7 +7,6 @@ about 1 % of the images (8 to 1000) are held out as one.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 
 from mixmae.data.images import tiles as restart_tiles
 from mixmae.data.images.summary import Summary
-from mixmae.data.shards.plan import SHAPES, ShardJob, ShardPlan, plan_shapes, plan_source
+from mixmae.data.shards.plan import ShardJob, ShardPlan, built_in, plan_built_in, plan_source
 from mixmae.data.shards.write import (
     ShardFile,
     StoredImage,
@@ -36,6 +35,7 @@ from mixmae.data.sources import layout_of
 from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import writable_folder
+from mixmae.machine import usable_cores
 from mixmae.writing import write_json
 
 SUMMARY_IMAGES = 64
@@ -77,7 +77,7 @@ RunJobs = Callable[[WriteJob, Sequence[ShardJob], int], Iterator[tuple[ShardJob,
 
 def run_in_threads(write: WriteJob, jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Run the jobs in threads of this process."""
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         futures = {pool.submit(write, job): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -105,7 +105,8 @@ def make_shards(
     An interrupted run is continued: finished shards are kept if the source has not changed.
 
     Args:
-        source: what open_source takes, or "shapes".  output: local folder to write, made if missing.
+        source: what open_source takes, or a built-in set: "moths", "moths:0.6", "shapes".
+        output: local folder to write, made if missing.
         shard_mb: approximate size of a shard in megabytes.
         resize_longer_side: shrink images whose longer side has more pixels than this; others stay as they are.
         tiles: store restart-tile JPEGs; None does it if the tool is there.
@@ -122,8 +123,8 @@ def make_shards(
     if workers < 0:
         raise DataError(f"workers is {workers}: give how many shards are written at once, or 0 for one per core")
     folder = writable_folder(output)
-    if str(source) == SHAPES:
-        plan = plan_shapes(seed)
+    if built_in(str(source)):
+        plan = plan_built_in(str(source), seed)
     else:
         plan = plan_source(str(source), shard_mb=shard_mb, resize_longer_side=resize_longer_side, tile=tiles, seed=seed)
     finished = read_json(folder / MANIFEST_NAME)
@@ -131,7 +132,7 @@ def make_shards(
         report(f"{folder} already holds these shards, up to date: nothing to do")
         return _result(folder, finished, made=False)
     _prepare_output(folder, plan, overwrite)
-    if str(source) != SHAPES and tiles is not False and restart_tiles.tool_path() is None:
+    if not built_in(str(source)) and tiles is not False and restart_tiles.tool_path() is None:
         report(
             "note: jpegtran is not installed, so JPEGs are stored as they are: training decodes all of each image "
             "instead of the crop alone, at about two thirds of the speed. To install it: apt-get install "
@@ -163,11 +164,6 @@ def make_shards(
     classes = f" of {len(result.class_names)} classes" if result.class_names else ""
     report(f"{folder}: {counts} images{classes}, {result.num_bytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
     return result
-
-
-def default_shapes(output: str | Path, *, report: Callable[[str], None] = print) -> Path:
-    """The folder of the built-in set, made if it is not there yet: 4,000 + 1,000 images of 20 classes."""
-    return make_shards(SHAPES, output, report=report).folder
 
 
 def is_image_folder(path: str | Path) -> bool:

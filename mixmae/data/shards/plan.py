@@ -22,7 +22,8 @@ from mixmae.data.chunks import Int64Array
 from mixmae.data.images import tiles
 from mixmae.data.images.decode import DecodeError, decode_rgb, image_size
 from mixmae.data.order import Draw, Plan, permutation
-from mixmae.data.shards import shapes
+from mixmae.data.shards import moths, shapes
+from mixmae.data.shards.drawing import draw_apart
 from mixmae.data.shards.write import MANIFEST_FORMAT, StoredImage, shard_name, shard_schema
 from mixmae.data.source import DataError, Sample, Source, read_rows
 from mixmae.data.sources import list_splits, open_source
@@ -31,13 +32,14 @@ from mixmae.data.sources.joined import JoinedSource
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.storage import plain_place
 
-SHAPES = "shapes"
-"""The word that names the built-in set instead of a path."""
+BUILT_IN = {"moths": moths, "shapes": shapes}
+"""The words that name a built-in set instead of a path; moths:0.6 is one of another difficulty (moths.LEAN)."""
+DEFAULT_SET = "moths"
 MIN_IMAGES = 8
 RESIZED_QUALITY = 95
 """JPEG quality of images that resize_longer_side shrinks; colour at half resolution (4:2:0), as cameras store it."""
 
-_SHAPES_PER_SHARD = 1000
+_DRAWN_PER_SHARD = 1000
 """Five shards, so that several cores draw at once."""
 
 
@@ -70,20 +72,29 @@ class ShardPlan:
     """Local Parquet files that are read."""
 
 
-def plan_shapes(seed: int) -> ShardPlan:
-    """The shards of the built-in set."""
-    counts = {"train": shapes.NUM_TRAIN // _SHAPES_PER_SHARD, "validation": shapes.NUM_VALIDATION // _SHAPES_PER_SHARD}
-    starts = {"train": 0, "validation": shapes.NUM_TRAIN}
+def built_in(source: str) -> bool:
+    """Whether a source is a built-in set; a file or folder of such a name is meant by ./moths."""
+    return source in BUILT_IN or (source.startswith("moths:") and "/" not in source)
+
+
+def plan_built_in(source: str, seed: int) -> ShardPlan:
+    """The shards of a built-in set.   Raises: DataError if its difficulty cannot be read."""
+    name, _, lean = source.partition(":")
+    drawn: Any = BUILT_IN[name]
+    options = (_lean(source, lean),) if name == "moths" else ()
+    counts = {"train": drawn.NUM_TRAIN // _DRAWN_PER_SHARD, "validation": drawn.NUM_VALIDATION // _DRAWN_PER_SHARD}
+    starts = {"train": 0, "validation": drawn.NUM_TRAIN}
     jobs = []
     for split, count in counts.items():
         for number in range(count):
-            start = starts[split] + number * _SHAPES_PER_SHARD
-            jobs.append(ShardJob(split, number, count, partial(_draw_shapes, seed, start, start + _SHAPES_PER_SHARD)))
-    origin = {"source": SHAPES, "generator_version": shapes.GENERATOR_VERSION, "seed": seed}
+            start = starts[split] + number * _DRAWN_PER_SHARD
+            draw = partial(_draw, name, (seed, *options), start, start + _DRAWN_PER_SHARD)
+            jobs.append(ShardJob(split, number, count, draw))
+    origin = {"source": source, "generator_version": drawn.GENERATOR_VERSION, "seed": seed}
     return ShardPlan(
         jobs=jobs,
-        schema=shard_schema(shapes.CLASS_NAMES, with_masks=True),
-        class_names=shapes.CLASS_NAMES,
+        schema=shard_schema(drawn.CLASS_NAMES, with_masks=True),
+        class_names=drawn.CLASS_NAMES,
         fingerprint=_fingerprint(origin, []),
         origin=origin,
     )
@@ -188,11 +199,25 @@ def _fingerprint(origin: dict[str, Any], facts: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _draw_shapes(seed: int, start: int, stop: int) -> list[StoredImage]:
+def _lean(source: str, text: str) -> float:
+    try:
+        lean = float(text) if text else moths.LEAN
+    except ValueError:
+        lean = -1.0
+    if not 0 <= lean <= 1:
+        raise DataError(
+            f"{source}: the number after the colon is the probability that a trait is its species' own, from 0 to 1, "
+            f"such as moths:{moths.LEAN}"
+        )
+    return lean
+
+
+def _draw(name: str, arguments: tuple[float, ...], start: int, stop: int) -> list[StoredImage]:
+    drawn: Any = BUILT_IN[name]
     images = []
-    for index, image in enumerate(shapes.shape_images(seed, start, stop), start):
-        name = f"{shapes.CLASS_NAMES[image.label]}/{index:06d}.jpg"
-        images.append(StoredImage(image.jpeg, name, image.label, image.box, image.mask_png))
+    for index, image in enumerate(draw_apart(drawn.__name__, *arguments, start=start, stop=stop), start):
+        stored = f"{drawn.CLASS_NAMES[image.label]}/{index:06d}.jpg"
+        images.append(StoredImage(image.jpeg, stored, image.label, image.box, image.mask_png))
     return images
 
 

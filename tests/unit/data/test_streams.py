@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +14,8 @@ from mixmae.data.blocks import Block, BrokenRecord
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.sources import open_source
-from mixmae.data.streams import StreamConfig, TrainStream, _block_edges, _pack, _unpack
+from mixmae.data.stream_config import StreamConfig
+from mixmae.data.streams import DECODE_NICE, TrainStream, _block_edges, _pack, _pool, _unpack
 from mixmae.share import WorkerShare
 
 
@@ -47,3 +51,11 @@ def test_a_block_comes_through_the_object_store_as_it_was():
     assert copy.broken == block.broken
     for name in ("images", "rows", "labels", "epochs"):
         assert np.array_equal(getattr(copy, name), getattr(block, name))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's threads have priorities of their own")
+def test_training_goes_before_decoding():
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    pool = _pool.__wrapped__(1)  # not the one that is kept
+    assert pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(19, before + DECODE_NICE)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -16,7 +16,7 @@ from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.probe import Probe, choose_probe
 from mixmae.probing.features import extract_features
 from mixmae.probing.online import OnlineProbeConfig, probe_features
-from mixmae.training.worker import EvaluationSkipped
+from mixmae.training.failures import EvaluationSkipped
 from pipelines.recipes import PRETRAIN_RECIPES
 
 LABELS = [row % 4 for row in range(60)]
@@ -24,8 +24,7 @@ LABELS = [row % 4 for row in range(60)]
 
 def _job(probe: Probe | None) -> PretrainJob:
     config = PRETRAIN_RECIPES["demo"]()
-    encoder = replace(config.encoder, image_size=64, window_sizes=(8, 8, 4, 2), embed_dim=8)
-    config = replace(config, augment=replace(config.augment, image_size=64), encoder=encoder)
+    config = replace(config, encoder=replace(config.encoder, embed_dim=8))  # of 64 px
     nothing: Any = None
     return PretrainJob(config=config, source=nothing, heldout=nothing, data=nothing, folder=nothing, probe=probe)
 
@@ -51,6 +50,29 @@ def test_it_is_the_librarys_and_leaves_the_model_and_the_generators_as_they_were
     assert metrics.pop("perf/probe_s") > 0
     assert metrics == pytest.approx(probe_features(features, labels, 5))
     assert metrics["probe/linear_top1"] > 0.4  # colour
+
+
+def test_references_are_of_the_untrained_encoder_and_of_pixels(shards):
+    source = open_source(shards("set", LABELS))
+    probe = choose_probe(OnlineProbeConfig(images=60, k=5), source, source)
+    assert probe is not None
+    job = _job(probe)
+    model = job.build_model()
+    metrics = job.evaluate_untrained(model, rank=0, num_workers=1)
+    curve = {name: value for name, value in metrics.items() if name.startswith("probe/")}
+    expected = {**job.evaluate(model, rank=0, num_workers=1), "perf/probe_s": metrics["perf/probe_s"]}
+    assert {**curve, "perf/probe_s": metrics["perf/probe_s"]} == expected
+    images = torch.cat([batch.images for batch in eval_batches(source, 64, batch_size=64, rows=probe.rows)])
+    small = job.config.normalise(images).unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean(dim=(3, 5)).flatten(1)
+    pixels = probe_features(small, torch.tensor(LABELS)[probe.rows], 5)
+    assert {name: value for name, value in metrics.items() if name.startswith("reference/")} == {
+        "reference/knn_untrained": curve["probe/knn_top1"],
+        "reference/linear_untrained": curve["probe/linear_top1"],
+        "reference/knn_pixels": pytest.approx(pixels["probe/knn_top1"]),
+        "reference/linear_pixels": pytest.approx(pixels["probe/linear_top1"]),
+        "reference/chance": pytest.approx(1 / 3),  # of three classes: 60 images have room for no more
+    }
+    assert _job(None).evaluate_untrained(model, rank=0, num_workers=1) == {}
 
 
 def test_shares_of_three_workers_are_those_of_one(shards, monkeypatch):

@@ -126,7 +126,7 @@ class TestMistakes:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--workers", "0"), "--workers is 0: it must be at least 1"),
+        (("--workers", "-1"), "--workers is -1: it must be at least 1"),
         (("--output", "s3://bucket/run"), "runs are written to a folder"),
     ],
 )

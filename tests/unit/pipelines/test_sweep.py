@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mixmae.jobs.record import RunRecord
 from pipelines import sweep as module
-from pipelines.sweep import main
+from pipelines.sweep import base_config, choose_reference, fixed_for_all, main
+from pipelines.sweeping.trial import Arguments
+from tune_spaces import SPACES
 
 
 @pytest.mark.usefixtures("no_cluster")
@@ -20,7 +24,7 @@ class TestMistakes:
             (["demo", "--trials", "4"], "a grid has its own 6 trials"),
             (["wide", "--trials", "0"], "no trial"),
             (["demo", "--hours", "0"], "the budget is 0.0 hours"),
-            (["demo", "--max-concurrent", "0"], "--max-concurrent is 0"),
+            (["demo", "--max-concurrent", "-1"], "--max-concurrent is -1"),
             (["demo", "--optim.layer-decay", "0.6"], "optim.layer_decay varies in the space demo"),
             (["demo", "--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
             (["demo", "--pretrained", "nowhere"], "nowhere"),
@@ -58,3 +62,15 @@ class TestMistakes:
         with pytest.raises(SystemExit):
             main(["wide_optuna"])
         assert "pip install 'mixmae[sweep]'" in capsys.readouterr().err
+
+
+def test_only_a_sweep_that_was_begun_with_a_reference_goes_on_with_it():
+    space = SPACES["demo"]
+    config = base_config(space)
+    arguments = Arguments(config=config, pretrained=Path("weights"))
+    assert choose_reference(arguments, space, None) == {"optim.layer_decay": None}
+    assert choose_reference(replace(arguments, pretrained=None), space, None) is None
+    assert choose_reference(replace(arguments, reference=False), space, None) is None
+    for reference in (None, space.reference):
+        before = RunRecord(status="running", config={}, space=fixed_for_all(space, config, reference))
+        assert choose_reference(arguments, space, before) == reference

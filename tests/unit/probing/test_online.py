@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mixmae.probing.knn import KnnConfig, knn_leave_one_out
-from mixmae.probing.online import OnlineProbeConfig, choose_images, probe_features
+from mixmae.probing.online import OnlineProbeConfig, choose_images, draw_probe, probe_features, summarise_probe
 from tests.factories import clouds, seeded
 
 
@@ -52,3 +52,35 @@ def test_mistakes():
     features, labels = clouds(30, 6, 1.0)
     with pytest.raises(ValueError, match="not finite"):
         probe_features(features / 0, labels, 5)
+
+
+PROBED = {"probe/knn_top1": 0.341, "probe/linear_top1": 0.38}
+REFERENCES = {
+    "reference/knn_untrained": 0.223,
+    "reference/linear_untrained": 0.269,
+    "reference/knn_pixels": 0.15,
+    "reference/linear_pixels": 0.17,
+    "reference/chance": 0.05,
+}
+
+
+def test_the_summary_is_one_line():
+    assert summarise_probe(PROBED | REFERENCES) == (
+        "kNN 34.1% (untrained encoder 22.3%, raw pixels 15.0%), linear probe 38.0% (26.9%, 17.0%), chance level 5.0%"
+    )
+    assert summarise_probe(PROBED) == "kNN 34.1%, linear probe 38.0%"
+
+
+def test_the_picture_has_the_curve_and_its_references(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    start = {"step": 0, "probe/knn_top1": 0.223, "probe/linear_top1": 0.269, **REFERENCES}
+    draw_probe([start, {"step": 9, **PROBED, **REFERENCES}], tmp_path / "probe.png")
+    assert (tmp_path / "probe.png").stat().st_size > 5000
+    knn, linear = ({line.get_label(): line for line in axes.lines} for axes in saved[0].axes)
+    assert [line.tolist() for line in knn["pretrained"].get_data()] == [[0, 9], [0.223, 0.341]]
+    levels = {label: line.get_ydata()[0] for label, line in linear.items() if label != "pretrained"}
+    assert levels == {"untrained encoder": 0.269, "raw pixels": 0.17, "chance": 0.05}

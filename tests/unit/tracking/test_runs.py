@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from mixmae.tracking import TrackingError, create_run, finish_run, flatten, resolve_uri
+from mixmae.tracking import NOTE_TAG, TrackingError, create_run, finish_run, flatten, log_file, resolve_uri
+from mixmae.tracking.store import link_in_note
 
 
 def test_flatten_joins_names_and_keeps_numbers():
@@ -42,3 +43,13 @@ def test_run_in_sqlite_has_params_dataset_tags_and_status(tmp_path, mlflow_db):
     assert seen.data.tags["checkpoint"] == "/c"
     assert seen.inputs.dataset_inputs[0].dataset.digest == "abc"
     assert (tmp_path / "mlartifacts" / run.run_id / "artifacts" / "config.json").is_file()
+
+    (tmp_path / "curve.png").write_bytes(b"png")
+    for title in ("the curve", "the curve", None):  # drawn again and again, linked once
+        log_file(run, tmp_path / "curve.png", title=title)
+    link_in_note(run, "panel.png", "newest panel")
+    note = MlflowClient(tracking_uri=uri).get_run(run.run_id).data.tags[NOTE_TAG]
+    assert note.split("\n\n") == [
+        f"[the curve]({run.file_link('curve.png')})",
+        f"[newest panel]({run.file_link('panel.png')})",
+    ]

@@ -35,3 +35,26 @@ def test_a_cluster_that_does_not_answer_is_said_within_seconds():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(cluster.ClusterError, match="No Ray cluster answers at"):
             cluster.connect(address, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("address", "device", "gpus", "workers"),
+    [
+        (None, "auto", 0, 6),
+        (None, "auto", 4, 4),
+        (None, "cpu", 4, 6),
+        (None, "gpu", 0, 1),  # join then says that there are none
+        ("head:6379", "auto", 4, 1),
+    ],
+)
+def test_default_workers(monkeypatch, address, device, gpus, workers):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 6)
+    monkeypatch.setattr(cluster.torch.cuda, "device_count", lambda: gpus)
+    assert cluster.default_workers(address, device) == workers
+
+
+def test_a_submitted_job_takes_one_worker_by_default(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 6)
+    assert cluster.default_workers(None, "cpu") == 1

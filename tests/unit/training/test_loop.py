@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
 from mixmae.training.ema import WeightAverage
-from mixmae.training.loop import LoopConfig, TrainingStopped, TrainState, step_seed, train
+from mixmae.training.failures import TrainingStopped
+from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import run_length
 

@@ -59,3 +59,14 @@ def test_what_to_load_of_a_run(tmp_path):
     (run / "best").mkdir()
     (run / "best" / "state.json").write_text(json.dumps({}))
     assert weights_of(run) == run / "best"
+
+
+def test_an_evaluation_of_a_step_that_was_trained_again_replaces_the_first(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step, value in ((0, 0.1), (20, 0.2), (10, 0.15)):  # stopped after 20, continued from 5
+        folder.add_evaluation({"step": step, "x": value})
+    assert RunFolder(tmp_path).add_evaluation({"step": 20, "x": 0.25}) == [
+        {"step": 0, "x": 0.1},
+        {"step": 10, "x": 0.15},
+        {"step": 20, "x": 0.25},
+    ]

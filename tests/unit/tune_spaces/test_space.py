@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.recipes import FINETUNE_RECIPES
+from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 from tune_spaces import SPACES
 from tune_spaces.space import Asha, Choice, Space, Uniform
 
@@ -59,6 +59,12 @@ def test_draws_depend_on_the_seed_alone_and_stay_in_range():
 def test_what_the_config_does_not_take(changes, message):
     with pytest.raises(ValueError, match=message):
         space(vary=changes).check(CONFIG)
+
+
+def test_the_fields_of_a_reference_are_checked():
+    with pytest.raises(ValueError, match=r"no field optim.base_rate"):
+        space(reference={"optim.base_rate": 0.1}).check(CONFIG)
+    replace(SPACES["demo_pretrain"], reference={"head": 1}).check(PRETRAIN_RECIPES["demo"]())  # which it does not have
 
 
 def test_both_ends_of_a_range_are_checked():

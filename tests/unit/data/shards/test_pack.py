@@ -19,7 +19,7 @@ from PIL import Image
 
 from mixmae.data.images import tiles
 from mixmae.data.images.decode import decode_rgb, image_size
-from mixmae.data.shards.pack import default_shapes, is_image_folder, make_shards
+from mixmae.data.shards.pack import is_image_folder, make_shards
 from mixmae.data.source import DataError, read_rows
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.parquet import ParquetSource
@@ -366,8 +366,17 @@ def test_is_image_folder(folder, write_shards, tmp_path):
     assert not is_image_folder(tmp_path / "nowhere")
 
 
-def test_the_default_set(tmp_path):
-    shards = default_shapes(tmp_path / "shapes")
+def test_a_built_in_set_of_another_difficulty(tmp_path):
+    easy = make_shards("moths:1", tmp_path / "easy")
+    assert easy.digest != make_shards("moths", tmp_path / "moths").digest
+    for wrong in ("moths:easy", "moths:1.5"):
+        with pytest.raises(DataError, match="from 0 to 1, such as moths:"):
+            make_shards(wrong, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("name", ["moths", "shapes"])
+def test_a_built_in_set(name, tmp_path):
+    shards = make_shards(name, tmp_path / name).folder
     train, validation = open_source(shards), open_source(shards, "validation")
     assert (train.num_rows, validation.num_rows) == (4000, 1000)
     assert train.class_names is not None

@@ -1,4 +1,4 @@
-"""The built-in set: needs scikit-learn."""
+"""The hard built-in set: needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from PIL import Image
 from sklearn.linear_model import RidgeClassifier
 
 from mixmae.data.images.decode import decode_rgb
-from mixmae.data.shards.shapes import CLASS_NAMES, MAX_SIDE_PX, MIN_SIDE_PX, ShapeImage, shape_image, shape_images
+from mixmae.data.shards.drawing import DrawnImage, draw_apart
+from mixmae.data.shards.shapes import CLASS_NAMES, MAX_SIDE_PX, MIN_SIDE_PX, draw
 
 
 @pytest.fixture(scope="module")
-def images() -> list[ShapeImage]:
-    return [shape_image(0, index) for index in range(1600)]
+def images() -> list[DrawnImage]:
+    return [draw(0, index) for index in range(1600)]
 
 
 def test_an_image_depends_on_seed_and_index_alone(images):
-    assert shape_image(0, 70) == images[70]
-    assert list(shape_images(0, 68, 72)) == images[68:72]
-    assert shape_image(1, 70).jpeg != images[70].jpeg
+    assert draw(0, 70) == images[70]
+    assert list(draw_apart("mixmae.data.shards.shapes", 0, start=68, stop=72)) == images[68:72]
+    assert draw(1, 70).jpeg != images[70].jpeg
 
 
 def test_classes_are_balanced_and_mixed(images):

@@ -39,6 +39,18 @@ class TestProgress:
             "trial a (layer_decay 0.7, drop_path 0) epoch 0.50 · val/top1 0.2500",
         ]
 
+    def test_the_reference_has_its_name(self, tmp_path, capsys, monkeypatch):
+        trials = [Trial("r", {"values": None}), self.TRIALS[0]]
+        Progress(5, tmp_path, "val/top1").on_trial_start(0, trials, trials[0])
+        assert capsys.readouterr().out == "trial r (from scratch) starts\n"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setattr("rich.get_console", lambda: Console(force_terminal=True, width=100))
+        for shown in (trials[:1], trials):
+            progress = Progress(5, tmp_path, "val/top1")
+            progress.on_trial_start(0, shown, trials[0])
+            progress.on_experiment_end(trials)
+            assert "from scratch" in capsys.readouterr().out
+
     def test_a_terminal_gets_one_table_that_changes_in_place(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
         monkeypatch.setattr("rich.get_console", lambda: Console(force_terminal=True, width=100))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mixmae.tracking import RunRef
 from pipelines.sweeping.results import (
+    Reference,
     TrialResult,
     draw_curves,
     draw_heat_map,
@@ -18,6 +19,8 @@ from pipelines.sweeping.results import (
     print_table,
     rank,
     rows_of,
+    scores,
+    verdict,
     write_csv,
     write_note,
 )
@@ -44,6 +47,63 @@ RESULTS = [
 def test_finished_trials_come_first_and_the_best_of_them_on_top():
     assert [item.trial for item in rank(RESULTS, "final/top1", "max")] == ["d", "a", "c", "b"]
     assert [item.trial for item in rank(RESULTS, "final/top1", "min")] == ["a", "d", "c", "b"]
+
+
+SCRATCH = replace(result("s", 0.75, 0.0, 0.6), is_reference=True)
+REFERENCE = Reference(words="from scratch", value=0.6)
+
+
+def test_the_reference_is_shown_and_never_the_best(tmp_path, capsys):
+    """Here it is better than every trial, which is said."""
+    ranked = rank([SCRATCH, *RESULTS], "final/top1", "max")
+    assert [item.trial for item in ranked] == ["d", "a", "c", "b", "s"]
+    assert [row["rank"] for row in rows_of(ranked)] == ["1", "2", "", "", "reference"]
+    assert heat_map_table(ranked, "final/top1")[0] == [0.7, 0.8]  # not 0.75
+    print_table(ranked)
+    assert "│ reference │" in capsys.readouterr().out.splitlines()[-2]
+    remarks = verdict(ranked, "final/top1", REFERENCE, 1000)
+    assert remarks.startswith("No trial is better than the reference (from scratch). ")
+    many = rank([SCRATCH, *(result(str(number), 0.7, 0.0, number / 100) for number in range(12))], "final/top1", "max")
+    parent = RunRef(uri="http://x", experiment_id="7", run_id="p")
+    note = write_note(many, "final/top1", parent, {"all": "#/all"}, REFERENCE, remarks)
+    assert "final/top1 11.00%, from scratch 60.00%**" in note
+    *rows, last = note.split("\n\n")[1].splitlines()
+    assert len(rows) == 2 + 10  # the head and the ten best
+    assert last.startswith("| reference | 0.75 | 0 | 60.00% |")
+    assert note.endswith(f"\n\n{remarks}")
+    draw_heat_map(ranked, "final/top1", tmp_path / "with.png", REFERENCE)
+    draw_heat_map(ranked, "final/top1", tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_a_reference_alone_is_no_winner():
+    note = write_note([SCRATCH], "final/top1", RunRef(uri="u", experiment_id="7", run_id="p"), {}, REFERENCE)
+    assert note.startswith("**No trial finished.**")
+
+
+def test_what_may_be_noise():
+    """Of 1,000 images and a share of one half the standard error is 1.58 points, of a difference 2.24."""
+    ranked = [result(str(number), 0.7, 0.0, value) for number, value in enumerate((0.5, 0.46, 0.456, 0.454))]
+
+    def remarks(value: float, num_images: int = 1000) -> str:
+        return verdict(ranked, "final/top1", Reference(words="from scratch", value=value), num_images)
+
+    assert "Differences below 4.5 points may be noise" in remarks(0.4)
+    assert "on 1,000 images" in remarks(0.4)
+    assert "ranks 1 to 3 differ by less" in remarks(0.4)
+    assert "reference" not in remarks(0.4)
+    assert remarks(0.46).endswith("The best trial differs from the reference by less.")
+    assert "ranks" not in remarks(0.4, 10_000)
+    assert scores(ranked, "final/top1", Reference(words="untrained encoder", value=0.25)) == (
+        "50.00%, untrained encoder 25.00%"
+    )
+
+
+def test_a_loss_is_compared_without_a_word_on_noise():
+    ranked = [result("a", 0.7, 0.0, 0.5), result("b", 0.7, 0.1, 0.4)]
+    assert verdict(ranked, "final/loss", Reference(words="from scratch", value=0.6), 1000) == ""
+    better = verdict(ranked, "final/loss", Reference(words="from scratch", value=0.4), 1000)
+    assert better == "No trial is better than the reference (from scratch)."
 
 
 def test_a_result_that_is_no_number_is_no_result():

@@ -1,0 +1,13 @@
+"""How training ends early. Apart from loop and workers, so that a command line needs neither torch nor Ray."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on and a restart would not help; the message is for the user."""
+
+
+class WorkersFailed(RuntimeError):
+    """Workers failed more often than they may be restarted; the message has the first cause in one line."""
+
+
+class EvaluationSkipped(RuntimeError):
+    """Raised by `evaluate` on every rank to skip this evaluation; training continues and the reason is logged once."""
