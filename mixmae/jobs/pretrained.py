@@ -55,6 +55,12 @@ def read_pretrained(
     if metadata is None:
         print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
         return pretrained, weights, config
+    channels = metadata.encoder.in_channels
+    if keeps_encoder and config.encoder.in_channels != channels:
+        raise ValueError(
+            f"The weights of {path} are for {channels} channels and the encoder has "
+            f"{config.encoder.in_channels}: give --encoder.in-channels {channels}, or leave out --encoder flags."
+        )
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
         theirs = replace(metadata.encoder, drop_path=config.encoder.drop_path)
