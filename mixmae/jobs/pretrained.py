@@ -32,8 +32,9 @@ def read_pretrained(
         folder; and the config with the encoder that they are for.
     Raises: ValueError if weights and encoder do not fit; FileNotFoundError.
     """
-    usual = replace(usual, encoder=replace(usual.encoder, in_channels=config.encoder.in_channels))
-    free = [name for name in ("pixel_mean", "pixel_std") if getattr(config, name) == getattr(usual, name)]
+    # The recipe's own values, for the channels that the command line asks for.
+    pixels = replace(usual, encoder=replace(usual.encoder, in_channels=config.encoder.in_channels))
+    free = [name for name in ("pixel_mean", "pixel_std") if getattr(config, name) == getattr(pixels, name)]
     # Flags of drop path and size do not name an architecture.
     own_size = replace(usual.encoder, drop_path=config.encoder.drop_path, image_size=config.encoder.image_size)
     keeps_encoder = config.encoder != own_size
@@ -54,6 +55,12 @@ def read_pretrained(
     if metadata is None:
         print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
         return pretrained, weights, config
+    channels = metadata.encoder.in_channels
+    if keeps_encoder and config.encoder.in_channels != channels:
+        raise ValueError(
+            f"The weights of {path} are for {channels} channels and the encoder has "
+            f"{config.encoder.in_channels}: give --encoder.in-channels {channels}, or leave out --encoder flags."
+        )
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
         theirs = replace(metadata.encoder, drop_path=config.encoder.drop_path)

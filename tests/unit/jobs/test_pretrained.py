@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from torch import nn
@@ -57,6 +58,19 @@ def test_the_file_says_the_encoder_and_the_recipe_the_rest(tmp_path, capsys):
     _, _, config = _read("demo_finetune", tmp_path / "swin.safetensors", **fields)
     assert config.encoder == own
     assert config.pixel_mean == (0.5, 0.5, 0.5)
+
+
+def test_channels_and_pixels_are_the_files_unless_the_command_line_asks_for_others(tmp_path):
+    path = tmp_path / "grey.safetensors"
+    save_encoder(path, tiny_swin(in_channels=1), Preprocessing(image_size=(96, 96), mean=(0.1,), std=(0.3,)))
+    _, _, config = _read("demo_finetune", path)
+    assert (config.encoder.in_channels, config.pixel_mean, config.pixel_std) == (1, (0.1,), (0.3,))
+    own = tiny_swin(in_channels=1).config
+    _, _, config = _read("demo_finetune", path, encoder=own)
+    assert (config.encoder, config.pixel_mean) == (own, (0.1,))
+    save_encoder(path, tiny_swin(), Preprocessing(image_size=(96, 96)), overwrite=True)
+    with pytest.raises(ValueError, match=r"for 3 channels and the encoder has 1: give --encoder.in-channels 3"):
+        _read("demo_finetune", path, encoder=own)
 
 
 def test_weights_at_224_px_are_for_the_windows_of_384_px(tmp_path, capsys):

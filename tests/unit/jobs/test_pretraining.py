@@ -13,13 +13,18 @@ import torch
 from PIL import Image
 
 from mixmae.data.blocks import local_batches
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
 from mixmae.data.source import DataError
 from mixmae.data.sources import open_source
+from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.pretraining import PretrainJob
-from mixmae.training.loop import TrainState, train
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.probing.online import OnlineProbeConfig
+from mixmae.training.loop import LoopConfig, TrainState, train
 from mixmae.training.optim import build_optimizer
 from pipelines.recipes import PRETRAIN_RECIPES
+from tests.factories import DECODER, tiny_swin
 
 
 @pytest.fixture
@@ -56,13 +61,12 @@ class Losses:
 
 
 def test_ten_steps_on_grey_images(grey, tmp_path):
-    config = PRETRAIN_RECIPES["demo"]()
-    config = replace(
-        config,
-        encoder=replace(config.encoder, in_channels=1, window_sizes=(8, 8, 4, 2)),
-        augment=replace(config.augment, image_size=64),
-        loop=replace(config.loop, steps=10, batch_size=8, log_every_steps=1),
-        probe=replace(config.probe, images=80),
+    config = PretrainConfig(
+        encoder=tiny_swin(64, in_channels=1).config,
+        method=MixMAEConfig(num_images=2, decoder=DECODER),
+        augment=AugmentConfig(image_size=64),
+        loop=LoopConfig(steps=10, batch_size=8, log_every_steps=1),
+        probe=OnlineProbeConfig(images=80),
     )
     job = PretrainJob.of(config, grey, grey, data=None, folder=tmp_path / "run")
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from mixmae.jobs.config import to_json
 from mixmae.training.optim import parameter_groups
 from pipelines import finetune
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from pipelines.recipes.small import SMALL_RECIPES
 from tests.factories import tiny_swin
 from tests.unit.conftest import coloured_jpeg
 
@@ -108,7 +109,7 @@ class TestMistakes:
 def test_recipes_are_named_after_their_functions_and_are_the_papers(name):
     recipe = FINETUNE_RECIPES[name]
     assert recipe.__name__ == name
-    if not name.startswith("mixmae_"):
+    if not name.startswith("mixmae_") or recipe in SMALL_RECIPES.values():
         return
     assert "not yet run" in (recipe.__doc__ or "")
     config = recipe()

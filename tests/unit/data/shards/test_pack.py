@@ -269,7 +269,8 @@ def test_what_the_manifest_says(folder, tmp_path, make_jpeg):
     assert sum(part["classes"].get("a", 0) for part in parts) == 10
     assert sum(part["classes"].get("b", 0) for part in parts) == 30
     assert parts[0]["images"] == parts[0]["shorter_side_px"]["256"] == made.rows["train"]
-    assert parts[0]["pixels"] == {"images": made.rows["train"], "mean": [0.2, 0.4, 0.8], "std": [0.0, 0.0, 0.0]}
+    colours = {"mean": [0.2, 0.4, 0.8], "std": [0.0, 0.0, 0.0]}
+    assert parts[0]["pixels"] == {"images": made.rows["train"], "grey": 0, **colours}
     assert parts[0]["smallest_px"] == [300, 260]
     assert manifest["classes"] == ["a", "b"]
     for entry in manifest["splits"]["train"]["files"]:
