@@ -27,7 +27,8 @@ def test_a_folder_that_has_grown_is_packed_anew(tmp_path):
 
 
 def arguments(*, batch_size, micro_batch_size=None, workers=0):
-    config = PRETRAIN_RECIPES["demo"]()  # two images per mix
+    config = PRETRAIN_RECIPES["demo"]()
+    config = replace(config, method=replace(config.method, num_images=2))
     loop = replace(config.loop, batch_size=batch_size, micro_batch_size=micro_batch_size)
     return Arguments(config=replace(config, loop=loop), workers=workers)
 
