@@ -1,6 +1,6 @@
 """What pretraining is worth when labels are few: finetuning from it and from scratch, with the same steps and images.
 
-    python benchmarks/few_labels.py [--sets digits shapes] [--seeds 0 1 2] [--output runs/few_labels]
+    python benchmarks/few_labels.py [--sets digits moths] [--labels 5 20 all] [--seeds 0 1 2]
 
 Runs the pipelines as a user does. Each seed makes one pretraining per set, on all training images without their
 labels, and chooses the images that keep their label. Both arms then train on these, and are compared by top-1 on the
@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
-from mixmae.data.shards.pack import default_set
+from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import read_rows
 from mixmae.data.sources import open_train_and_held_out
 from pipelines.command import command
@@ -39,37 +39,20 @@ PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 class Arguments:
     """Finetuning from pretraining, beside training from scratch, with few labels."""
 
-    sets: tuple[Literal["digits", "shapes"], ...] = ("digits", "shapes")
-    """digits: scikit-learn's handwritten digits. shapes: the built-in set."""
+    sets: tuple[Literal["digits", "moths"], ...] = ("digits", "moths")
+    """digits: scikit-learn's handwritten digits. moths: the built-in set."""
+    labels: tuple[int | Literal["all"], ...] = (5, 20, "all")
+    """Labelled images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own pretraining, choice of labelled images, and run of each arm."""
     output: Path = Path("runs/few_labels")
     """Folder of the runs and the table."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """How a set is used for pretraining and for finetuning."""
-
-    labels: int
-    """Labelled images per class."""
-    size: Sequence[str]
-    """Flags of both pipelines: how images are resized and augmented."""
-    pretrain: Sequence[str]
-    """Flags of pretraining."""
-    finetune: Sequence[str]
-    """Flags of both arms."""
-
-
-TRIALS = {
-    "digits": Trial(
-        labels=5,
-        size=("--augment.image-size", "96", "--augment.flip", "0"),
-        pretrain=("--loop.steps", "2400"),
-        finetune=("--loop.steps", "300"),
-    ),
-    "shapes": Trial(labels=5, size=("--augment.image-size", "96"), pretrain=(), finetune=("--loop.steps", "300")),
-}
+FLAGS = {"digits": ("--augment.flip", "0"), "moths": ()}
+"""Of both pipelines, for each set: digits are not mirrored."""
+STEPS = {5: 300, 20: 500, "all": 1500}
+"""Of finetuning, for each number of labels."""
 
 Images = list[tuple[bytes, int]]
 
@@ -90,7 +73,7 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
     train, validation = (
         [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_train_and_held_out(str(default_set(output / "shapes-shards")))
+        for part in open_train_and_held_out(str(make_shards(name, output / "moths-shards").folder))
     )
     return train, validation
 
@@ -106,12 +89,12 @@ def write_folder(folder: Path, train: Images, validation: Images) -> Path:
     return folder
 
 
-def choose(images: Images, labels: int, seed: int) -> Images:
-    """Draw `labels` images of every class, by the seed."""
+def choose(images: Images, labels: int | str, seed: int) -> Images:
+    """Draw `labels` images of every class, by the seed; all of them if there are not as many."""
     rng = np.random.default_rng(seed)
     classes = np.array([label for _, label in images])
-    rows = [rng.choice(np.flatnonzero(classes == label), labels, replace=False) for label in np.unique(classes)]
-    return [images[row] for row in np.concatenate(rows)]
+    rows = [rng.permutation(np.flatnonzero(classes == label)) for label in np.unique(classes)]
+    return [images[row] for few in rows for row in few[: None if labels == "all" else int(labels)]]
 
 
 def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[str, float]:
@@ -123,19 +106,22 @@ def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[
     return json.loads((output / "run.json").read_text())["metrics"]
 
 
-def compare(name: str, seed: int, output: Path) -> tuple[float, float]:
+def compare(name: str, labels: int | str, seed: int, output: Path) -> tuple[float, float]:
     """Run both arms on a set.   Returns: top-1 on its validation set, from pretraining and from scratch, 0..1."""
-    trial, folder = TRIALS[name], output / name
-    train, validation = read_set(name, output)
-    everything = write_folder(folder / "images", train, validation)
-    few = write_folder(folder / f"images-{seed}", choose(train, trial.labels, seed), validation)
-    own = ["--loop.seed", str(seed), *trial.size]
+    folder = output / name
+    own = ["--loop.seed", str(seed), *FLAGS[name]]
     start = folder / f"pretrained-{seed}"
-    run("pretrain", "demo", start, ["--data", str(everything), *own, *trial.pretrain])
-    # An epoch of so few images is a few steps: evaluate every 25 epochs, not after each.
-    own += ["--data", str(few), *trial.finetune]
-    own += ["--loop.evaluate-every-epochs", "25", "--loop.checkpoint-every-epochs", "25"]
-    first, second = folder / f"from-pretraining-{seed}", folder / f"from-scratch-{seed}"
+    place = folder / f"images-{labels}-{seed}"
+    if not place.exists():
+        train, validation = read_set(name, output)
+        write_folder(folder / "images", train, validation)
+        write_folder(place, choose(train, labels, seed), validation)
+    run("pretrain", "demo", start, ["--data", str(folder / "images"), *own])
+    steps = STEPS.get(labels, 500)
+    # An epoch of so few images is a few steps: the arms are compared at their ends.
+    own += ["--data", str(place), "--loop.steps", str(steps), "--loop.evaluate-every-epochs", "1000"]
+    own += ["--loop.checkpoint-every-epochs", "1000"]
+    first, second = (folder / f"from-{arm}-{labels}-{seed}" for arm in ("pretraining", "scratch"))
     pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
     scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])
     return pretrained["final/top1"], scratch["final/top1"]
@@ -155,10 +141,11 @@ def few_labels(arguments: Arguments) -> int:
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for name in arguments.sets:
-        pairs = [compare(name, seed, output) for seed in arguments.seeds]
-        pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
-        gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
-        lines.append(f"| {name} | {TRIALS[name].labels} | {pretrained} | {scratch} | {gains} |")
+        for labels in arguments.labels:
+            pairs = [compare(name, labels, seed, output) for seed in arguments.seeds]
+            pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
+            gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
+            lines.append(f"| {name} | {labels} | {pretrained} | {scratch} | {gains} |")
     (output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0

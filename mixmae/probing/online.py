@@ -108,7 +108,7 @@ def draw_probe(evaluations: Sequence[Mapping[str, float]], path: Path) -> None:
         path: a PNG.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     last = evaluations[-1]
@@ -123,6 +123,7 @@ def draw_probe(evaluations: Sequence[Mapping[str, float]], path: Path) -> None:
             if f"reference/{key}" in last:
                 axes.axhline(last[f"reference/{key}"], label=label, **style)
         axes.set(title=f"{name}, top-1", xlabel="step")
+        axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)

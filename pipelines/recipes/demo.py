@@ -15,7 +15,7 @@ from mixmae.training.optim import OptimConfig
 def demo() -> PretrainConfig:
     """MixMAE of a very small Swin on 64 px images: minutes on two CPU cores.
 
-    What counts on a CPU is how many images it sees. 64 px in patches of 4 px are 256 tokens, and 16 mask cells of 16 px:
+    What counts on a CPU is how many images it sees. 64 px in patches of 4 px are 256 tokens and 16 mask cells of 16 px:
     enough cells to mix four images, as the paper does. Three stages of width 32 learn more in the same minutes than two
     of width 48 do (docs/LOG.md).
 

@@ -80,8 +80,8 @@ class TestMistakes:
         text = error(main, "demo", "--loop.batch-size", "6", "--workers", "2", "--output", tmp_path / "out")
         assert "3 images at once" in text
 
-    def test_image_size_not_a_multiple_of_32(self, error):
-        assert "multiple of 32" in error(main, "demo", "--augment.image-size", "100", code=2)
+    def test_image_size_not_a_multiple_of_the_cells(self, error):
+        assert "multiple of 16" in error(main, "demo", "--augment.image-size", "100", code=2)
 
     def test_set_smaller_than_a_batch(self, error, tmp_path, photos):
         text = error(main, "demo", "--data", photos, "--output", tmp_path / "out", "--loop.batch-size", "64")
