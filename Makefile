@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-pretrain: $(READY)  ## pretrain RECIPE on DATA (default: the demo on built-in shapes)
+pretrain: $(READY)  ## pretrain RECIPE on DATA (default: the demo on built-in moths)
 	$(BIN)/python pipelines/pretrain.py $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 finetune sweep: PRETRAINED ?= runs/demo

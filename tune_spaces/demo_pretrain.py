@@ -8,6 +8,6 @@ SPACE = Space(
     Minutes on two CPU cores. Such short trials show how an ablation is run, not what is best.""",
     recipe="demo",
     vary={"method.num_images": Choice((2, 4)), "method.unmixing": Choice(("attention", "none"))},
-    change={"augment.image_size": 128, "loop.steps": 300},
+    change={"loop.steps": 500},
     metric="probe/linear_top1",
 )

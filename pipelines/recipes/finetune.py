@@ -32,8 +32,8 @@ def demo_finetune() -> FinetuneConfig:
         encoder=pretraining.encoder,
         augment=FinetuneAugmentConfig(image_size=size, crop_scale=(0.5, 1.0), num_operations=0, erasing=0.0),
         mixup=MixupConfig(mixup=0.0, cutmix=0.0),
-        optim=OptimConfig(base_lr=0.024, layer_decay=0.8, betas=(0.9, 0.999)),  # the peak is 1.5e-3
-        loop=LoopConfig(epochs=8, warmup_epochs=1, batch_size=16, log_every_steps=100),
+        optim=OptimConfig(base_lr=0.008, layer_decay=0.8, betas=(0.9, 0.999)),  # the peak is 1e-3
+        loop=LoopConfig(epochs=8, warmup_epochs=1, batch_size=32, log_every_steps=100),
     )
 
 

@@ -33,7 +33,7 @@ def test_flags_of_earlier_versions_are_understood(old, form):
 
 
 def test_a_size_of_the_encoder_that_has_no_effect_is_refused(capsys):
-    for argv in (["--encoder.image-size", "64"], ["--encoder.image_size=64", "--augment.image-size", "96"]):
+    for argv in (["--encoder.image-size", "96"], ["--encoder.image_size=64", "--augment.image-size", "96"]):
         with pytest.raises(SystemExit) as stop:
             parsed(*argv)
         assert stop.value.code == 2

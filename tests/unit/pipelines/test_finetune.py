@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from mixmae.convert import Preprocessing, save_encoder
+from mixmae.encoders.build import build_encoder
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.jobs.config import to_json
 from mixmae.training.optim import parameter_groups
 from pipelines import finetune
 from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from pipelines.recipes.demo import demo
 from pipelines.recipes.small import SMALL_RECIPES
 from tests.factories import tiny_swin
 from tests.unit.conftest import coloured_jpeg
@@ -93,7 +95,9 @@ class TestMistakes:
         assert "holds weights of a Swin of width 16 with 1-1-2-1 blocks; the model has a Swin of width 64" in text
 
     def test_resume_with_another_head_or_other_weights(self, error, tmp_path, shards):
-        save_encoder(tmp_path / "encoder.safetensors", tiny_swin(), Preprocessing(image_size=(96, 96)))
+        save_encoder(
+            tmp_path / "encoder.safetensors", build_encoder(demo().sized_encoder()), Preprocessing(image_size=(64, 64))
+        )
         config = to_json(FINETUNE_RECIPES["demo_finetune"]())
         begun = {"status": "running", "config": config, "classes": ["0", "1", "2"], "pretrained": None}
         (tmp_path / "run").mkdir()

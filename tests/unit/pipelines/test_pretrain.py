@@ -77,7 +77,8 @@ class TestMistakes:
         assert "shared equally by 3 workers" in text
 
     def test_micro_batch_not_divisible_by_the_images_of_a_mix(self, error, tmp_path):
-        text = error(main, "demo", "--loop.batch-size", "6", "--workers", "2", "--output", tmp_path / "out")
+        flags = ("--method.num-images", "2", "--loop.batch-size", "6", "--workers", "2")
+        text = error(main, "demo", *flags, "--output", tmp_path / "out")
         assert "3 images at once" in text
 
     def test_image_size_not_a_multiple_of_the_cells(self, error):

@@ -32,7 +32,10 @@ class TestMistakes:
             (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
             (["demo_pretrain", "--probe.images", "0"], "--probe.images cannot be 0"),
             (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
-            (["demo_pretrain", "--workers-per-trial", "8"], "sees 2 images at once, which cannot be mixed 4 at a time"),
+            (
+                ["demo_pretrain", "--workers-per-trial", "16"],
+                "sees 2 images at once, which cannot be mixed 4 at a time",
+            ),
         ],
     )
     def test_one_sentence(self, argv, message, capsys):
