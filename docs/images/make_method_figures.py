@@ -15,29 +15,32 @@ from torch import Tensor, nn
 
 from mixmae.data.images.augment import centre_crop
 from mixmae.data.images.decode import decode_rgb
-from mixmae.data.shards.shapes import shape_image
-from mixmae.encoders.swin import SwinEncoder
+from mixmae.data.shards.shapes import draw
+from mixmae.decoders import DecoderConfig
+from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.encoders.vit import ViTConfig, ViTEncoder
 from mixmae.methods.mae import MAE, MAEConfig
-from mixmae.methods.mixmae import MixMAE
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.methods.simmim import SimMIM, SimMIMConfig
 from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
-from mixmae.training.optim import build_optimizer
+from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import learning_rate, run_length
-from pipelines.recipes.demo import demo
 
 SIZE, BATCH, ROWS = 192, 16, 2
 NUM_TRAIN = 4000
+SWIN = SwinConfig(
+    image_size=SIZE, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 4), window_sizes=(8, 8, 12, 6)
+)
+DECODER = DecoderConfig(dim=96, depth=2, num_heads=4)
+OPTIM = OptimConfig(base_lr=0.032)
 MEAN, STD = 0.45, 0.25
 """Of the shapes' pixels, about."""
 
 
 def images(start: int, stop: int) -> Tensor:
     """Shapes, (n, 3, SIZE, SIZE) uint8."""
-    crops = [
-        torch.from_numpy(centre_crop(decode_rgb(shape_image(0, i).jpeg), (SIZE, SIZE), 1.0)) for i in range(start, stop)
-    ]
+    crops = [torch.from_numpy(centre_crop(decode_rgb(draw(0, i).jpeg), (SIZE, SIZE), 1.0)) for i in range(start, stop)]
     return torch.stack(crops)
 
 
@@ -46,15 +49,14 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def train(method: nn.Module, data: Tensor, steps: int) -> float:
-    """Run the demo's optimiser without Ray.   Returns: the mean loss of the last 100 steps."""
-    config = demo().optim
-    optimiser = build_optimizer(method, config)
+    """Train without Ray.   Returns: the mean loss of the last 100 steps."""
+    optimiser = build_optimizer(method, OPTIM)
     length = run_length(num_images=len(data), batch_size=BATCH, epochs=10, warmup_epochs=1, steps=steps)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, peak=config.peak_lr(BATCH), length=length)
+            group["lr"] = learning_rate(step, peak=OPTIM.peak_lr(BATCH), length=length)
         batch = normalise(data[torch.randint(len(data), (BATCH,), generator=generator)])
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(-1)
@@ -67,13 +69,12 @@ def train(method: nn.Module, data: Tensor, steps: int) -> float:
 
 
 def main(steps: int) -> None:
-    config = demo()
     torch.manual_seed(0)
     vit = ViTConfig(image_size=SIZE, embed_dim=192, depth=6, num_heads=3)
     methods: dict[str, nn.Module] = {
-        "simmim": SimMIM(SwinEncoder(config.sized_encoder()), SimMIMConfig()),
-        "mae": MAE(ViTEncoder(vit), MAEConfig(decoder=config.method.decoder)),
-        "mixmae": MixMAE(SwinEncoder(config.sized_encoder()), config.method),
+        "simmim": SimMIM(SwinEncoder(SWIN), SimMIMConfig()),
+        "mae": MAE(ViTEncoder(vit), MAEConfig(decoder=DECODER)),
+        "mixmae": MixMAE(SwinEncoder(SWIN), MixMAEConfig(num_images=2, decoder=DECODER)),
     }
     data, held_out = images(0, NUM_TRAIN), normalise(images(NUM_TRAIN, NUM_TRAIN + 2 * ROWS))
     for name, method in methods.items():
