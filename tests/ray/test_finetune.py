@@ -1,4 +1,4 @@
-"""Finetuning end to end on the built-in shapes: a real Ray cluster, a real MLflow server, as a user runs it."""
+"""Finetuning end to end on the built-in moths: a real Ray cluster, a real MLflow server, as a user runs it."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_evaluation_agrees_with_the_run(finished):
         for name in ("top1", "top5", "loss"):
             assert numbers[name] == pytest.approx(finished.state["metrics"][f"{prefix}/{name}"], rel=1e-6), name
     table = list(csv.DictReader((base / "best" / "classes.csv").open()))
-    assert [row["name"] for row in table][:3] == ["disc", "ring", "half_disc"]
+    assert [row["name"] for row in table][:3] == ["brook", "cinder", "clover"]
     top1 = sum(float(row["top1"]) * int(row["images"]) for row in table) / 1000
     assert top1 == pytest.approx(finished.state["metrics"]["best/top1"], abs=1e-4)
     for name in ("confusions.png", "calibration.png"):

@@ -45,7 +45,7 @@ class _ThreeBlocks(nn.Module):
     """An Encoder in the names and depths of its parameters, which is all that an optimiser asks."""
 
     image_size, in_channels, strides, channels, group_isolation, num_blocks = (32, 32), 3, (32,), (2,), "none", 3
-    fill_dim = 2
+    cell_px, fill_dim = 32, 2
 
     def __init__(self) -> None:
         super().__init__()
