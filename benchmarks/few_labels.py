@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -79,14 +80,21 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
 
 
 def write_folder(folder: Path, train: Images, validation: Images) -> Path:
-    """Write images as people keep them: train/CLASS/NUMBER.jpg (or .png), and val likewise.   Returns: the folder."""
+    """Write images as people keep them: train/CLASS/NUMBER.jpg (or .png), and val likewise.
+
+    A folder that is there is whole: it gets its name last.   Returns: the folder.
+    """
+    if folder.exists():
+        return folder
+    final, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     for split, images in (("train", train), ("val", validation)):
         for number, (data, label) in enumerate(images):
             suffix = "png" if data.startswith(b"\x89PNG") else "jpg"
             path = folder / split / f"{label:02d}" / f"{number:05d}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-    return folder
+    return folder.rename(final)
 
 
 def choose(images: Images, labels: int | str, seed: int) -> Images:
@@ -112,10 +120,9 @@ def compare(name: str, labels: int | str, seed: int, output: Path) -> tuple[floa
     own = ["--loop.seed", str(seed), *FLAGS[name]]
     start = folder / f"pretrained-{seed}"
     place = folder / f"images-{labels}-{seed}"
-    if not place.exists():
-        train, validation = read_set(name, output)
-        write_folder(folder / "images", train, validation)
-        write_folder(place, choose(train, labels, seed), validation)
+    train, validation = read_set(name, output)
+    write_folder(folder / "images", train, validation)
+    write_folder(place, choose(train, labels, seed), validation)
     run("pretrain", "demo", start, ["--data", str(folder / "images"), *own])
     steps = STEPS.get(labels, 500)
     # An epoch of so few images is a few steps: the arms are compared at their ends.

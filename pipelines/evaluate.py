@@ -119,9 +119,10 @@ def _open(arguments: Arguments) -> Source:
     run = run_around(arguments.model)
     if run is not None and arguments.split is None:
         trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
-        if arguments.data is None or plain_place(arguments.data) == trained_on:
-            data = None if trained_on == "built-in" else arguments.data or trained_on
-            return open_for_training(data, run.parent / "data", HELDOUT_IMAGES)[1]
+        if trained_on == "built-in":  # an earlier version's name of it
+            trained_on = "shapes"
+        if arguments.data in (None, trained_on) or plain_place(arguments.data) == trained_on:
+            return open_for_training(arguments.data or trained_on, run.parent / "data", HELDOUT_IMAGES)[1]
     if arguments.data is None:
         raise ValueError("say on which images: --data SOURCE (it may be left out for a run, and without --split).")
     there = list_splits(arguments.data)

@@ -23,6 +23,7 @@ from mixmae.data.channels import check_channels
 from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
 from mixmae.data.prepare import open_for_training
+from mixmae.data.shards.plan import DEFAULT_SET
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import CROP_PCT, FrozenEncoder, load_frozen
@@ -121,7 +122,7 @@ def knn(arguments: Arguments) -> int:
     task = prepare(arguments, base / "data")
     folder = writable_folder(arguments.output or Path("evaluations") / name)
     train, validation, run_id = task.train, task.validation, task.frozen.run_id
-    data = {"name": train.name, "digest": train.digest, "source": arguments.data or "built-in"}
+    data = {"name": train.name, "digest": train.digest, "source": arguments.data or DEFAULT_SET}
     facts = task.facts(arguments)
     tags = {"stage": "knn", "pretrained": str(task.frozen.path)}
     ref = create_run(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 import mixmae
+from mixmae.data.shards.plan import DEFAULT_SET, built_in
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.config import RunConfig
@@ -25,17 +26,19 @@ class DataRecord:
     name: str
     digest: str
     source: str
-    """What --data was, as an absolute path where it is one; "built-in" without it."""
+    """What --data was: a place, local ones as absolute paths, or the name of a built-in set ("moths" without --data).
+    Earlier versions wrote "built-in" for what is "shapes" now."""
     window_rows: int
     """Images per shuffle window; decided once: a lost index file must not change the order of a continued run."""
 
     @classmethod
     def of(cls, source: Source, data: str | None, config: RunConfig) -> DataRecord:
         """The record of a source.   Args: data: what --data was."""
+        data = data or DEFAULT_SET
         return cls(
             name=source.name,
             digest=source.digest,
-            source=plain_place(data) if data else "built-in",
+            source=data if built_in(data) else plain_place(data),
             window_rows=config.window_rows_for(source.exact_reads),
         )
 

@@ -216,6 +216,7 @@ def _wing(
 
 
 def _body(frame: Frame) -> FloatArray:
+    """How much of each pixel the body covers, an ellipse along the middle: (H, W)."""
     outward, up = frame.radius * np.cos(frame.angle), frame.radius * np.sin(frame.angle)
     return np.clip((0.09 - np.hypot(outward, 0.16 * up)) / frame.pixel + 0.5, 0, 1)
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
+
+from mixmae.data.sources import open_source
 from mixmae.jobs.record import DataRecord, Pretrained, RunRecord, read_begun, read_record
 from mixmae.tracking import RunRef
 from mixmae.training.run_folder import RunFolder
+from pipelines.recipes import PRETRAIN_RECIPES
 
 FULL = RunRecord(
     status="finished",
@@ -59,3 +64,13 @@ def test_a_run_that_never_trained_binds_nobody(tmp_path):
     folder.write(RunRecord(status="preparing", config={}).to_json())
     assert read_record(folder) is not None
     assert read_begun(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "source"), [(None, "moths"), ("shapes", "shapes"), ("moths:0.6", "moths:0.6"), ("./moths", "/here/moths")]
+)
+def test_a_built_in_set_is_recorded_by_its_name_and_a_place_as_a_path(data, source, shards, tmp_path, monkeypatch):
+    folder = shards("set", [0, 1] * 10)
+    monkeypatch.setattr(Path, "absolute", lambda path: Path("/here") / path)
+    record = DataRecord.of(open_source(folder), data, PRETRAIN_RECIPES["demo"]())
+    assert record.source == source
