@@ -1,11 +1,14 @@
 """What pretraining is worth when labels are few: finetuning from it and from scratch, with the same steps and images.
 
-    python benchmarks/few_labels.py [--sets digits moths] [--labels 5 20 all] [--seeds 0 1 2]
+    python benchmarks/few_labels.py [--sets digits moths FOLDER] [--labels 5 20 all] [--seeds 0 1 2]
+    python benchmarks/few_labels.py --sets digits --pretrain-on moths
 
 Runs the pipelines as a user does. Each seed makes one pretraining per set, on all training images without their
 labels, and chooses the images that keep their label. Both arms then train on these, and are compared by top-1 on the
 validation set at their last step. Prints a table and writes table.md; the same command again continues where it was
 interrupted.
+
+With --pretrain-on, pretraining sees the images of another set instead: what is learnt on one set, and used on another.
 
 The arms share all settings but one: layer decay, which protects pretrained layers, makes no sense from scratch.
 """
@@ -28,9 +31,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
-from mixmae.data.shards.pack import make_shards
+from mixmae.data.prepare import open_for_training
 from mixmae.data.source import read_rows
-from mixmae.data.sources import open_train_and_held_out
 from pipelines.command import command
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
@@ -40,18 +42,24 @@ PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 class Arguments:
     """Finetuning from pretraining, beside training from scratch, with few labels."""
 
-    sets: tuple[Literal["digits", "moths"], ...] = ("digits", "moths")
-    """digits: scikit-learn's handwritten digits. moths: the built-in set."""
+    sets: tuple[str, ...] = ("digits", "moths")
+    """digits: scikit-learn's handwritten digits. moths: the built-in set. Or folders of images, a folder per class."""
+    pretrain_on: str | None = None
+    """The set of pretraining; default: each set itself."""
     labels: tuple[int | Literal["all"], ...] = (5, 20, "all")
     """Labelled images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own pretraining, choice of labelled images, and run of each arm."""
+    workers: int = 0
+    """Training processes of each run; 0: one per GPU or core."""
     output: Path = Path("runs/few_labels")
     """Folder of the runs and the table."""
 
 
-FLAGS = {"digits": ("--augment.flip", "0"), "moths": ()}
+FLAGS = {"digits": ("--augment.flip", "0")}
 """Of both pipelines, for each set: digits are not mirrored."""
+HELDOUT_IMAGES = 1000
+"""Validation images at most of a folder without a validation split."""
 STEPS = {5: 300, 20: 500, "all": 1500}
 """Of finetuning, for each number of labels."""
 
@@ -74,7 +82,7 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
     train, validation = (
         [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_train_and_held_out(str(make_shards(name, output / "moths-shards").folder))
+        for part in open_for_training(name, output / "shards", HELDOUT_IMAGES)
     )
     return train, validation
 
@@ -114,24 +122,39 @@ def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[
     return json.loads((output / "run.json").read_text())["metrics"]
 
 
-def compare(name: str, labels: int | str, seed: int, output: Path) -> tuple[float, float]:
+def folder_of(name: str) -> str:
+    """What a set's runs are kept under."""
+    return Path(name).name.replace(":", "-")
+
+
+def pretrain(name: str, seed: int, arguments: Arguments) -> Path:
+    """Pretrain on a set's training images, or continue to.   Returns: the run's folder."""
+    folder = arguments.output.resolve() / folder_of(name)
+    images = write_folder(folder / "images", *read_set(name, arguments.output.resolve()))
+    run("pretrain", "demo", folder / f"pretrained-{seed}", ["--data", str(images), *common(name, seed, arguments)])
+    return folder / f"pretrained-{seed}"
+
+
+def compare(name: str, labels: int | str, seed: int, arguments: Arguments) -> tuple[float, float]:
     """Run both arms on a set.   Returns: top-1 on its validation set, from pretraining and from scratch, 0..1."""
-    folder = output / name
-    own = ["--loop.seed", str(seed), *FLAGS[name]]
-    start = folder / f"pretrained-{seed}"
-    place = folder / f"images-{labels}-{seed}"
-    train, validation = read_set(name, output)
-    write_folder(folder / "images", train, validation)
-    write_folder(place, choose(train, labels, seed), validation)
-    run("pretrain", "demo", start, ["--data", str(folder / "images"), *own])
-    steps = STEPS.get(labels, 500)
+    source = arguments.pretrain_on or name
+    start = pretrain(source, seed, arguments)
+    folder = arguments.output.resolve() / folder_of(name)
+    train, validation = read_set(name, arguments.output.resolve())
+    images = write_folder(folder / f"images-{labels}-{seed}", choose(train, labels, seed), validation)
     # An epoch of so few images is a few steps: the arms are compared at their ends.
-    own += ["--data", str(place), "--loop.steps", str(steps), "--loop.evaluate-every-epochs", "1000"]
-    own += ["--loop.checkpoint-every-epochs", "1000"]
-    first, second = (folder / f"from-{arm}-{labels}-{seed}" for arm in ("pretraining", "scratch"))
-    pretrained = run("finetune", "demo_finetune", first, [*own, "--pretrained", str(start)])
-    scratch = run("finetune", "demo_finetune", second, [*own, "--optim.layer-decay", "None"])
-    return pretrained["final/top1"], scratch["final/top1"]
+    flags = [*common(name, seed, arguments), "--data", str(images), "--loop.steps", str(STEPS.get(labels, 500))]
+    flags += ["--loop.evaluate-every-epochs", "1000", "--loop.checkpoint-every-epochs", "1000"]
+    pretrained, scratch = folder / f"from-{folder_of(source)}-{labels}-{seed}", folder / f"from-scratch-{labels}-{seed}"
+    return (
+        run("finetune", "demo_finetune", pretrained, [*flags, "--pretrained", str(start)])["final/top1"],
+        run("finetune", "demo_finetune", scratch, [*flags, "--optim.layer-decay", "None"])["final/top1"],
+    )
+
+
+def common(name: str, seed: int, arguments: Arguments) -> list[str]:
+    """The flags of all runs on a set with a seed."""
+    return ["--loop.seed", str(seed), "--workers", str(arguments.workers), *FLAGS.get(name, ())]
 
 
 def mean_and_std(shares: Sequence[float]) -> str:
@@ -142,18 +165,18 @@ def mean_and_std(shares: Sequence[float]) -> str:
 
 def few_labels(arguments: Arguments) -> int:
     """Make all runs and the table.   Returns: the exit status.   Raises: ValueError if a run failed."""
-    output = arguments.output.resolve()
+    pretrained_on = "" if arguments.pretrain_on is None else f", pretrained on {folder_of(arguments.pretrain_on)}"
     lines = [
         "| set | labels per class | from pretraining, top-1, % | from scratch, top-1, % | gain of each seed |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for name in arguments.sets:
         for labels in arguments.labels:
-            pairs = [compare(name, labels, seed, output) for seed in arguments.seeds]
+            pairs = [compare(name, labels, seed, arguments) for seed in arguments.seeds]
             pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
             gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
-            lines.append(f"| {name} | {labels} | {pretrained} | {scratch} | {gains} |")
-    (output / "table.md").write_text("\n".join(lines) + "\n")
+            lines.append(f"| {folder_of(name)}{pretrained_on} | {labels} | {pretrained} | {scratch} | {gains} |")
+    (arguments.output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0
 

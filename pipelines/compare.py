@@ -64,15 +64,18 @@ def arms(config: PretrainConfig) -> dict[str, MethodConfig | None]:
         raise ValueError(
             f"compare.py takes a MixMAE recipe and makes the other arms of it, not {type(method).__name__}"
         )
-    base = replace(method, fill="mix", unmixing="attention", num_images=2)
+    base = replace(method, fill="mix", unmixing="attention", num_images=4)
+    alone = replace(base, unmixing="none", pairing="all", dual=True, mask_token_share=0.0)
     return {
         UNTRAINED: None,
+        "MixMAE, K = 4": base,
+        "MixMAE, K = 2": replace(base, num_images=2),
+        "MixMAE, K = 4, mix embedding, attention not masked": replace(base, unmixing="embedding"),
+        "MixMAE, K = 4, attention not masked": replace(base, unmixing="none"),
+        "hidden cells zero, 75 %": replace(alone, fill="zero"),
+        "hidden cells shuffled, 75 %": replace(alone, fill="shuffle"),
+        "MAE-style, 75 % (hidden cells zero and unseen)": replace(alone, fill="zero", unmixing="attention"),
         "SimMIM": SimMIMConfig(),
-        "MAE-style, 75 %": replace(base, fill="zero", num_images=4),
-        "MixMAE, K = 2": base,
-        "MixMAE, K = 4": replace(base, num_images=4),
-        "MixMAE, K = 2, attention not masked": replace(base, unmixing="none"),
-        "MixMAE, K = 4, attention not masked": replace(base, num_images=4, unmixing="none"),
     }
 
 

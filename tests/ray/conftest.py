@@ -32,7 +32,6 @@ TINY = [
     *("--augment.image-size", "64", "--encoder.embed-dim", "16"),
     *("--encoder.depths", "1", "1", "1", "1", "--encoder.window-sizes", "8", "8", "4", "2"),
     *("--encoder.num-heads", "1", "2", "4", "8", "--method.decoder.dim", "32", "--method.decoder.depth", "1"),
-    *("--method.num-images", "2"),
     *("--loop.batch-size", "16", "--loop.steps", "60", "--loop.log-every-steps", "5", "--optim.base-lr", "0.05"),
 ]
 """The demo recipe with ENCODER, cut down to seconds."""

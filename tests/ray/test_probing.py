@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SHORT = [
     *("--augment.image-size", "64", "--loop.batch-size", "64", "--loop.micro-batch-size", "32"),
     *("--loop.steps", "60", "--loop.log-every-steps", "5", "--optim.base-lr", "0.04"),
-    *("--loop.evaluate-every-epochs", "4", "--loop.checkpoint-every-epochs", "4"),
+    *("--loop.evaluate-every-epochs", "4", "--loop.checkpoint-every-epochs", "4", "--workers", "1"),
 ]
 """60 steps are 16 epochs of 240 images."""
 
