@@ -3,39 +3,43 @@
     python benchmarks/few_labels.py [--sets digits moths FOLDER] [--labels 5 20 all] [--seeds 0 1 2]
     python benchmarks/few_labels.py --sets digits --pretrain-on moths
 
-Runs the pipelines as a user does. Each seed makes one pretraining per set, on all training images without their
-labels, and chooses the images that keep their label. Both arms then train on these, and are compared by top-1 on the
-validation set at their last step. Prints a table and writes table.md; the same command again continues where it was
-interrupted.
-
-With --pretrain-on, pretraining sees the images of another set instead: what is learnt on one set, and used on another.
+Takes the recipes demo and demo_finetune, on one core in this process. Each seed makes one pretraining per set, on all
+training images without their labels, and chooses the images that keep their label. Both arms then train on these, and
+are compared by top-1 on the validation set at their last step. With --pretrain-on, pretraining sees the images of
+another set instead: learned on one set, used on another. Prints a table and writes table.md; the same command again
+continues where it was interrupted, and another one uses the same pretrainings.
 
 The arms share all settings but one: layer decay, which protects pretrained layers, makes no sense from scratch.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import io
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
 from mixmae.data.prepare import open_for_training
-from mixmae.data.source import read_rows
+from mixmae.data.source import Source, read_rows
+from mixmae.jobs.classification import ClassificationJob
+from mixmae.jobs.in_process import build_seeded, train_in_process
+from mixmae.jobs.pretraining import PretrainJob
+from mixmae.writing import writing
 from pipelines.command import command
-
-PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
+from pipelines.recipes.demo import demo
+from pipelines.recipes.finetune import demo_finetune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +54,12 @@ class Arguments:
     """Labelled images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own pretraining, choice of labelled images, and run of each arm."""
-    workers: int = 0
-    """Training processes of each run; 0: one per GPU or core."""
     output: Path = Path("runs/few_labels")
-    """Folder of the runs and the table."""
+    """Folder of the images, the pretrained encoders, results.csv and the table."""
 
 
-FLAGS = {"digits": ("--augment.flip", "0")}
-"""Of both pipelines, for each set: digits are not mirrored."""
+FLIP = {"digits": 0.0}
+"""Probability that an image is mirrored: digits are not; other sets as in the recipes."""
 HELDOUT_IMAGES = 1000
 """Validation images at most of a folder without a validation split."""
 STEPS = {5: 300, 20: 500, "all": 1500}
@@ -66,6 +68,7 @@ STEPS = {5: 300, 20: 500, "all": 1500}
 Images = list[tuple[bytes, int]]
 
 
+@functools.cache
 def read_set(name: str, output: Path) -> tuple[Images, Images]:
     """The training and the validation images of a set, each as an encoded file with its class."""
     if name == "digits":
@@ -82,7 +85,7 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
     train, validation = (
         [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_for_training(name, output / "shards", HELDOUT_IMAGES)
+        for part in open_for_training(name, output, HELDOUT_IMAGES)
     )
     return train, validation
 
@@ -113,48 +116,50 @@ def choose(images: Images, labels: int | str, seed: int) -> Images:
     return [images[row] for few in rows for row in few[: None if labels == "all" else int(labels)]]
 
 
-def run(pipeline: str, recipe: str, output: Path, flags: Sequence[str]) -> dict[str, float]:
-    """Run or continue one pipeline to its end.   Returns: its final metrics.   Raises: ValueError if it failed."""
-    command = [sys.executable, str(PIPELINES / f"{pipeline}.py"), recipe, "--output", str(output), *flags]
-    print(f"$ {' '.join(command[1:])}", flush=True)
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"{pipeline}.py {recipe} failed, see above. The same command continues.")
-    return json.loads((output / "run.json").read_text())["metrics"]
+def open_set(folder: Path, name: str, *chosen: Any) -> tuple[Source, Source]:
+    """A set's training and validation images, or those that `chosen` (labels per class, seed) leaves of the former."""
+    train, validation = read_set(name, folder)
+    part = "-".join(map(str, chosen)) or "all"
+    kept = choose(train, *chosen) if chosen else train
+    images = write_folder(folder / folder_of(name) / f"images-{part}", kept, validation)
+    return open_for_training(str(images), folder / folder_of(name) / "shards", HELDOUT_IMAGES)
+
+
+def pretrained_encoder(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Pretrain on a set's training images, unless that has been done.   Returns: the encoder's state dict."""
+    file = folder / folder_of(name) / f"encoder-{seed}.pt"
+    if not file.exists():
+        config = demo()
+        augment = replace(config.augment, flip=FLIP.get(name, config.augment.flip))
+        config = replace(config, augment=augment, loop=replace(config.loop, seed=seed))
+        job = PretrainJob.of(config, *open_set(folder, name), data=None, folder=folder)
+        model = build_seeded(job)
+        state = train_in_process(job, model)
+        print(f"{folder_of(name)}, seed {seed}: pretrained for {state.step} steps, loss {state.metrics['loss']:.3f}")
+        torch.save(model.encoder.state_dict(), file.with_suffix(".partial"))  # type: ignore[union-attr]
+        file.with_suffix(".partial").rename(file)
+    return torch.load(file, weights_only=True)
+
+
+def finetune(name: str, labels: int | str, seed: int, encoder: dict[str, Any] | None, folder: Path) -> float:
+    """Train a classifier on the labelled images.   Args: encoder: None = from scratch.   Returns: top-1, 0..1."""
+    config = demo_finetune()
+    augment = replace(config.augment, flip=FLIP.get(name, config.augment.flip))
+    loop = replace(config.loop, seed=seed, steps=STEPS.get(labels, 500), evaluate_every_epochs=10_000)
+    optim = config.optim if encoder else replace(config.optim, layer_decay=None)
+    config = replace(config, augment=augment, loop=loop, optim=optim)
+    source, validation = open_set(folder, name, labels, seed)
+    job = ClassificationJob.of(config, source, validation, data=None, folder=folder, pretrained=None)
+    model = build_seeded(job)
+    if encoder:
+        model.encoder.load_state_dict(encoder)  # type: ignore[union-attr]
+    train_in_process(job, model)
+    return job.evaluate(model.eval(), rank=0, num_workers=1)["val/top1"]
 
 
 def folder_of(name: str) -> str:
-    """What a set's runs are kept under."""
+    """What a set's files are kept under."""
     return Path(name).name.replace(":", "-")
-
-
-def pretrain(name: str, seed: int, arguments: Arguments) -> Path:
-    """Pretrain on a set's training images, or continue to.   Returns: the run's folder."""
-    folder = arguments.output.resolve() / folder_of(name)
-    images = write_folder(folder / "images", *read_set(name, arguments.output.resolve()))
-    run("pretrain", "demo", folder / f"pretrained-{seed}", ["--data", str(images), *common(name, seed, arguments)])
-    return folder / f"pretrained-{seed}"
-
-
-def compare(name: str, labels: int | str, seed: int, arguments: Arguments) -> tuple[float, float]:
-    """Run both arms on a set.   Returns: top-1 on its validation set, from pretraining and from scratch, 0..1."""
-    source = arguments.pretrain_on or name
-    start = pretrain(source, seed, arguments)
-    folder = arguments.output.resolve() / folder_of(name)
-    train, validation = read_set(name, arguments.output.resolve())
-    images = write_folder(folder / f"images-{labels}-{seed}", choose(train, labels, seed), validation)
-    # An epoch of so few images is a few steps: the arms are compared at their ends.
-    flags = [*common(name, seed, arguments), "--data", str(images), "--loop.steps", str(STEPS.get(labels, 500))]
-    flags += ["--loop.evaluate-every-epochs", "1000", "--loop.checkpoint-every-epochs", "1000"]
-    pretrained, scratch = folder / f"from-{folder_of(source)}-{labels}-{seed}", folder / f"from-scratch-{labels}-{seed}"
-    return (
-        run("finetune", "demo_finetune", pretrained, [*flags, "--pretrained", str(start)])["final/top1"],
-        run("finetune", "demo_finetune", scratch, [*flags, "--optim.layer-decay", "None"])["final/top1"],
-    )
-
-
-def common(name: str, seed: int, arguments: Arguments) -> list[str]:
-    """The flags of all runs on a set with a seed."""
-    return ["--loop.seed", str(seed), "--workers", str(arguments.workers), *FLAGS.get(name, ())]
 
 
 def mean_and_std(shares: Sequence[float]) -> str:
@@ -163,22 +168,56 @@ def mean_and_std(shares: Sequence[float]) -> str:
     return f"{100 * statistics.mean(shares):.1f}{std}"
 
 
+Row = tuple[str, str, str, str]
+"""Set, set of pretraining ("" = from scratch), labels per class, seed."""
+
+
 def few_labels(arguments: Arguments) -> int:
-    """Make all runs and the table.   Returns: the exit status.   Raises: ValueError if a run failed."""
-    pretrained_on = "" if arguments.pretrain_on is None else f", pretrained on {folder_of(arguments.pretrain_on)}"
+    """Make all runs and the table.   Returns: the exit status."""
+    torch.set_num_threads(1)
+    folder = arguments.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = read_results(folder / "results.csv")
+
+    def top1(name: str, start: str, labels: int | str, seed: int) -> float:
+        row = (folder_of(name), folder_of(start), str(labels), str(seed))
+        if row not in results:
+            encoder = pretrained_encoder(start, seed, folder) if start else None
+            results[row] = finetune(name, labels, seed, encoder, folder)
+            write_results(folder / "results.csv", results)
+            print(f"{row[0]}, {labels} labels per class, seed {seed}, from {row[1] or 'scratch'}: {results[row]:.3f}")
+        return results[row]
+
     lines = [
-        "| set | labels per class | from pretraining, top-1, % | from scratch, top-1, % | gain of each seed |",
-        "| --- | ---: | ---: | ---: | --- |",
+        "| set | pretrained on | labels per class | from pretraining, top-1, % | from scratch, top-1, % | gains |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for name in arguments.sets:
+        start = arguments.pretrain_on or name
         for labels in arguments.labels:
-            pairs = [compare(name, labels, seed, arguments) for seed in arguments.seeds]
+            pairs = [(top1(name, start, labels, seed), top1(name, "", labels, seed)) for seed in arguments.seeds]
             pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
             gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
-            lines.append(f"| {folder_of(name)}{pretrained_on} | {labels} | {pretrained} | {scratch} | {gains} |")
-    (arguments.output / "table.md").write_text("\n".join(lines) + "\n")
+            lines.append(f"| {folder_of(name)} | {folder_of(start)} | {labels} | {pretrained} | {scratch} | {gains} |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0
+
+
+def read_results(table: Path) -> dict[Row, float]:
+    """Top-1 of the runs that have been made."""
+    if not table.exists():
+        return {}
+    with table.open() as file:
+        return {(a, b, c, d): float(value) for a, b, c, d, value in list(csv.reader(file))[1:]}
+
+
+def write_results(table: Path, results: dict[Row, float]) -> None:
+    """Write all of them."""
+    with writing(table) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "pretrained_on", "labels_per_class", "seed", "top1"])
+        writer.writerows([*row, value] for row, value in results.items())
 
 
 def main(argv: list[str] | None = None) -> int:

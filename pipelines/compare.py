@@ -16,7 +16,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixmae.data.blocks import eval_batches, local_batches
-from mixmae.data.order import Plan
+from mixmae.data.blocks import eval_batches
+from mixmae.data.channels import check_channels
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.jobs.config import PretrainConfig
-from mixmae.methods.build import MethodConfig, build_method
+from mixmae.jobs.in_process import build_seeded, train_in_process
+from mixmae.jobs.pretraining import PretrainJob
+from mixmae.jobs.record import DataRecord
+from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
 from mixmae.probing.features import extract_features
 from mixmae.probing.fit import small_set_probe, train_probe
 from mixmae.probing.knn import KnnConfig, knn_classify
 from mixmae.probing.linear import LinearHead
-from mixmae.step import StepOutput
-from mixmae.training.loop import TrainState, step_seed, train
-from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.loop import TrainState, step_seed
+from mixmae.training.optim import OptimConfig
 from mixmae.writing import write_text, writing
 from pipelines.command import command
 from pipelines.recipes import PRETRAIN_RECIPES, find_recipe
@@ -114,64 +116,26 @@ class Result:
     """Top-1 accuracy of the linear probe."""
 
 
-class _Silent:
-    """The loop's Events: nothing is logged, drawn or saved."""
-
-    def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None: ...
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        return {}
-
-    def save(self, state: TrainState) -> None: ...
-
-
-def pretrain_for(config: PretrainConfig, source: Source, seconds: float) -> tuple[nn.Module, TrainState, float]:
+def pretrain_for(job: PretrainJob, seconds: float) -> tuple[nn.Module, TrainState, float]:
     """Pretrain in this process for about so many seconds.
 
     Returns: the model, the final state, and the seconds that it took; timing the steps beforehand does not count.
     """
-    _train(config, source, WARMUP_STEPS)
+    _train(job, WARMUP_STEPS)
     started = time.process_time()
-    _train(config, source, TIMED_STEPS)
+    _train(job, TIMED_STEPS)
     per_step = (time.process_time() - started) / TIMED_STEPS
     steps = max(TIMED_STEPS, round(seconds / per_step))
     started = time.process_time()
-    model, state = _train(config, source, steps)
+    model, state = _train(job, steps)
     return model, state, time.process_time() - started
 
 
-def _train(config: PretrainConfig, source: Source, steps: int) -> tuple[nn.Module, TrainState]:
-    loop = replace(config.loop, steps=steps, log_every_steps=max(1, steps // 10), micro_batch_size=None)
-    config = replace(config, loop=loop)
-    torch.manual_seed(step_seed(loop.seed, "init"))
-    model = build_method(build_encoder(config.sized_encoder()), config.method)
-    state = TrainState()
-    plan = Plan(chunk_sizes=source.chunk_sizes, seed=loop.seed, window_rows=config.window_rows_for(source.exact_reads))
-    batches = local_batches(
-        source,
-        plan,
-        config.augment,
-        share=config.share(num_workers=1),
-        stop_step=steps,
-        channels=config.encoder.in_channels,
-    )
-
-    def step(model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
-        return model(config.normalise(batch.images), generator=generator, first_sample=first_sample)
-
-    train(
-        model=model,
-        optimizer=build_optimizer(model, config.optim),
-        peak_lr=config.optim.peak_lr(loop.batch_size),
-        clip_grad_norm=config.optim.clip_grad_norm,
-        step_function=step,
-        batches=batches,
-        state=state,
-        config=loop,
-        length=config.length(source.num_rows),
-        events=_Silent(),
-        device=torch.device("cpu"),
-    )
-    return model, state
+def _train(job: PretrainJob, steps: int) -> tuple[nn.Module, TrainState]:
+    loop = replace(job.config.loop, steps=steps, log_every_steps=max(1, steps // 10), micro_batch_size=None)
+    job = replace(job, config=replace(job.config, loop=loop))
+    model = build_seeded(job)
+    return model, train_in_process(job, model)
 
 
 def judge(encoder: Any, config: PretrainConfig, train_set: Source, validation: Source) -> tuple[float, float]:
@@ -206,6 +170,7 @@ def compare(arguments: Arguments) -> int:
         raise ValueError(f"There is no arm {unknown[0]!r}: the arms are {', '.join(chosen)}.")
     arguments.output.mkdir(parents=True, exist_ok=True)
     train_set, validation = open_for_training(arguments.data, arguments.output, HELDOUT_IMAGES)
+    check_channels(train_set, config.encoder.in_channels)
     if not (train_set.has_labels and validation.has_labels):
         raise ValueError(f"{train_set.name} has no labels: kNN and the probe need the class of every image.")
 
@@ -241,7 +206,9 @@ def run_arm(
         encoder, state, took = build_encoder(config.sized_encoder()), TrainState(), 0.0
     else:
         config = replace(config, method=method, optim=_optim(config.optim, method))
-        model, state, took = pretrain_for(config, train_set, seconds)
+        data = DataRecord.of(train_set, None, config)
+        job = PretrainJob(config=config, source=train_set, heldout=validation, data=data, folder=Path())
+        model, state, took = pretrain_for(job, seconds)
         encoder = model.encoder  # type: ignore[assignment]
     knn, probe = judge(encoder, config, train_set, validation)
     loss = state.metrics.get("loss", float("nan"))

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mixmae.convert.metadata import NOT_STATED
 from mixmae.data.channels import check_channels
 from mixmae.data.prepare import open_for_training
+from mixmae.data.shards.plan import built_in
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
@@ -121,8 +122,9 @@ def _open(arguments: Arguments) -> Source:
         trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
         if trained_on == "built-in":  # an earlier version's name of it
             trained_on = "shapes"
-        if arguments.data in (None, trained_on) or plain_place(arguments.data) == trained_on:
-            return open_for_training(arguments.data or trained_on, run.parent / "data", HELDOUT_IMAGES)[1]
+        data = arguments.data or trained_on
+        if data == trained_on or plain_place(data) == trained_on or built_in(data):
+            return open_for_training(data, run.parent / "data", HELDOUT_IMAGES)[1]
     if arguments.data is None:
         raise ValueError("say on which images: --data SOURCE (it may be left out for a run, and without --split).")
     there = list_splits(arguments.data)

@@ -54,6 +54,8 @@ CLASS_NAMES = (
 """Invented names, in alphabetical order."""
 
 _NUM_DRAWS = 128
+_NUM_HUES = 5
+"""Pairs of opposite hues, evenly spread."""
 _TURN = math.radians(45)
 """Moths are turned by up to this, either way."""
 _TINTS = np.array([[0.35626, 0.0, -0.93439], [-0.82041, 0.47864, -0.31280]])
@@ -122,7 +124,7 @@ def draw(seed: int, index: int, lean: float = LEAN) -> DrawnImage:
     ground, wings = (dark, light) if draws.between(0, 1) < 0.5 else (light, dark)
     canvas = _ground(draws, height, width, traits.ground, ground)
 
-    hue = (traits.hue + draws.between(-0.25, 0.25)) / 10 + 0.5 * draws.integer(0, 1)
+    hue = (traits.hue + draws.between(-0.25, 0.25)) / (2 * _NUM_HUES) + 0.5 * draws.integer(0, 1)
     step = draws.between(30, 45) * (1 if draws.between(0, 1) < 0.5 else -1)
     chroma = draws.between(40, 70)
     base = _colour(hue, wings - step, chroma)
@@ -147,7 +149,7 @@ def _draw_traits(draws: Draws, own: Traits, lean: float) -> Traits:
         keep, other = draws.between(0, 1) < lean, draws.integer(0, count - 1)
         return value if keep else other
 
-    return Traits(*map(trait, own, (len(_FORMS), len(_PATTERNS), len(_PATTERNS), 5, len(_GROUNDS))))
+    return Traits(*map(trait, own, (len(_FORMS), len(_PATTERNS), len(_PATTERNS), _NUM_HUES, len(_GROUNDS))))
 
 
 def _colour(hue: float, brightness: float, chroma: float) -> FloatArray:
