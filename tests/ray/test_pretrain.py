@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixmae.data.prepare import open_for_training
+from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.jobs.config import PretrainConfig
+from mixmae.jobs.in_process import build_seeded, train_in_process
+from mixmae.jobs.pretraining import PretrainJob
+from pipelines.command import recipe_command
+from pipelines.pretrain import Arguments
+from pipelines.recipes import PRETRAIN_RECIPES
 from tests.ray.conftest import TINY, Finished, command, has_checkpoint, interrupt, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -38,6 +46,26 @@ def test_the_run_says_what_it_did(finished):
 def test_loss_falls(finished):
     losses = [value for _, value in finished.curve("train/loss")]
     assert losses[-1] < losses[0] - 0.02  # noise, a model of a few thousand weights, 60 steps
+
+
+def test_without_ray_the_weights_are_the_same(finished, photos, tmp_path):
+    """What compare.py and few_labels.py train is what a run trains."""
+    chosen: list[PretrainConfig] = []
+
+    def choose(arguments: Arguments, recipe: str) -> int:
+        chosen.append(arguments.config)
+        return 0
+
+    recipe_command(choose, Arguments, ["demo", *TINY, *LOOSE], program="", about="", recipes=PRETRAIN_RECIPES)
+    source, heldout = open_for_training(str(photos), tmp_path, HELDOUT_IMAGES)
+    job = PretrainJob.of(chosen[0], source, heldout, data=None, folder=tmp_path)
+    model = build_seeded(job)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert train_in_process(job, model).step == 60
+    for name, value in model.state_dict().items():
+        # Threads add in another order.
+        torch.testing.assert_close(value, finished.weights[name], rtol=1e-3, atol=1e-4, msg=name)
+        assert not name.endswith("qkv.weight") or (value - before[name]).abs().max() > 0.01, name
 
 
 def test_mlflow_holds_the_run(finished):
