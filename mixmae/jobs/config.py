@@ -149,7 +149,8 @@ class PretrainConfig(RunConfig):
             fewer = "--method.num-images" if isinstance(self.method, MixMAEConfig) else "--method.mask-ratio"
             smaller = f", a smaller --method.cell-px (a multiple of {stride})" if cell_px > stride else ""
             raise ValueError(
-                f"Images of {height} x {width} px have {num_cells} mask cells of {cell_px} px, and the method needs "
+                f"Images of {height} x {width} px have {num_cells} mask cell{'s' * (num_cells != 1)} of {cell_px} px, "
+                "and the method needs "
                 f"{needed}: choose a larger --augment.image-size{smaller} or a smaller {fewer}."
             )
 
