@@ -32,6 +32,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/few_labels.py`
 
 from mixmae.data.prepare import open_for_training
+from mixmae.data.shards.plan import built_in
 from mixmae.data.source import Source, read_rows
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.in_process import build_seeded, train_in_process
@@ -47,7 +48,8 @@ class Arguments:
     """Finetuning from pretraining, beside training from scratch, with few labels."""
 
     sets: tuple[str, ...] = ("digits", "moths")
-    """digits: scikit-learn's handwritten digits. moths: the built-in set. Or folders of images, a folder per class."""
+    """digits: scikit-learn's handwritten digits. moths: the built-in set. Or folders of images, with a folder
+    per class: a fifth of the images is for validation."""
     pretrain_on: str | None = None
     """The set of pretraining; default: each set itself."""
     labels: tuple[int | Literal["all"], ...] = (5, 20, "all")
@@ -60,8 +62,6 @@ class Arguments:
 
 FLIP = {"digits": 0.0}
 """Probability that an image is mirrored: digits are not; other sets as in the recipes."""
-HELDOUT_IMAGES = 1000
-"""Validation images at most of a folder without a validation split."""
 STEPS = {5: 300, 20: 500, "all": 1500}
 """Of finetuning, for each number of labels."""
 
@@ -83,11 +83,16 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
             images.append((file.getvalue(), int(label)))
         order = np.random.default_rng(0).permutation(len(images))
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
-    train, validation = (
+    parts = [
         [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_for_training(name, output, HELDOUT_IMAGES)
-    )
-    return train, validation
+        for part in open_for_training(name, output, 0)
+    ]
+    if built_in(name):
+        return parts[0], parts[1]
+    images = parts[0] + parts[1]
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out = len(images) // 5
+    return [images[i] for i in order[held_out:]], [images[i] for i in order[:held_out]]
 
 
 def write_folder(folder: Path, train: Images, validation: Images) -> Path:
@@ -122,7 +127,7 @@ def open_set(folder: Path, name: str, *chosen: Any) -> tuple[Source, Source]:
     part = "-".join(map(str, chosen)) or "all"
     kept = choose(train, *chosen) if chosen else train
     images = write_folder(folder / folder_of(name) / f"images-{part}", kept, validation)
-    return open_for_training(str(images), folder / folder_of(name) / "shards", HELDOUT_IMAGES)
+    return open_for_training(str(images), folder / folder_of(name) / "shards", 0)
 
 
 def pretrained_encoder(name: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -28,6 +28,6 @@ def demo() -> PretrainConfig:
         augment=AugmentConfig(image_size=64, crop_scale=(0.5, 1.0)),
         optim=OptimConfig(base_lr=0.016),  # the peak is 2e-3
         loop=LoopConfig(
-            epochs=20, warmup_epochs=1, steps=1800, batch_size=32, log_every_steps=100, evaluate_every_epochs=3
+            epochs=20, warmup_epochs=1, steps=1500, batch_size=32, log_every_steps=100, evaluate_every_epochs=3
         ),
     )
