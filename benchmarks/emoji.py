@@ -37,4 +37,6 @@ def main(package: str, folder: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
+    if not Path(sys.argv[1]).is_file():
+        sys.exit(f"error: {sys.argv[1]} is not there: fetch it with npm pack emoji-datasource-google@16.0.0")
     main(*sys.argv[1:])

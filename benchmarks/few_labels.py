@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import shutil
 import statistics
 import sys
@@ -35,9 +36,10 @@ from mixmae.data.prepare import open_for_training
 from mixmae.data.shards.plan import built_in
 from mixmae.data.source import Source, read_rows
 from mixmae.jobs.classification import ClassificationJob
+from mixmae.jobs.config import to_json
 from mixmae.jobs.in_process import build_seeded, train_in_process
 from mixmae.jobs.pretraining import PretrainJob
-from mixmae.writing import writing
+from mixmae.writing import write_text, writing
 from pipelines.command import command
 from pipelines.recipes.demo import demo
 from pipelines.recipes.finetune import demo_finetune
@@ -83,9 +85,11 @@ def read_set(name: str, output: Path) -> tuple[Images, Images]:
             images.append((file.getvalue(), int(label)))
         order = np.random.default_rng(0).permutation(len(images))
         return [images[i] for i in order[:1397]], [images[i] for i in order[1397:]]
+    sources = open_for_training(name, output, 0)
+    if not all(part.has_labels for part in sources):
+        raise ValueError(f"{name} has no labels: give a folder with one folder of images per class.")
     parts = [
-        [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))]
-        for part in open_for_training(name, output, 0)
+        [(sample.data, int(sample.label)) for sample in read_rows(part, np.arange(part.num_rows))] for part in sources
     ]
     if built_in(name):
         return parts[0], parts[1]
@@ -137,7 +141,7 @@ def pretrained_encoder(name: str, seed: int, folder: Path) -> dict[str, Any]:
         config = demo()
         augment = replace(config.augment, flip=FLIP.get(name, config.augment.flip))
         config = replace(config, augment=augment, loop=replace(config.loop, seed=seed))
-        job = PretrainJob.of(config, *open_set(folder, name), data=None, folder=folder)
+        job = PretrainJob.of(config, *open_set(folder, name), data=name, folder=folder)
         model = build_seeded(job)
         state = train_in_process(job, model)
         print(f"{folder_of(name)}, seed {seed}: pretrained for {state.step} steps, loss {state.metrics['loss']:.3f}")
@@ -154,7 +158,7 @@ def finetune(name: str, labels: int | str, seed: int, encoder: dict[str, Any] | 
     optim = config.optim if encoder else replace(config.optim, layer_decay=None)
     config = replace(config, augment=augment, loop=loop, optim=optim)
     source, validation = open_set(folder, name, labels, seed)
-    job = ClassificationJob.of(config, source, validation, data=None, folder=folder, pretrained=None)
+    job = ClassificationJob.of(config, source, validation, data=name, folder=folder, pretrained=None)
     model = build_seeded(job)
     if encoder:
         model.encoder.load_state_dict(encoder)  # type: ignore[union-attr]
@@ -178,10 +182,11 @@ Row = tuple[str, str, str, str]
 
 
 def few_labels(arguments: Arguments) -> int:
-    """Make all runs and the table.   Returns: the exit status."""
+    """Make all runs and the table.   Returns: the exit status.   Raises: ValueError as check_settings."""
     torch.set_num_threads(1)
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder / "settings.json")
     results = read_results(folder / "results.csv")
 
     def top1(name: str, start: str, labels: int | str, seed: int) -> float:
@@ -204,9 +209,18 @@ def few_labels(arguments: Arguments) -> int:
             pretrained, scratch = map(mean_and_std, zip(*pairs, strict=True))
             gains = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
             lines.append(f"| {folder_of(name)} | {folder_of(start)} | {labels} | {pretrained} | {scratch} | {gains} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    write_text(folder / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0
+
+
+def check_settings(file: Path) -> None:
+    """Keep the recipes beside the results, which are of no use beside those of others.   Raises: ValueError."""
+    recipes = {"pretrain": to_json(demo()), "finetune": to_json(demo_finetune()), "steps": list(STEPS.items())}
+    text = json.dumps(recipes, indent=1)
+    if file.exists() and file.read_text() != text:
+        raise ValueError(f"{file.parent} has results of other recipes: give another --output, or delete the folder.")
+    write_text(file, text)
 
 
 def read_results(table: Path) -> dict[Row, float]:

@@ -206,7 +206,7 @@ def run_arm(
         encoder, state, took = build_encoder(config.sized_encoder()), TrainState(), 0.0
     else:
         config = replace(config, method=method, optim=_optim(config.optim, method))
-        data = DataRecord.of(train_set, None, config)
+        data = DataRecord.of(train_set, train_set.name, config)
         job = PretrainJob(config=config, source=train_set, heldout=validation, data=data, folder=Path())
         model, state, took = pretrain_for(job, seconds)
         encoder = model.encoder  # type: ignore[assignment]
