@@ -110,7 +110,7 @@ def test_sizes_that_fit(encoder, image_size, method):
         (SMALL, 32, MixMAEConfig(cell_px=0), "--method.cell-px is 0"),
         (ViTConfig(patch_px=4), 28, MixMAEConfig(), "--augment.image-size 24 or 32, or --method.cell-px 4"),
         (tiny_swin().config, 28, MixMAEConfig(), "--augment.image-size 32, or a smaller --encoder.patch-px"),
-        (tiny_swin().config, 32, MixMAEConfig(), "1 mask cells of 32 px, and the method needs 4.*--method.num-images"),
+        (tiny_swin().config, 32, MixMAEConfig(), "1 mask cell of 32 px, and the method needs 4.*--method.num-images"),
         (SMALL, (8, 16), MixMAEConfig(cell_px=8), "2 mask cells.*a smaller --method.cell-px"),
         (SMALL, 8, MixMAEConfig(num_images=2, mask_token_share=0.8), "4 mask cells of 4 px, and the method needs 10"),
         (SMALL, (4, 8), SimMIMConfig(), "2 mask cells.*needs 3.*--method.mask-ratio"),
