@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,15 @@ def usable_cores() -> int:
 def threads_per_process(num_processes: int) -> int:
     """Threads for each of the processes that share the usable cores."""
     return max(1, usable_cores() // num_processes)
+
+
+def cache_folders() -> list[Path]:
+    """Where files may be kept that can be made again, the best first; any of them may turn out not to be writable."""
+    cache, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", "")
+    places = [Path(cache)] if os.path.isabs(cache) else []
+    places += [Path(home) / ".cache"] if os.path.isabs(home) else []
+    places.append(Path(tempfile.gettempdir()) / f"cache-{os.getuid()}")
+    return [place / "mixmae" for place in places]
 
 
 def _cgroup_cores() -> float:

@@ -124,6 +124,10 @@ class PretrainJob(Job):
         names |= {"probe/knn_top1": "knn_top1", "probe/linear_top1": "linear_top1"}
         return {f"final/{name}": state.metrics[key] for key, name in names.items() if key in state.metrics}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        return {"training": self.source, "held-out": self.heldout}
+
     @cached_property
     def _heldout_images(self) -> Tensor:
         """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images per mix."""
