@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mixmae.convert import EncoderMetadata, Preprocessing, build_model, digest_of, read_weights
-from mixmae.data.blocks import ImageBatch, eval_batches
+from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
+from mixmae.data.broken import NothingDecodes, name_broken
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
 from mixmae.data.images.decode import DecodeError, Uint8Array, decode_image
@@ -55,9 +56,9 @@ class Classifier:
         """The name of a class; its index if the classes have no names."""
         return str(label) if self.class_names is None else self.class_names[label]
 
-    def logits(self, source: Source) -> tuple[Tensor, Tensor]:
-        """Score all images of a source: (N, C) float32, and the labels (N,) int64; broken images have label -1."""
-        preprocessing = self.metadata.preprocessing
+    def logits(self, source: Source) -> Judged:
+        """Score all images of a source: (N, C) float32.   Raises: NothingDecodes if all are broken."""
+        preprocessing, record = self.metadata.preprocessing, _Record(source)
         batches = decoded(
             source,
             preprocessing,
@@ -65,7 +66,10 @@ class Classifier:
             crop_pct=self.crop_pct,
             batch_size=self.batch_size,
         )
-        return predict_logits(self.model, batches, mean=preprocessing.mean, std=preprocessing.std)
+        scores, labels = predict_logits(
+            self.model, record.reading(batches), mean=preprocessing.mean, std=preprocessing.std
+        )
+        return record.judged(scores, labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +94,16 @@ class FrozenEncoder:
         return self.encoder.channels[-1]
 
     def pool(self, batches: Iterable[LabelledBatch]) -> tuple[Tensor, Tensor]:
-        """Pooled features (N, D) float32 and labels (N,) int64 of batches; broken images have label -1."""
+        """Pooled features (N, D) float32 and labels (N,) int64 of batches."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return extract_features(self.encoder, batches, mean=self.preprocessing.mean, std=self.preprocessing.std)
 
-    def features(self, source: Source, rows: Int64Array | None = None) -> tuple[Tensor, Tensor]:
-        """As `pool`, of a source's images, all or these rows; prints the progress."""
-        total = source.num_rows if rows is None else len(rows)
+    def features(self, source: Source, rows: Int64Array | None = None) -> Judged:
+        """As `pool`, of a source's images, all or these rows; prints the progress, and names what is broken.
+
+        Raises: NothingDecodes if all images are broken.
+        """
+        total, record = source.num_rows if rows is None else len(rows), _Record(source)
         batches = decoded(
             source,
             self.preprocessing,
@@ -105,7 +112,45 @@ class FrozenEncoder:
             batch_size=self.batch_size,
             rows=rows,
         )
-        return self.pool(_reported(batches, total, f"features of {source.name}"))
+        judged = record.judged(*self.pool(record.reading(_reported(batches, total, f"features of {source.name}"))))
+        if judged.broken:
+            print(f"left out: {name_broken(judged.broken, total)}", flush=True)
+        return judged
+
+
+class Judged(NamedTuple):
+    """What a model made of a source's images; broken ones are left out."""
+
+    values: Tensor
+    """(N, C) logits or (N, D) features, float32."""
+    labels: Tensor
+    """(N,) int64, -1 = not known."""
+    rows: Tensor
+    """(N,) int64, of the source."""
+    broken: tuple[BrokenRecord, ...]
+    """The images that could not be decoded."""
+
+
+class _Record:
+    """Keeps which images went through a model, and which are broken."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows: list[Tensor] = []
+        self._broken: list[BrokenRecord] = []
+
+    def reading(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches.   Raises: NothingDecodes at their end, if all images were broken."""
+        for batch in batches:
+            self._rows.append(batch.rows)
+            self._broken.extend(batch.broken)
+            yield batch
+        if self._broken and not any(len(rows) for rows in self._rows):
+            raise NothingDecodes(self._source, self._broken)
+
+    def judged(self, values: Tensor, labels: Tensor) -> Judged:
+        """With what the model made of them."""
+        return Judged(values, labels, torch.cat(self._rows), tuple(self._broken))
 
 
 def load_classifier(
@@ -214,16 +259,14 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
 def _reported(batches: Iterable[ImageBatch], total: int, what: str) -> Iterator[ImageBatch]:
     """Pass batches on, and print a line every REPORT_EVERY_S seconds and at the end of what took longer than that."""
     start = printed = time.monotonic()
-    count = broken = 0
+    count = 0
     for batch in batches:
         yield batch
-        count, broken = count + len(batch.images), broken + len(batch.broken)
+        count += len(batch.images) + len(batch.broken)
         now = time.monotonic()
         if now - printed > REPORT_EVERY_S or (count == total and printed > start):
             printed = now
             print(f"{what}: {count}/{total} images, {count / (now - start):.0f} images/s", flush=True)
-    if broken:
-        print(f"note: {broken} images of {total} could not be decoded and are left out", flush=True)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ class ProgressView:
         elif kind == "broken":
             for entry in folder.add_broken(content)[:3]:
                 self.line(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
+        elif kind == "left_out":
+            from mixmae.data.blocks import BrokenRecord
+            from mixmae.data.broken import name_broken  # it decodes: not every command needs that
+
+            self.line(f"left out of the evaluation: {name_broken([BrokenRecord(**entry) for entry in content])}")
         elif kind == "failed":
             self.line(f"worker failed, {content}")
         elif kind == "note":

@@ -5,7 +5,7 @@
 WEIGHTS is as in pipelines/knn.py. If the output is a file, it gets the rows of one split; if it is a folder, it gets
 one file per split. One row per image: `row`, its index in the source; `path`, null where the source does not know it;
 `label`, null where there is none; `feature`, the mean of the encoder's last tokens. Images that do not decode are
-counted and left out.
+counted, the first of them named, and left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from mixmae.data.broken import NAMED, NothingDecodes, find_broken, name_broken
 from mixmae.data.channels import check_channels
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import Source
@@ -100,13 +101,14 @@ def embed(arguments: Arguments) -> int:
         else:
             tables = map(Embedder(frozen, source), parts(source.num_rows, 1))
         with writing(target, overwrite=arguments.overwrite) as unfinished:
-            count = write(unfinished, tables, frozen, source)
+            count, missing = write(unfinished, tables, frozen, source)
+            broken = find_broken(source, missing)
+            if broken and not count:
+                raise NothingDecodes(source, broken)
         seconds = time.monotonic() - start
-        broken = source.num_rows - count
-        print(
-            f"{target}: {count} images of {source.name}, {frozen.width} values each, {count / seconds:.0f} images/s"
-            + (f"; {broken} could not be decoded and are left out" if broken else "")
-        )
+        print(f"{target}: {count} images of {source.name}, {frozen.width} values each, {count / seconds:.0f} images/s")
+        if broken:
+            print(f"left out: {name_broken(broken, source.num_rows, count=source.num_rows - count)}")
     return 0
 
 
@@ -156,8 +158,11 @@ def embed_on_ray(load: Callable[[], FrozenEncoder], source: Source, arguments: A
     return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def write(path: Path, tables: Iterable[pa.Table], frozen: FrozenEncoder, source: Source) -> int:
-    """Write tables as they come, one row group each.   Returns: the number of rows."""
+def write(path: Path, tables: Iterable[pa.Table], frozen: FrozenEncoder, source: Source) -> tuple[int, Sequence[int]]:
+    """Write tables as they come, one row group each.
+
+    Returns: the number of rows, and the first of the source's rows that are missing, because they are broken.
+    """
     facts: dict[str, Any] = {
         "weights": str(frozen.path),
         "encoder_digest": frozen.digest,
@@ -169,17 +174,25 @@ def write(path: Path, tables: Iterable[pa.Table], frozen: FrozenEncoder, source:
     }
     schema = feature_schema(frozen.width).with_metadata({"mixmae": json.dumps(facts)})
     count, start = 0, time.monotonic()
+    expected = 0
+    missing: list[int] = []
     printed = start
     with pq.ParquetWriter(path, schema) as writer:
         for table in tables:
             writer.write_table(table)
             count += len(table)
+            if len(table):
+                rows = table["row"].to_numpy()
+                last = int(rows[-1])
+                missing += np.setdiff1d(np.arange(expected, last), rows)[: NAMED - len(missing)].tolist()
+                expected = last + 1
             if time.monotonic() - printed > REPORT_EVERY_S:
                 printed = time.monotonic()
                 rate = count / (printed - start)
                 print(f"{source.name}: {count}/{source.num_rows} images, {rate:.0f} images/s", flush=True)
         writer.add_key_value_metadata({"mixmae.broken": str(source.num_rows - count)})  # known only now
-    return count
+    missing += range(expected, source.num_rows)[: NAMED - len(missing)]
+    return count, missing
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,8 @@
     python pipelines/evaluate.py MODEL [--data SOURCE] [--split SPLIT] [--output FOLDER]
 
 MODEL is a finetuning run's folder (its best weights), one of its checkpoints, a classifier file, a hub folder, or
-official finetuned weights. The output folder gets metrics.json, classes.csv, confusions.png and calibration.png.
+official finetuned weights. The output folder gets metrics.json, classes.csv, confusions.png and calibration.png. Images
+that do not decode are named and left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixmae.convert.metadata import NOT_STATED
+from mixmae.data.broken import name_broken
 from mixmae.data.channels import check_channels
 from mixmae.data.prepare import open_for_training
 from mixmae.data.shards.plan import built_in
@@ -71,7 +73,7 @@ def evaluate(arguments: Arguments) -> int:
     folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    logits, labels = classifier.logits(source)
+    logits, labels, _, broken = classifier.logits(source)
     images_per_s = len(labels) / (time.monotonic() - start)
     metrics = write_results(folder, classifier, logits, labels)
     origin = classifier.metadata.source
@@ -81,16 +83,19 @@ def evaluate(arguments: Arguments) -> int:
         "data": {"name": source.name, "digest": source.digest},
         "crop_pct": classifier.crop_pct,
         **metrics,
+        "num_broken": len(broken),
         "images_per_s": images_per_s,
     }
     write_json(folder / "metrics.json", content)
     print(
         f"{weights_of(arguments.model)} on {source.name}: top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, "
         f"loss {metrics['loss']:.4f}, calibration error {metrics['calibration_error']:.4f}\n"
-        f"{metrics['num_judged']} images judged, {metrics['num_unknown']} without a class or broken; "
+        f"{metrics['num_judged']} images judged, {metrics['num_unknown']} without a class; "
         f"{images_per_s:.0f} images/s on {classifier.device.type}\n"
         f"{folder}: metrics.json, classes.csv, confusions.png, calibration.png"
     )
+    if broken:
+        print(f"left out: {name_broken(broken, source.num_rows)}")
     return 0
 
 
@@ -119,7 +124,7 @@ def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
 def _open(arguments: Arguments) -> Source:
     run = run_around(arguments.model)
     if run is not None and arguments.split is None:
-        trained_on = json.loads((run / "run.json").read_text())["data"]["source"]
+        trained_on = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["source"]
         if trained_on == "built-in":  # an earlier version's name of it
             trained_on = "shapes"
         data = arguments.data or trained_on
@@ -138,7 +143,7 @@ def write_results(folder: Path, classifier: Classifier, logits: Tensor, labels: 
     accuracy, measured = top_k_accuracy(logits, labels), calibration(logits, labels)
     table, confusions = per_class_accuracy(logits, labels), confusion_matrix(logits, labels)
     known = labels != UNKNOWN
-    with writing(folder / "classes.csv") as unfinished, unfinished.open("w", newline="") as file:
+    with writing(folder / "classes.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "name", "images", "top1", "top5", "most_taken_for"])
         for label in range(classifier.num_classes):

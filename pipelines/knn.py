@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from mixmae.data.broken import check_decoding
 from mixmae.data.channels import check_channels
 from mixmae.data.chunks import Int64Array
 from mixmae.data.classes import read_classes
@@ -31,6 +32,7 @@ from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run
+from mixmae.training.loop import LoopConfig
 from mixmae.training.run_folder import run_around
 from mixmae.writing import write_json
 from pipelines.command import command
@@ -100,11 +102,14 @@ class Task:
             "precision": arguments.precision,
         }
 
-    def classify(self) -> KnnResult:
-        """Extract the features of both sets and count the votes, on the encoder's device."""
-        features, labels = self.frozen.features(self.train, self.rows)
-        judged, classes = self.frozen.features(self.validation)
-        return knn_classify(
+    def classify(self) -> tuple[KnnResult, dict[str, int]]:
+        """Extract the features of both sets and count the votes, on the encoder's device.
+
+        Returns: the result, and the numbers of images that decode: train_images and validation_images.
+        """
+        features, labels, *_ = self.frozen.features(self.train, self.rows)
+        judged, classes, *_ = self.frozen.features(self.validation)
+        result = knn_classify(
             features.to(self.frozen.device),
             labels,
             judged,
@@ -112,6 +117,7 @@ class Task:
             num_classes=self.num_classes,
             config=self.config,
         )
+        return result, {"train_images": len(features), "validation_images": len(judged)}
 
 
 def knn(arguments: Arguments) -> int:
@@ -133,7 +139,7 @@ def knn(arguments: Arguments) -> int:
         tags=tags | ({"pretrained.run_id": run_id} if run_id else {}),
         dataset=data,
     )
-    result, metrics = classify(task, ref)
+    result, counts, metrics = classify(task, ref)
     if run_id:
         tag_run(ref.uri, run_id, f"knn.{ref.run_id}", f"top-1 {metrics['val/top1']:.4f}")
     content = {
@@ -141,6 +147,8 @@ def knn(arguments: Arguments) -> int:
         "pretrained_run_id": run_id,
         "data": {"train": data, "validation": {"name": validation.name, "digest": validation.digest}},
         **facts,
+        **counts,
+        "num_broken": task.num_images - sum(counts.values()),
         "top1": metrics["val/top1"],
         "top5": metrics["val/top5"],
         "num_judged": result.accuracy.num_judged,
@@ -150,7 +158,7 @@ def knn(arguments: Arguments) -> int:
     print(
         f"kNN of {task.frozen.path} on {validation.name}: top-1 {content['top1']:.2%}, top-5 {content['top5']:.2%} "
         f"(k = {task.config.k}, chance level {1 / task.num_classes:.2%})\n"
-        f"{len(task.rows)} training and {result.accuracy.num_judged} validation images, "
+        f"{counts['train_images']} training and {result.accuracy.num_judged} validation images, "
         f"{content['images_per_s']:.0f} images/s on {task.frozen.device.type}\n"
         f"{folder / 'knn.json'}\nMLflow UI   {ref.ui_command}"
     )
@@ -168,6 +176,8 @@ def prepare(arguments: Arguments, data_folder: Path) -> Task:
         bfloat16=arguments.precision == "bfloat16",
     )
     train, validation = open_for_training(arguments.data, data_folder, HELDOUT_IMAGES)
+    for source in (train, validation):
+        check_decoding(source, LoopConfig(max_broken_fraction=1).is_hopeless)
     check_channels(train, frozen.encoder.in_channels)
     classes = read_classes(train, validation)
     rows = choose_rows(train, arguments.train_images)
@@ -175,13 +185,13 @@ def prepare(arguments: Arguments, data_folder: Path) -> Task:
     return Task(frozen=frozen, train=train, rows=rows, validation=validation, num_classes=len(classes), config=config)
 
 
-def classify(task: Task, ref: RunRef) -> tuple[KnnResult, dict[str, float]]:
-    """Classify, and end the MLflow run.   Returns: the result, and the metrics that MLflow has of it."""
+def classify(task: Task, ref: RunRef) -> tuple[KnnResult, dict[str, int], dict[str, float]]:
+    """Classify, and end the MLflow run.   Returns: as Task.classify, and the metrics that MLflow has of it."""
     status: str = "FAILED"
     metrics: dict[str, float] = {}
     try:
         start = time.monotonic()
-        result = task.classify()
+        result, counts = task.classify()
         metrics = {
             "val/top1": result.accuracy.top[1],
             "val/top5": result.accuracy.top[5],
@@ -191,7 +201,7 @@ def classify(task: Task, ref: RunRef) -> tuple[KnnResult, dict[str, float]]:
     finally:
         with contextlib.suppress(Exception):  # trouble with the store must not hide the result
             finish_run(ref, status=status, metrics=metrics)
-    return result, metrics
+    return result, counts, metrics
 
 
 def choose_rows(source: Source, most: int | None) -> Int64Array:

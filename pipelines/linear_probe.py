@@ -123,8 +123,8 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
         bfloat16=config.loop.precision == "bfloat16",
     )
     start = time.monotonic()
-    features, labels = frozen.features(job.source)
-    judged, classes = frozen.features(job.validation)
+    features, labels, *_ = frozen.features(job.source)
+    judged, classes, *_ = frozen.features(job.validation)
     print(f"{len(features) + len(judged)} images through the encoder in {elapsed_since(start)}", flush=True)
 
     start = time.monotonic()

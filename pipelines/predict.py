@@ -3,7 +3,8 @@
     python pipelines/predict.py MODEL IMAGES [--output FOLDER]
 
 MODEL is as in pipelines/evaluate.py; IMAGES is a folder of image files, or any other source (docs/data.md). The output
-folder gets predictions.csv and predictions.png.
+folder gets predictions.csv and predictions.png. An image that does not decode gets no class: its row in the table says
+why, in the column `problem`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
-from mixmae.data.blocks import eval_batch
+from mixmae.data.blocks import BrokenRecord, eval_batch
+from mixmae.data.broken import NothingDecodes, name_broken
 from mixmae.data.channels import check_channels
 from mixmae.data.images.decode import Uint8Array
+from mixmae.data.source import Source
 from mixmae.data.sources import list_splits, open_source
-from mixmae.inference import load_classifier
+from mixmae.inference import Classifier, Judged, load_classifier
 from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
@@ -58,28 +62,45 @@ def predict(arguments: Arguments) -> int:
     shown: dict[int, tuple[Uint8Array, int]] = {}
     captions: list[str] = []
     shown_per_source = SHEET_SIDE**2 // len(sources)
+    broken: list[BrokenRecord] = []
     count = 0
-    with writing(folder / "predictions.csv") as unfinished, unfinished.open("w", newline="") as file:
+    with writing(folder / "predictions.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "class", "probability", "top5"])
+        writer.writerow(["file", "class", "probability", "top5", "problem"])
         for source in sources:
-            probabilities = classifier.logits(source)[0].softmax(dim=1)
-            values, classes = probabilities.topk(min(5, classifier.num_classes), dim=1)
+            judged = judge(classifier, source)
+            values, classes = judged.values.softmax(dim=1).topk(min(5, classifier.num_classes), dim=1)
             names = [[classifier.name_of(label) for label in row] for row in classes.tolist()]
-            for row, (shares, called) in enumerate(zip(values.tolist(), names, strict=True)):
+            predictions = zip(judged.rows.tolist(), values.tolist(), names, strict=True)
+            lines = {record.row: ["", "", "", record.reason] for record in judged.broken}
+            for row, shares, called in predictions:
                 five = "; ".join(f"{name} {share:.4f}" for name, share in zip(called, shares, strict=True))
-                writer.writerow([source.where(row), called[0], f"{shares[0]:.4f}", five])
-            rows = np.unique(
-                np.linspace(0, source.num_rows - 1, min(shown_per_source, source.num_rows)).astype(np.int64)
-            )
-            cells = eval_batch(source, rows.tolist(), CELL_PX, crop_pct=classifier.crop_pct)
-            for row, pixels in zip(rows.tolist(), cells.permute(0, 2, 3, 1).numpy(), strict=True):
-                shown[count + row] = (pixels, len(captions))
-                captions.append(f"{values[row, 0]:.0%} {names[row][0]}")
+                lines[row] = [called[0], f"{shares[0]:.4f}", five, ""]
+            writer.writerows([source.where(row), *lines[row]] for row in range(source.num_rows))
+            chosen = np.unique(np.linspace(0, len(values) - 1, min(shown_per_source, len(values))).astype(np.int64))
+            rows = judged.rows[chosen].tolist()
+            cells = eval_batch(source, rows, CELL_PX, crop_pct=classifier.crop_pct) if rows else torch.empty(0)
+            for index, row, pixels in zip(chosen.tolist(), rows, cells, strict=True):
+                shown[count + row] = (pixels.permute(1, 2, 0).numpy(), len(captions))
+                captions.append(f"{values[index, 0]:.0%} {names[index][0]}")
+            broken.extend(judged.broken)
             count += source.num_rows
+        if len(broken) == count:
+            raise NothingDecodes(sources[0], broken)
     draw_contact_sheet(shown, tuple(captions)).save(folder / "predictions.png")
     print(f"{folder}: predictions.csv ({count} images), predictions.png")
+    if broken:
+        print(f"no class: {name_broken(broken, count)}")
     return 0
+
+
+def judge(classifier: Classifier, source: Source) -> Judged:
+    """The logits of a source's images, of none if all are broken: another split may have whole ones."""
+    try:
+        return classifier.logits(source)
+    except NothingDecodes as error:
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Judged(torch.empty(0, classifier.num_classes), nothing, nothing, error.records)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,9 +50,10 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     if done is None:
         return 130
     metrics = done.metrics
+    heldout_loss = metrics.get("final/heldout_loss")
     print(
         f"Finished in {done.seconds:.0f} s: loss {metrics['final/loss']:.4f}, "
-        f"held-out {metrics.get('final/heldout_loss', float('nan')):.4f}\n"
+        f"held-out {'not measured' if heldout_loss is None else f'{heldout_loss:.4f}'}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
         f"MLflow UI   {job.ref.ui_command}"

@@ -97,7 +97,7 @@ class ImageBatch:
     epochs: torch.Tensor
     """(B,) int64."""
     broken: tuple[BrokenRecord, ...]
-    """Images of this batch that could not be decoded and were replaced."""
+    """Images that could not be decoded: replaced by others in training, left out in evaluation."""
 
 
 def load_block(
@@ -221,10 +221,9 @@ def eval_batch(
     crop_pct: float = 0.875,
     channels: int = 3,
 ) -> torch.Tensor:
-    """Images in evaluation's fixed transform, for panels: (n, C, H, W) uint8.
+    """Images in evaluation's fixed transform, for panels: (n, C, H, W) uint8, those of the rows that decode.
 
-    Args: rows: (n,) of the source.  image_size: side, or (H, W).  crop_pct: see augment.centre_crop.  channels: C.
-    An image that does not decode is grey.
+    Args: rows: of the source.  image_size: side, or (H, W).  crop_pct: see augment.centre_crop.  channels: C.
     """
     wanted = np.asarray(rows, dtype=np.int64)
     (batch,) = eval_batches(source, image_size, batch_size=len(rows), rows=wanted, crop_pct=crop_pct, channels=channels)
@@ -245,27 +244,27 @@ def eval_batches(
 
     Args: rows: (N,) int64 of the source, best in storage order; None: all, in storage order.  pool: threads that share
         the decoding.  image_size, crop_pct, channels: as eval_batch.
-    Yields: batches of batch_size images, the last one shorter. An image that does not decode is grey, has label -1, so
-        that no metric counts it, and is among the batch's broken ones.
+    Yields: batches of the images of batch_size rows each, the last one shorter. What does not decode is in no batch,
+        so that no figure counts it, but among the batch's broken ones; a batch may be empty.
     """
     size = image_sides(image_size)
     rows = np.arange(source.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
 
-    def load(row: int, sample: Sample) -> tuple[Uint8Array, int, BrokenRecord | None]:
+    def load(row: int, sample: Sample) -> tuple[Uint8Array, int, int] | BrokenRecord:
         try:
-            return centre_crop(decode_image(sample.data, channels), size, crop_pct), sample.label, None
+            return centre_crop(decode_image(sample.data, channels), size, crop_pct), row, sample.label
         except DecodeError as error:
-            grey = np.full((channels, *size), _GREY, dtype=np.uint8)
-            return grey, -1, BrokenRecord(row, sample.where, sample.problem or str(error))
+            return BrokenRecord(row, sample.where, sample.problem or str(error))
 
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        loaded = (pool.map if pool else map)(load, part.tolist(), read_rows(source, part))
-        images, labels, broken = zip(*loaded, strict=True)
+        loaded = list((pool.map if pool else map)(load, part.tolist(), read_rows(source, part)))
+        whole = [item for item in loaded if not isinstance(item, BrokenRecord)]
+        images = np.stack([pixels for pixels, _, _ in whole]) if whole else np.empty((0, channels, *size), np.uint8)
         yield ImageBatch(
-            images=torch.from_numpy(np.stack(images)),
-            rows=torch.from_numpy(part),
-            labels=torch.tensor(labels),
-            epochs=torch.zeros(len(part), dtype=torch.int64),
-            broken=tuple(record for record in broken if record),
+            images=torch.from_numpy(images),
+            rows=torch.tensor([row for _, row, _ in whole], dtype=torch.int64),
+            labels=torch.tensor([label for _, _, label in whole], dtype=torch.int64),
+            epochs=torch.zeros(len(whole), dtype=torch.int64),
+            broken=tuple(item for item in loaded if isinstance(item, BrokenRecord)),
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.data.blocks import eval_batches
+from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
+from mixmae.data.broken import check_decoding
 from mixmae.data.channels import check_channels, note_grey
 from mixmae.data.classes import read_classes
 from mixmae.data.images.mixup import mix_batch
@@ -29,9 +31,10 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import DataRecord, Pretrained
 from mixmae.machine import threads_per_process
 from mixmae.metrics import UNKNOWN, label_ranks
-from mixmae.probing.features import predict_logits
+from mixmae.probing.features import NoImages, predict_logits
 from mixmae.step import StepOutput
 from mixmae.training.checkpoint import read_state
+from mixmae.training.failures import TrainingStopped
 from mixmae.training.loop import LoopConfig, TrainState
 
 HELDOUT_IMAGES = 10_000
@@ -59,6 +62,8 @@ class ClassificationJob(Job):
     """The weights that it starts from; None: from scratch."""
     initial: Path | None
     """The file of these weights, as keep_initial wrote it."""
+    broken: dict[str, BrokenRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Validation images that this worker could not decode, by their place: they are in no figure."""
 
     @classmethod
     def of(
@@ -73,8 +78,11 @@ class ClassificationJob(Job):
     ) -> Self:
         """The job on these images.
 
-        Args: data: what --data was.   Raises: DataError for labels that will not do, and as check_channels.
+        Args: data: what --data was.
+        Raises: DataError for labels that will not do, and as check_decoding and check_channels.
         """
+        for images in (source, validation):
+            check_decoding(images, config.loop.is_hopeless)
         check_channels(source, config.encoder.in_channels)
         if pretrained is None:
             note_grey(source, config.encoder.in_channels)
@@ -160,14 +168,30 @@ class ClassificationJob(Job):
                     channels=config.encoder.in_channels,
                     pool=pool,
                 )
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
-                    logits, labels = predict_logits(model, batches, mean=config.pixel_mean, std=config.pixel_std)
-            known = labels != UNKNOWN
-            sums = _sums(logits[known], labels[known]).to(device)
+                on = torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16")
+                with on, contextlib.suppress(NoImages):  # all images of this worker's part are broken
+                    logits, labels = predict_logits(
+                        model, self._noting_broken(batches), mean=config.pixel_mean, std=config.pixel_std
+                    )
+                    known = labels != UNKNOWN
+                    sums = _sums(logits[known], labels[known]).to(device)
         if num_workers > 1:
             dist.all_reduce(sums)
         count, loss, top1, top5 = sums.tolist()
+        if not count:
+            raise TrainingStopped(
+                f"No image of {self.validation.name} that has a class could be decoded: pipelines/stats.py names the "
+                "broken ones; repair them, or leave the validation set out, so that training images are held out."
+            )
         return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count}
+
+    def left_out(self, *, rank: int) -> list[BrokenRecord]:
+        return list(self.broken.values())
+
+    def _noting_broken(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        for batch in batches:
+            self.broken.update({record.where: record for record in batch.broken})
+            yield batch
 
     def final_metrics(self, state: TrainState) -> dict[str, float]:
         """final/* of the last evaluation, best/* of the best one, each top1, top5 and loss; and best/step."""

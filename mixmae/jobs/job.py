@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixmae.data.account import Account, account
+from mixmae.data.blocks import BrokenRecord
 from mixmae.data.order import Plan
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder, config_to_json
@@ -150,6 +151,9 @@ class Job:
 
         Args: evaluations: the metrics of all so far, each with its `step`.
         """
+
+    def left_out(self, *, rank: int) -> Sequence[BrokenRecord]:
+        return []
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         return None, {}

@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from mixmae.data.blocks import eval_batches
+from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
+from mixmae.data.broken import check_decoding
 from mixmae.data.channels import check_channels, note_grey
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
@@ -50,8 +51,9 @@ class PretrainJob(Job):
     def of(cls, config: PretrainConfig, source: Source, heldout: Source, *, data: str | None, folder: Path) -> Self:
         """The job on these images; prints what it cannot measure on them.
 
-        Args: data: what --data was.   Raises: DataError as check_channels.
+        Args: data: what --data was.   Raises: DataError as check_decoding and check_channels.
         """
+        check_decoding(source, config.loop.is_hopeless)
         check_channels(source, config.encoder.in_channels)
         note_grey(source, config.encoder.in_channels)
         if heldout.num_rows < config.method.images_mixed:
@@ -104,12 +106,13 @@ class PretrainJob(Job):
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         """Some mixes of held-out images with their reconstructions, and heldout/loss; nothing without such images."""
-        images = self.images_on_device(model, self._heldout_images)
+        num_images = self.config.method.images_mixed
+        whole = self._heldout.images
+        images = self.images_on_device(model, whole[: len(whole) // num_images * num_images])
         if not len(images):
             return None, {}
         generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
         loss = model(images, generator=generator).loss.item()
-        num_images = self.config.method.images_mixed
         shown = images[: max(1, PANEL_IMAGES // num_images) * num_images]
         generator = torch.Generator().manual_seed(step_seed(0, "panel"))
         mixes = cyclic_partners(len(shown), num_images)[::num_images].to(images.device)
@@ -128,16 +131,17 @@ class PretrainJob(Job):
     def sources(self) -> dict[str, Source]:
         return {"training": self.source, "held-out": self.heldout}
 
+    def left_out(self, *, rank: int) -> list[BrokenRecord]:
+        """Of the probe, and on rank 0 of the held-out images."""
+        records = [*(self.probe.broken.values() if self.probe else ()), *(self._heldout.broken if rank == 0 else ())]
+        return list({record.where: record for record in records}.values())
+
     @cached_property
-    def _heldout_images(self) -> Tensor:
-        """The first images of the held-out set, uint8 (N, C, H, W), N a multiple of the images per mix."""
-        num_images = self.config.method.images_mixed
+    def _heldout(self) -> ImageBatch:
+        """The first images of the held-out set."""
         rows = np.arange(min(HELDOUT_IMAGES, self.heldout.num_rows))
         size, channels = self.config.augment.image_size, self.config.encoder.in_channels
-        batch = next(eval_batches(self.heldout, size, batch_size=len(rows), rows=rows, channels=channels))
-        broken = [record.row for record in batch.broken]
-        images = batch.images[torch.from_numpy(~np.isin(rows, broken))]
-        return images[: len(images) // num_images * num_images]
+        return next(eval_batches(self.heldout, size, batch_size=len(rows), rows=rows, channels=channels))
 
 
 def check_method(config: PretrainConfig) -> None:

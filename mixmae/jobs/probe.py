@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.data.blocks import ImageBatch, eval_batches
+from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
@@ -40,6 +40,8 @@ class Probe:
     k: int
     """Neighbours that vote in kNN."""
     num_classes: int
+    broken: dict[str, BrokenRecord] = field(default_factory=dict)
+    """Those of this worker's images that could not be decoded, by their place: they are in no figure."""
 
     @property
     def description(self) -> str:
@@ -57,7 +59,7 @@ class Probe:
         Raises: EvaluationSkipped, on all workers, if any of them fails: this never ends a pretraining.
         """
         start = time.perf_counter()
-        metrics = self._classify(lambda: self._features(model, config, rank, num_workers), num_workers)
+        metrics, _ = self._classify(lambda: self._features(model, config, rank, num_workers), num_workers)
         return {**metrics, "perf/probe_s": time.perf_counter() - start}
 
     def measure_untrained(
@@ -71,16 +73,20 @@ class Probe:
         Raises: as measure.
         """
         untrained = self.measure(model, config, rank=rank, num_workers=num_workers)
-        pixels = self._classify(lambda: self._pixels(config, rank, num_workers), num_workers)
+        pixels, num_classes = self._classify(lambda: self._pixels(config, rank, num_workers), num_workers)
         named = {
             f"reference/{kind}_{what}": metrics[f"probe/{kind}_top1"]
             for what, metrics in (("untrained", untrained), ("pixels", pixels))
             for kind in ("knn", "linear")
         }
-        return {**untrained, **named, "reference/chance": 1 / self.num_classes}
+        return {**untrained, **named, "reference/chance": 1 / num_classes}
 
-    def _classify(self, compute: Callable[[], tuple[Tensor, Tensor]], num_workers: int) -> dict[str, float]:
-        """Classify all workers' images.   Args: compute: this worker's features and labels."""
+    def _classify(self, compute: Callable[[], tuple[Tensor, Tensor]], num_workers: int) -> tuple[dict[str, float], int]:
+        """Classify all workers' images.
+
+        Args: compute: this worker's features and labels.
+        Returns: the metrics, and the number of classes.
+        """
         share: tuple[Tensor, Tensor] | str
         try:
             share = compute()
@@ -94,14 +100,16 @@ class Probe:
         if failed is not None:
             raise EvaluationSkipped(f"no probe ({failed})")
         features, labels = (torch.cat([part[kind] for part in shares]) for kind in (0, 1))
+        if not len(labels):
+            raise EvaluationSkipped(f"no probe (none of its {len(self.rows)} images could be decoded)")
         try:
-            return probe_features(features, labels, self.k)
+            return probe_features(features, labels, self.k), len(labels.unique())
         except (ValueError, RuntimeError) as error:
             raise EvaluationSkipped(f"no probe ({error})") from error
 
     def _pixels(self, config: RunConfig, rank: int, num_workers: int) -> tuple[Tensor, Tensor]:
         """This worker's part: pixels (n, C*16*16), normalised, and labels (n,)."""
-        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
+        batches = self._batches(config, rank, num_workers)
         if not batches:
             return torch.empty(0, len(config.pixel_mean) * PIXELS**2), torch.empty(0, dtype=torch.int64)
         small = [F.adaptive_avg_pool2d(config.normalise(batch.images), PIXELS).flatten(1) for batch in batches]
@@ -112,11 +120,17 @@ class Probe:
         encoder = model.encoder
         assert isinstance(encoder, Encoder)
         device = next(model.parameters()).device
-        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
+        batches = self._batches(config, rank, num_workers)
         if not batches:  # more workers than images
             return torch.empty(0, encoder.channels[-1]), torch.empty(0, dtype=torch.int64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.loop.precision == "bfloat16"):
             return extract_features(encoder, batches, mean=config.pixel_mean, std=config.pixel_std)
+
+    def _batches(self, config: RunConfig, rank: int, num_workers: int) -> list[ImageBatch]:
+        """This worker's images, those that decode."""
+        batches = _decoded(self, config.augment.size, config.encoder.in_channels, rank, num_workers)
+        self.broken.update({record.where: record for batch in batches for record in batch.broken})
+        return [batch for batch in batches if len(batch.images)]
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,10 @@ class LabelledBatch(Protocol):
         """(B,) int64, -1 = not known."""
 
 
+class NoImages(ValueError):
+    """There is not one image to look at."""
+
+
 def extract_features(
     encoder: Encoder, batches: Iterable[LabelledBatch], *, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +43,7 @@ def extract_features(
         batches: read once, in order.
         mean, std: of the pixel normalisation, in units of 0..1, one value per channel; use those of pretraining.
     Returns: features (N, D) float32 and labels (N,) int64, on the CPU.
-    Raises: ValueError if there is no batch.
+    Raises: NoImages if all batches are empty, or there is none.
     """
     return _collect(encoder, lambda images: encoder(images).mean(dim=1), batches, mean, std)
 
@@ -65,11 +69,13 @@ def _collect(
     outputs, labels = [], []
     with torch.no_grad(), _evaluating(model):
         for batch in batches:
+            if not len(batch.images):  # all of them are broken
+                continue
             images = normalise(batch.images.to(device), mean=mean, std=std)
             outputs.append(compute(images).float().cpu())
             labels.append(batch.labels.cpu())
     if not outputs:
-        raise ValueError("there are no images: the set is empty")
+        raise NoImages("there are no images: the set is empty, or none of them could be decoded")
     return torch.cat(outputs), torch.cat(labels)
 
 

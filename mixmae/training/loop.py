@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class LoopConfig:
     checkpoint_every_epochs: float = 1.0
     """Epochs between checkpoints; at least four per run."""
     max_broken_fraction: float = 0.01
-    """Share of images that may fail to decode before the run stops."""
+    """Share of images that may fail to decode before the run stops; judged after 1,000 images, or one epoch of a
+    smaller set. Where hardly any image decodes, a run stops after 64 images."""
     max_loss: float | None = None
     """Stop as diverged when the mean loss since the last log is above it; None: only on NaN or infinity."""
 
@@ -71,11 +73,20 @@ class LoopConfig:
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction is {self.max_broken_fraction}: it must lie between 0 and 1.")
 
+    def is_hopeless(self, broken: int, seen: int) -> bool:
+        """Whether so many of the images seen are broken that the set must be another one than was meant: all of them,
+        or more than halfway from `max_broken_fraction` to all."""
+        return seen > 0 and (broken == seen or broken / seen > (1 + self.max_broken_fraction) / 2)
+
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so."""
         return WorkerShare(
             batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, rank=rank, num_workers=num_workers
         )
+
+
+EARLY_IMAGES = 64
+"""Images after which a run of broken ones is stopped."""
 
 
 class BrokenImage(Protocol):
@@ -169,7 +180,8 @@ def train(
         device: where the model is.
     Returns: the state after the last step.
     Raises: TrainingStopped, on all workers alike, if the loss or the gradient is not finite, the loss is above
-        config.max_loss, or too many images are broken.
+        config.max_loss, or too many images are broken: hardly any of the first EARLY_IMAGES decodes, or of a run that
+        is shorter, or more than config.max_broken_fraction are broken.
     """
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = config.share(num_workers=num_workers, rank=rank)
@@ -180,6 +192,9 @@ def train(
 
     averages = _Averages(device)
     broken: list[BrokenImage] = []
+    # From where this process trains on: images that were whole before may have gone since.
+    first_step, broken_before = state.step, state.broken_images
+    early_step = first_step + math.ceil(EARLY_IMAGES / config.batch_size)
     since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
     model.train()
     while state.step < length.total_steps:
@@ -216,9 +231,13 @@ def train(
         state.images_seen = state.step * config.batch_size
         finished = state.step == length.total_steps
 
-        if state.step % config.log_every_steps == 0 or finished or state.step == 1:
+        seen = (state.step - first_step) * config.batch_size
+        logs = state.step % config.log_every_steps == 0 or finished or state.step == 1
+        if state.step == early_step and not logs:
+            logs = config.is_hopeless(state.broken_images - broken_before + len(gather(broken)), seen)
+        if logs:
             record = averages.reduce()
-            found = _gather(broken)
+            found = gather(broken)
             now = time.perf_counter()
             steps, seconds = state.step - logged_at_step, now - since_log
             record |= {
@@ -232,7 +251,10 @@ def train(
             record["broken_images"] = state.broken_images
             state.metrics = record
             events.log(state.step, record, found)
-            _refuse_bad_progress(state, config, length)
+            example = f", for example {found[0].where}: {found[0].reason}" if found else ""
+            if seen >= EARLY_IMAGES or (finished and first_step == 0):
+                _refuse_hopeless(state.broken_images - broken_before, seen, config, example)
+            _refuse_bad_progress(state, config, length, example)
             broken = []
             since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
 
@@ -267,7 +289,16 @@ def _refuse_bad_weights(norm: Tensor, step: int) -> None:
         raise TrainingStopped(f"The norm of the gradient is {norm.item()} at step {step}: {DIVERGED}")
 
 
-def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLength) -> None:
+def _refuse_hopeless(broken: int, seen: int, config: LoopConfig, example: str) -> None:
+    """Stop a run that reads next to nothing but broken images. All inputs are the same on every worker."""
+    if config.is_hopeless(broken, seen):
+        raise TrainingStopped(
+            f"{broken} of the first {seen} images could not be decoded{example}; the set cannot be trained on: look "
+            "at it with pipelines/stats.py, which names the broken images, and repair it or choose another --data."
+        )
+
+
+def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLength, example: str) -> None:
     """Stop a run that has diverged or that mostly sees substitutes. All inputs are the same on every worker."""
     loss = state.metrics["loss"]
     largest = float("inf") if config.max_loss is None else config.max_loss
@@ -279,8 +310,8 @@ def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLengt
     if enough and fraction > config.max_broken_fraction:
         raise TrainingStopped(
             f"{state.broken_images} of {state.images_seen} images could not be decoded ({fraction:.1%}, more than "
-            f"{config.max_broken_fraction:.1%}): look at the ledger of broken images, repair the data set, or raise "
-            "--loop.max-broken-fraction."
+            f"{config.max_broken_fraction:.1%}{example}): look at the ledger of broken images, repair the data set, or "
+            "raise --loop.max-broken-fraction."
         )
 
 
@@ -318,7 +349,7 @@ def _mean(value: float, device: torch.device) -> float:
     return tensor.item() / dist.get_world_size()
 
 
-def _gather(items: list[BrokenImage]) -> list[BrokenImage]:
+def gather(items: list[BrokenImage]) -> list[BrokenImage]:
     """The items of all workers, on every worker."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return list(items)

@@ -12,8 +12,8 @@ import ray
 
 Message = tuple[str, Any]
 """(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("evaluation", dict),
-("note", one line), ("saved", step), ("started", step that training starts from), ("failed", one line; the worker group
-restarts if it may)."""
+("left_out", list of dict: broken images of the evaluations), ("note", one line), ("saved", step), ("started", step that
+training starts from), ("failed", one line; the worker group restarts if it may)."""
 
 
 @ray.remote

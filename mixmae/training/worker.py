@@ -29,7 +29,7 @@ from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import EvaluationSkipped, TrainingStopped, WorkersFailed
-from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainState, step_seed, train
+from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainState, gather, step_seed, train
 from mixmae.training.mailbox import Message, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
@@ -80,6 +80,9 @@ class TrainingJob(Protocol):
 
         References have names that begin with reference/. They are logged again at each evaluation, as level lines.
         """
+
+    def left_out(self, *, rank: int) -> Sequence[Any]:
+        """The BrokenImage records of this worker's part of the evaluations so far: they are in no figure."""
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         """A picture of held-out images and the metrics that come with it, on rank 0 alone; None: nothing to draw."""
@@ -254,6 +257,7 @@ class _WorkerEvents:
         # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
         self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
         self._reported_skip = False
+        self._num_left_out = 0
         self.references: Mapping[str, float] = {}
 
     @property
@@ -267,8 +271,7 @@ class _WorkerEvents:
         self._tracker.log_metrics(curve_names(record), step)
         self._mailbox.put.remote(("progress", {"step": step, **record}))
         if broken:
-            entries = [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
-            self._mailbox.put.remote(("broken", entries))
+            self._mailbox.put.remote(("broken", _entries(broken)))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         measured = self.measure(step)
@@ -294,11 +297,19 @@ class _WorkerEvents:
             if self._rank == 0 and not self._reported_skip:
                 self._reported_skip = True
                 self._mailbox.put.remote(("note", str(skipped)))
-            return {}
+            measured = {}
+        self._report_left_out()
         if self._tracker is not None and measured:
             self._mailbox.put.remote(("evaluation", {"step": step, **measured}))
             self._tracker.log_metrics(curve_names(measured), step)
         return measured
+
+    def _report_left_out(self) -> None:
+        """Name the broken images of the evaluations, once."""
+        found = list({item.where: item for item in gather(list(self._job.left_out(rank=self._rank)))}.values())
+        if self._rank == 0 and len(found) > self._num_left_out:
+            self._num_left_out = len(found)
+            self._mailbox.put.remote(("left_out", _entries(found)))
 
     def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
@@ -346,6 +357,10 @@ class _WorkerEvents:
             self._tracker.close()
             # An actor takes one caller's messages in order: once this one is there, all are.
             ray.get(self._mailbox.put.remote(("closed", None)))
+
+
+def _entries(broken: Sequence[BrokenImage]) -> list[dict[str, Any]]:
+    return [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ def coloured_jpeg(seed: int, label: int) -> bytes:
 def shards(tmp_path) -> Callable[..., Path]:
     """Writes a set of given labels, or 60 images without a label column for None, and returns its folder.
 
-    Of the training images the first `broken` are no images.
+    The first `broken` images of each split are no images.
     """
 
     def write(name: str, labels: list[int] | None, validation: list[int] | None = None, broken: int = 0) -> Path:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mixmae.convert import Preprocessing, digest_of, save_encoder
+from mixmae.data.broken import NothingDecodes
 from mixmae.data.sources import open_source
 from mixmae.finetune.classification import ImageClassifier
 from mixmae.inference import Embedder, ahead, choose_device, load_classifier, load_frozen
@@ -44,13 +45,31 @@ def test_logits_and_features_do_not_depend_on_the_batch(saved, shards):
     path, model = saved()
     source = open_source(shards("set", [0, 1, 2, 3, 0]))
     found = [load_classifier(path, device="cpu", batch_size=size).logits(source) for size in (2, 5)]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
-    assert found[0][1].tolist() == [0, 1, 2, 3, 0]
+    torch.testing.assert_close(found[0].values, found[1].values, rtol=1e-4, atol=1e-7)
+    assert found[0].labels.tolist() == [0, 1, 2, 3, 0]
     frozen = [load_frozen(path, device="cpu", batch_size=size) for size in (2, 5)]
     features = [item.features(source) for item in frozen]
-    torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(features[0].values, features[1].values, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(model.head(features[0][0]), found[0][0], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(model.head(features[0].values), found[0].values, rtol=1e-4, atol=1e-7)
+
+
+def test_broken_images_are_named_and_in_no_figure(saved, shards, capsys):
+    path, _ = saved()
+    labels = [0, 1, 2, 3, 0]
+    broken, whole = open_source(shards("broken", labels, broken=2)), open_source(shards("whole", labels))
+    classifier, frozen = load_classifier(path, device="cpu", batch_size=2), load_frozen(path, device="cpu")
+    for look in (classifier.logits, frozen.features):
+        found, expected = look(broken), look(whole)
+        torch.testing.assert_close(found.values, expected.values[2:], rtol=1e-4, atol=1e-6)
+        assert (found.rows.tolist(), found.labels.tolist()) == ([2, 3, 4], [2, 3, 0])
+        assert [record.row for record in found.broken] == [0, 1]
+        assert expected.broken == ()
+    assert "left out: 2 of 5 images could not be decoded (" in capsys.readouterr().out
+    nothing = open_source(shards("none", [0, 1, 2], broken=3))
+    for look in (classifier.logits, frozen.features):
+        with pytest.raises(NothingDecodes, match=r"no image of none/train could be decoded, for example .*: not an"):
+            look(nothing)
 
 
 def test_a_classifier_of_one_channel_sees_grey_images(tmp_path, shards):
@@ -62,8 +81,7 @@ def test_a_classifier_of_one_channel_sees_grey_images(tmp_path, shards):
     )
     source = open_source(shards("set", [0, 1, 2]))
     classifier, frozen = load_classifier(path, device="cpu"), load_frozen(path, device="cpu")
-    logits, _ = classifier.logits(source)
-    features, _ = frozen.features(source)
+    logits, features = classifier.logits(source).values, frozen.features(source).values
     embedded = np.array(Embedder(frozen, source)(np.arange(3))["feature"].to_pylist())
     torch.testing.assert_close(torch.tensor(embedded, dtype=torch.float32), features, rtol=1e-4, atol=1e-6)
     with torch.no_grad():

@@ -174,7 +174,7 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
     for split, own in classes.items():
         if len(trained) > 1 and len(set(own)) == 1 and not trained & set(own):  # val/images/x.jpg: no class
             classes[split] = [""] * len(own)
-    names = tuple(sorted({name for own in classes.values() for name in own if name}))
+    names = sorted({name for own in classes.values() for name in own if name})
     index = {"": -1, **{name: number for number, name in enumerate(names)}}
     for split, part in by_split.items():
         own = classes[split]

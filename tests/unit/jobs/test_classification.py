@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixmae.data.blocks import eval_batches
-from mixmae.data.source import Source
+from mixmae.data.blocks import eval_batch, eval_batches
+from mixmae.data.source import DataError, Source
 from mixmae.data.sources import open_source
 from mixmae.jobs import classification
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.metrics import top_k_accuracy
 from mixmae.probing.features import predict_logits
+from mixmae.training.failures import TrainingStopped
 from pipelines.recipes import FINETUNE_RECIPES
 
 
@@ -56,3 +58,38 @@ def test_a_model_that_has_diverged_is_never_right(tmp_path, shards):
     torch.nn.init.constant_(model.head.bias, float("nan"))
     metrics = job.evaluate(model, rank=0, num_workers=1)
     assert (metrics["val/top1"], metrics["val/top5"]) == (0, 0)
+
+
+def test_broken_validation_images_are_in_no_figure_and_named(tmp_path, shards, monkeypatch):
+    """The first of four workers has nothing but broken images."""
+    labels = [row % 4 for row in range(12)]
+    source = open_source(shards("set", labels, broken=4))
+    job = _job(tmp_path, source)
+    torch.manual_seed(0)
+    model = job.build_model()
+    torch.nn.init.normal_(model.head.weight)
+    config = job.config
+    images = eval_batch(source, range(12), config.augment.image_size)
+    logits = model.eval()(config.normalise(images))
+    expected = top_k_accuracy(logits, torch.tensor(labels[4:]))
+    whole = job.evaluate(model, rank=0, num_workers=1)
+    assert whole["val/top1"] == expected.top[1]
+    assert [record.row for record in job.left_out(rank=0)] == [0, 1, 2, 3]
+
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(classification.dist, "all_reduce", lambda sums: parts.append(sums.clone()) or sums.fill_(1))
+    for rank in range(4):
+        job.evaluate(model, rank=rank, num_workers=4)
+    assert torch.stack(parts)[:, 0].tolist() == [0, 2, 3, 3]
+
+
+def test_broken_images_alone(tmp_path, shards):
+    whole, broken = open_source(shards("set", [0, 1] * 6)), open_source(shards("broken", [0, 1] * 6, broken=12))
+    config = FINETUNE_RECIPES["demo_finetune"]()
+    common = {"data": None, "folder": tmp_path, "pretrained": None}
+    for pair in ((whole, broken), (broken, whole)):
+        with pytest.raises(DataError, match=r"8 of 8 images of broken/train that were looked at could not be decoded"):
+            ClassificationJob.of(config, *pair, **common)
+    job = replace(_job(tmp_path, whole), validation=broken)  # they have gone after the run began
+    with pytest.raises(TrainingStopped, match=r"No image of broken/train that has a class could be decoded"):
+        job.evaluate(job.build_model(), rank=0, num_workers=1)

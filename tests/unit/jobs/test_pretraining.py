@@ -104,3 +104,40 @@ def test_colours_are_refused_before_a_run_of_one_channel(shards, tmp_path):
     source = open_source(shards("set", [row % 4 for row in range(120)]))
     with pytest.raises(DataError, match=r"--encoder\.in-channels 3"):
         PretrainJob.of(config, source, source, data=None, folder=tmp_path)
+
+
+def test_broken_images_alone_are_refused(shards, tmp_path):
+    source = open_source(shards("set", [row % 4 for row in range(120)], broken=120))
+    with pytest.raises(DataError, match=r"32 of 32 images of set/train .* could not be decoded, for example .*not an"):
+        PretrainJob.of(PRETRAIN_RECIPES["demo"](), source, source, data=None, folder=tmp_path)
+
+
+def test_broken_held_out_images_are_in_no_figure_and_named(shards, tmp_path):
+    """Panel, loss and probe are those of the whole images alone; the probe takes its images from all workers' parts."""
+    labels = [row % 2 for row in range(60)]
+    config = PretrainConfig(
+        encoder=tiny_swin(64).config,
+        method=MixMAEConfig(num_images=2, decoder=DECODER),
+        augment=AugmentConfig(image_size=64),
+        loop=LoopConfig(steps=10, batch_size=8),
+        probe=OnlineProbeConfig(images=60, k=5),
+    )
+    found = []
+    for name, broken in (("set", 20), ("rest", 0)):
+        folder = shards(name, labels if broken else labels[20:], broken=broken)
+        if not broken:  # the images that are whole in the other set
+            table = pq.read_table(tmp_path / "set" / "train-0.parquet").slice(20)
+            pq.write_table(table, folder / "train-0.parquet", row_group_size=16)
+        source = open_source(folder)
+        job = PretrainJob.of(config, source, source, data=None, folder=tmp_path / "run")
+        torch.manual_seed(0)
+        model = job.build_model().eval()
+        metrics = job.evaluate_untrained(model, rank=0, num_workers=1)
+        with torch.no_grad():
+            panel, losses = job.draw_panel(model)
+        found.append(({**metrics, **losses, "perf/probe_s": 0}, panel.tobytes(), job.left_out(rank=0)))
+    (metrics, panel, broken), (expected, expected_panel, none) = found
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert panel == expected_panel
+    assert [record.row for record in broken] == list(range(20))
+    assert none == []

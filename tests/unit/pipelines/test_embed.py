@@ -32,7 +32,7 @@ def test_mistakes(error, weights, shards, tmp_path):
     assert "cannot write to" in error(embed.main, *below)
 
 
-def test_values_are_those_of_the_library_and_files_say_what_they_are(tmp_path, weights, shards, monkeypatch):
+def test_values_are_those_of_the_library_and_files_say_what_they_are(tmp_path, weights, shards, monkeypatch, capsys):
     monkeypatch.setattr(embed, "PART_ROWS", 25)  # three row groups
     data = shards("set", [*LABELS[:59], -1], broken=2)
     arguments = [str(weights), "--data", str(data), "--output", str(tmp_path / "out"), "--batch-size", "7"]
@@ -41,10 +41,10 @@ def test_values_are_those_of_the_library_and_files_say_what_they_are(tmp_path, w
     table = pq.read_table(file)
     read = table["feature"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     features, labels = library_features(weights, data, "train")
-    np.testing.assert_allclose(read, features.numpy()[2:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(read, features.numpy(), rtol=1e-4, atol=1e-5)
     assert table["row"].to_pylist() == list(range(2, 60))
     assert table["path"].to_pylist()[:2] == ["2.jpg", "3.jpg"]
-    assert table["label"].to_pylist() == [*labels.tolist()[2:59], None]
+    assert table["label"].to_pylist() == [*labels.tolist()[:57], None]
     assert pq.ParquetFile(file).num_row_groups == 3
     facts = json.loads(table.schema.metadata[b"mixmae"])
     assert facts["width"] == 128
@@ -52,6 +52,17 @@ def test_values_are_those_of_the_library_and_files_say_what_they_are(tmp_path, w
     assert facts["encoder_digest"] == digest_of(load_encoder(weights)[0].state_dict())
     assert facts["preprocessing"]["mean"] == list(MEAN)
     assert [item.name for item in file.parent.iterdir()] == ["train.parquet"]
+    text = capsys.readouterr().out
+    assert "left out: 2 of 60 images could not be decoded (" in text
+    for row in range(2):
+        assert f"train-0.parquet#{row} / {row}.jpg: not an image" in text
+
+
+def test_broken_images_alone_give_no_file(error, tmp_path, weights, shards):
+    data = shards("set", LABELS[:8], broken=8)
+    text = error(embed.main, weights, "--data", data, "--output", tmp_path / "out")
+    assert "no image of set/train could be decoded, for example " in text
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_of_files_keeps_their_names(tmp_path, weights):

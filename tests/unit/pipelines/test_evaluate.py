@@ -35,3 +35,18 @@ def test_a_file_is_judged(tmp_path, shards, classifier):
     assert {item.name for item in (tmp_path / "judged").iterdir()} == {
         *("metrics.json", "classes.csv", "confusions.png", "calibration.png")
     }
+
+
+def test_broken_images_are_named_and_in_no_figure(tmp_path, shards, classifier, capsys, error):
+    data = shards("set", [*LABELS[:39], -1], broken=3)
+    assert evaluate.main([str(classifier), "--data", str(data), "--output", str(tmp_path / "judged")]) == 0
+    numbers = json.loads((tmp_path / "judged" / "metrics.json").read_text())
+    assert (numbers["num_judged"], numbers["num_unknown"], numbers["num_broken"]) == (36, 1, 3)
+    table = (tmp_path / "judged" / "classes.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[2]) for line in table] == [9, 9, 9, 9]
+    text = capsys.readouterr().out
+    assert "36 images judged, 1 without a class;" in text
+    assert "left out: 3 of 40 images could not be decoded (" in text
+    assert "train-0.parquet#0 / 0.jpg: not an image" in text
+    broken = shards("broken", LABELS[:4], broken=4)
+    assert "no image of broken/train could be decoded" in error(evaluate.main, classifier, "--data", broken)

@@ -54,3 +54,15 @@ def test_part_of_the_training_images_is_spread_over_them():
     assert knn.choose_rows(source, 4).tolist() == [0, 25, 50, 75]
     assert knn.choose_rows(source, 500).tolist() == list(range(100))
     assert len(knn.choose_rows(source, None)) == 100
+
+
+def test_broken_images_are_named_and_in_no_figure(here, weights, shards, capsys):
+    data = shards("set", LABELS, LABELS[:21], broken=5)
+    assert knn.main([str(weights), "--data", str(data), "--k", "5", "--output", str(here / "judged")]) == 0
+    found = json.loads((here / "judged" / "knn.json").read_text())
+    assert (found["train_images"], found["validation_images"], found["num_broken"]) == (55, 16, 10)
+    text = capsys.readouterr().out
+    assert "55 training and 16 validation images" in text
+    for part in ("5 of 60", "5 of 21"):
+        assert f"left out: {part} images could not be decoded (" in text
+    assert "0.jpg: not an image" in text

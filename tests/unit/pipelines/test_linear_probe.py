@@ -49,6 +49,10 @@ class TestMistakes:
         text = refused(weights, shards("set", LABELS, [-1, -1]))
         assert "validation set set/validation has no image with a class" in text
 
+    def test_images_of_which_hardly_any_decodes(self, refused, weights, shards):
+        text = refused(weights, shards("set", LABELS, LABELS[:8], broken=60))
+        assert "train-0.parquet#0 / 0.jpg: not an image" in text
+
     def test_weights_that_are_none(self, refused, weights, shards, tmp_path):
         data = shards("set", LABELS)
         assert "does not exist" in refused(tmp_path / "no.pth", data)

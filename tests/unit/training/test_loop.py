@@ -88,6 +88,7 @@ def _run(
     broken_every=0,
     average=None,
     events=None,
+    batches=None,
 ):
     torch.manual_seed(0)
     model = model or Net()
@@ -106,7 +107,7 @@ def _run(
         peak_lr=0.01,
         clip_grad_norm=None,
         step_function=_step,
-        batches=_batches(state.step, config.micro_batch_size or config.batch_size, broken_every),
+        batches=batches or _batches(state.step, config.micro_batch_size or config.batch_size, broken_every),
         state=state,
         config=config,
         length=length if stop is None else replace(length, total_steps=stop),
@@ -240,6 +241,46 @@ def test_broken_images_are_reported_and_too_many_stop_the_run():
     assert state.broken_images == 2
     with pytest.raises(TrainingStopped, match=r"2 of 48 images could not be decoded \(4\.2%.*max-broken-fraction"):
         _run(broken_every=5)
+
+
+def _partly_broken(share: float) -> Iterator:
+    """Batches of 8 images of which this share is broken."""
+    for step in range(1000):
+        rows = [SimpleNamespace(row=8 * step + i, where=f"shard#{i}", reason="no image") for i in range(8)]
+        yield SimpleNamespace(images=_images(step, 0, 8), broken=rows[: round(8 * share)])
+
+
+@pytest.mark.parametrize(
+    ("share", "allowed", "total", "stopped_at"),
+    [
+        (1.0, 0.01, 1000, 8),  # after 64 images, long before the log
+        (1.0, 1.0, 1000, 8),  # whatever is allowed
+        (0.75, 0.01, 1000, 8),
+        (0.75, 0.8, 20, None),
+        (0.5, 0.01, 2, None),  # a run of 16 images says little
+        (1.0, 0.01, 2, 2),  # but this much
+    ],
+)
+def test_a_run_on_hardly_anything_but_broken_images_stops_soon(share, allowed, total, stopped_at):
+    config, state, events = replace(CONFIG, log_every_steps=50, max_broken_fraction=allowed), TrainState(), Seen()
+    if stopped_at is None:
+        _run(config, state=state, stop=total, batches=_partly_broken(share))
+        assert state.step == total
+        return
+    message = rf"{8 * stopped_at * share:.0f} of the first {8 * stopped_at} images .* for example shard#0: no image;"
+    with pytest.raises(TrainingStopped, match=message):
+        _run(config, state=state, stop=total, batches=_partly_broken(share), events=events)
+    assert len(events.broken) == 8 * stopped_at * share  # the ledger has all of them
+
+
+def test_a_continued_run_stops_soon_too():
+    state = TrainState(step=500, images_seen=4000)
+    with pytest.raises(TrainingStopped, match="64 of the first 64 images"):
+        _run(replace(CONFIG, log_every_steps=50), state=state, stop=1000, batches=_partly_broken(1.0))
+    # The last step of one may well be of broken images.
+    last = TrainState(step=999, images_seen=7992)
+    _run(replace(CONFIG, log_every_steps=50), state=last, stop=1000, batches=_partly_broken(1.0))
+    assert last.step == 1000
 
 
 def test_batches_that_cannot_be_cut_are_refused():
