@@ -99,6 +99,8 @@ def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) ->
         with writer:
             for start in range(0, len(held), ROW_GROUP_ROWS):
                 writer.write_table(_table(held[start : start + ROW_GROUP_ROWS], schema))
+            # In the footer, so that shards of one size differ there, too: a sidecar belongs to a footer.
+            writer.add_key_value_metadata({"mixmae.contents": _contents(held)})
         sidecar = Path(index_path(str(path)))
         sidecar.unlink(missing_ok=True)
         write_index(
@@ -162,6 +164,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _contents(images: Sequence[StoredImage]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{len(image.data)} {image.label} {image.path}\n".encode())
+        digest.update(image.data)
+    return digest.hexdigest()
 
 
 def _table(images: list[StoredImage], schema: pa.Schema) -> pa.Table:

@@ -174,8 +174,8 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
     for split, own in classes.items():
         if len(trained) > 1 and len(set(own)) == 1 and not trained & set(own):  # val/images/x.jpg: no class
             classes[split] = [""] * len(own)
-    names = sorted({name for own in classes.values() for name in own if name})
-    index = {"": -1, **{name: number for number, name in enumerate(names)}}
+    known = sorted({name for own in classes.values() for name in own if name})
+    index = {"": -1, **{name: number for number, name in enumerate(known)}}
     for split, part in by_split.items():
         own = classes[split]
         if any(own):
@@ -185,14 +185,14 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
                     tally.add("images outside the folders of the classes have no class", file.relative, _STRAY)
                 elif inner.count("/") != depth:
                     tally.add("images deeper inside a class's folder than others have its class", file.relative)
-        elif names:
+        elif known:
             tally.add(f"images of the split {split} have no class", part[0][0].relative, _UNSORTED, len(part))
     return Listing(
         {
             split: [ImageFile(file, index[name]) for (file, _), name in zip(part, classes[split], strict=True)]
             for split, part in by_split.items()
         },
-        tuple(map(escaped, names)) or None,
+        tuple(map(escaped, known)) or None,
         tally.notes,
     )
 

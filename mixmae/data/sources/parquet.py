@@ -281,14 +281,19 @@ def open_parquet(
         label_index=label_index,
         class_names=class_names,
         has_labels=has_labels,
-        met=(Met(place, {"Parquet files": len(files), "rows": num_rows}, notes.notes), *_packed(manifest, place), *met),
+        met=(
+            Met(place, {"Parquet files": len(files), "rows": num_rows}, notes.notes),
+            *_packed(storage, files, manifest),
+            *met,
+        ),
     )
 
 
-def _packed(manifest: Mapping[str, Any], place: str) -> tuple[Met, ...]:
+def _packed(storage: Storage, files: Sequence[StoredFile], manifest: Mapping[str, Any]) -> tuple[Met, ...]:
     """What make_shards met in the collection that these shards were made of."""
     try:
-        return (Met.from_json(f"{place}, when it was packed", manifest["met"]),)
+        place = f"{storage.shown(files[0].path.rpartition('/')[0])}, when it was packed"
+        return (Met.from_json(place, manifest["met"]),)
     except (KeyError, TypeError, AttributeError):
         return ()
 

@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
-from mixmae.data.sources.storage import Storage
+from mixmae.data.sources.storage import INDEX_SUFFIX, Storage
 from mixmae.writing import writing
 
-INDEX_SUFFIX = ".index"
 LENGTH_BYTES = 4
 """Parquet's plain encoding writes a value's length, 4 bytes little-endian, before its bytes."""
 

@@ -24,6 +24,8 @@ from mixmae.data.account import Note, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
 
+INDEX_SUFFIX = ".index"
+"""Of the files that we keep beside tars and shards."""
 _GAP_BYTES = 256 * 1024
 """Remote ranges closer than this are fetched in one request: about what a store sends while a request waits."""
 _REQUEST_BYTES = 16 * 1024 * 1024
@@ -102,6 +104,8 @@ class Storage:
             if file is None:
                 folders += [] if hidden else [relative]
             elif suffix in suffixes:
+                if hidden and suffix == INDEX_SUFFIX:
+                    continue  # of a tar, kept by tars.py
                 if hidden:
                     tally.add("hidden files are left out", relative, "rename those that you need")
                 else:

@@ -34,7 +34,7 @@ from mixmae.data.sources.contents import changed, content_digests
 from mixmae.data.sources.folders import IMAGE_SUFFIXES
 from mixmae.data.sources.labels import number_classes
 from mixmae.data.sources.shard_index import read_arrow, write_arrow
-from mixmae.data.sources.storage import Storage, StoredFile, suffix_of, unknown_kind
+from mixmae.data.sources.storage import INDEX_SUFFIX, Storage, StoredFile, suffix_of, unknown_kind
 from mixmae.machine import cache_folders
 
 _INDEX_FORMAT = b"2"
@@ -199,9 +199,9 @@ def _index_paths(storage: Storage, path: str) -> Iterator[Path]:
     """The paths where a tar's index may be kept, the best first."""
     if storage.is_local:
         tar = Path(path)
-        yield tar.with_name(f".{tar.name}.index")
+        yield tar.with_name(f".{tar.name}{INDEX_SUFFIX}")
     name = hashlib.sha256(storage.shown(path).encode()).hexdigest()[:32]
-    yield from (folder / "tars" / f"{name}.index" for folder in cache_folders())
+    yield from (folder / "tars" / f"{name}{INDEX_SUFFIX}" for folder in cache_folders())
 
 
 @dataclass(frozen=True)
