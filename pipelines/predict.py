@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from mixmae.data.account import escaped
 from mixmae.data.blocks import BrokenRecord, eval_batch
 from mixmae.data.broken import NothingDecodes, name_broken
 from mixmae.data.channels import check_channels
@@ -57,7 +58,7 @@ def predict(arguments: Arguments) -> int:
     sources = [open_source(arguments.images, split) for split in list_splits(arguments.images)]
     for source in sources:
         check_channels(source, classifier.metadata.encoder.in_channels)
-    folder = arguments.output or Path("predictions") / Path(arguments.images).resolve().name
+    folder = arguments.output or Path("predictions") / escaped(Path(arguments.images).resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[int, tuple[Uint8Array, int]] = {}
     captions: list[str] = []

@@ -186,7 +186,7 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
                 elif inner.count("/") != depth:
                     tally.add("images deeper inside a class's folder than others have its class", file.relative)
         elif known:
-            tally.add(f"images of the split {split} have no class", part[0][0].relative, _UNSORTED, len(part))
+            tally.add(unsorted(split), part[0][0].relative, _UNSORTED, len(part))
     return Listing(
         {
             split: [ImageFile(file, index[name]) for (file, _), name in zip(part, classes[split], strict=True)]
@@ -195,6 +195,11 @@ def arrange(files: Sequence[StoredFile]) -> Listing:
         tuple(map(escaped, known)) or None,
         tally.notes,
     )
+
+
+def unsorted(split: str) -> str:
+    """What the note says of a split without classes beside others that have some."""
+    return f"images of the split {split} have no class"
 
 
 _STRAY = "move them into one"

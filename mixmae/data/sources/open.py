@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mixmae.data.account import Met, Note, Tally, escaped
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, read_annotated
+from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, label_validation, read_annotated
 from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.sources.joined import join
 from mixmae.data.sources.parquet import open_parquet
@@ -212,7 +212,10 @@ def _find(text: str) -> _Collection:
                     len(by_layout[other]),
                 )
             notes += tally.notes
-            return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path), notes)
+            found = _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path), notes)
+            if layout == "files":
+                found = replace(found, listing=label_validation(storage, lists, found.listing))
+            return found
     there = f"; it has {notes[0]}" if notes else ""
     raise DataError(
         f"no image in {shown}: it needs Parquet files, WebDataset tars, or files ending in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -151,7 +152,7 @@ class ParquetSource(Chunked):
         columns += [RESTART_COLUMN] if self.has_restarts else []
         table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns)
         images = _joined(table.column(self.image_column))
-        labels = _joined(table.column(self.label_column)) if self.label_column else None
+        labels = _joined(_plain(table.column(self.label_column))) if self.label_column else None
         restarts = _joined(table.column(RESTART_COLUMN)) if self.has_restarts else None
         stored, paths = images, None
         if pa.types.is_struct(images.type):
@@ -160,8 +161,8 @@ class ParquetSource(Chunked):
         offset = int(self.chunk_offsets[chunk])
         samples = []
         for row in rows.tolist():
-            data, label = stored[row].as_py(), labels[row].as_py() if labels is not None else None
-            original = (paths[row].as_py() if paths is not None else None) or ""
+            data, label = stored[row].as_py(), _value(labels[row]) if labels is not None else None
+            original = (_value(paths[row]) if paths is not None else None) or ""
             intervals = None
             if restarts is not None and restarts[row].is_valid:
                 intervals = restarts[row].values.to_numpy(zero_copy_only=True)
@@ -436,12 +437,19 @@ def _values(storage: Storage, files: Sequence[StoredFile], column: str) -> list[
                 whole = pq.ParquetFile(stream).read(columns=[column]).column(0)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise _unreadable(storage, file.path, error) from error
-        values.update(_plain(whole).unique().drop_null().to_pylist())
+        values.update(map(_value, _plain(whole).unique().drop_null()))
     return list(values)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _value(scalar: Any) -> Any:
+    """A value as Python has it; in text, bytes that are not UTF-8 are escaped."""
+    if not scalar.is_valid or _label_kind(scalar.type) != "text":
+        return scalar.as_py()
+    return bytes(scalar.as_buffer()).decode(errors="backslashreplace")
 
 
 def _label_index(
@@ -472,7 +480,7 @@ def _class_indices(column: pa.ChunkedArray, index: Mapping[Any, int] | None) -> 
         numbers = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
         return np.maximum(numbers, -1)  # so that the largest unsigned number, too, is none
     encoded = column.combine_chunks().dictionary_encode() if column.num_chunks else pa.array([]).dictionary_encode()
-    known = [index.get(value, -1) for value in encoded.dictionary.to_pylist()]
+    known = [index.get(_value(value), -1) for value in encoded.dictionary]
     return np.array([*known, -1], dtype=np.int64)[encoded.indices.fill_null(len(known)).to_numpy(zero_copy_only=False)]
 
 
@@ -527,7 +535,7 @@ def _parquet_file(storage: Storage, path: str, identity: tuple[int, ...], thread
     """An open file per thread, so that its footer is parsed once and no two threads share a reader."""
     try:
         if storage.is_local:
-            return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(pa.memory_map(os.fsencode(path)))
         # Buffered ahead, the column chunks of a row group come in few requests.
         return pq.ParquetFile(storage.filesystem.open_input_file(path), pre_buffer=True)
     except (pa.ArrowException, OSError) as error:

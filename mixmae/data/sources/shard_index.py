@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     """Write an Arrow file as one batch.   Raises: OSError."""
     with (
         writing(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
+        pa.OSFile(os.fsencode(temporary), "wb") as sink,
         pa_ipc.new_file(sink, table.schema) as writer,
     ):
         writer.write_table(table.combine_chunks())
@@ -162,5 +163,5 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 
 def read_arrow(storage: Storage, path: str) -> pa.Table:
     """An Arrow file: mapped into memory if it is local, read whole if not.   Raises: DataError, pa.ArrowException."""
-    source = pa.memory_map(path) if storage.is_local else pa.BufferReader(storage.open(path).readall())
+    source = pa.memory_map(os.fsencode(path)) if storage.is_local else pa.BufferReader(storage.open(path).readall())
     return pa_ipc.open_file(source).read_all()

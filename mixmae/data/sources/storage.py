@@ -100,7 +100,7 @@ class Storage:
         found, tally, folders = [], Tally(), []
         for relative, file in self._walk(folder):
             suffix = suffix_of(relative)
-            hidden = any(part.startswith((".", "__MACOSX")) for part in relative.split("/"))
+            hidden = is_hidden(relative)
             if file is None:
                 folders += [] if hidden else [relative]
             elif suffix in suffixes:
@@ -131,7 +131,8 @@ class Storage:
 
     def open(self, path: str) -> pa.NativeFile:
         """A file for random access.   Raises: DataError."""
-        return self._ask(path, lambda: self.filesystem.open_input_file(path))
+        stored = os.fsencode(path) if self.is_local else path  # any bytes may be a local name
+        return self._ask(path, lambda: self.filesystem.open_input_file(stored))
 
     def identity(self, path: str) -> tuple[int, ...]:
         """What distinguishes a local file from a later one of the same name; () for a remote one: it is not checked.
@@ -240,6 +241,8 @@ def writable_folder(location: str | Path) -> Path:
     if is_uri(str(location)):
         raise DataError(f"cannot write to {plain_place(str(location))}: the output must be a local folder")
     folder = Path(location).expanduser().resolve()
+    if escaped(str(folder)) != str(folder):
+        raise DataError(f"the name of {escaped(str(folder))} is not UTF-8: choose another output folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -258,9 +261,14 @@ def is_uri(text: str) -> bool:
 def plain_place(location: str) -> str:
     """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
     if not is_uri(location):
-        return str(Path(location).expanduser().absolute())
+        return escaped(str(Path(location).expanduser().absolute()))
     parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def is_hidden(relative: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden, or is one of those that macOS stores beside files."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in relative.split("/"))
 
 
 def suffix_of(name: str) -> str:

@@ -34,7 +34,7 @@ from mixmae.data.sources.contents import changed, content_digests
 from mixmae.data.sources.folders import IMAGE_SUFFIXES
 from mixmae.data.sources.labels import number_classes
 from mixmae.data.sources.shard_index import read_arrow, write_arrow
-from mixmae.data.sources.storage import INDEX_SUFFIX, Storage, StoredFile, suffix_of, unknown_kind
+from mixmae.data.sources.storage import INDEX_SUFFIX, Storage, StoredFile, is_hidden, suffix_of, unknown_kind
 from mixmae.machine import cache_folders
 
 _INDEX_FORMAT = b"2"
@@ -308,8 +308,7 @@ def _read_headers(storage: Storage, file: StoredFile) -> _Members:
 def _add(found: _Members, tar: tarfile.TarFile, member: tarfile.TarInfo, num_bytes: int) -> None:
     """Take one member of a tar into account.   Raises: tarfile.ReadError if it reaches beyond the tar's end."""
     name, suffix = member.name, suffix_of(member.name)
-    parts = name.split("/")
-    if any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts):
+    if is_hidden(name):
         found.tally.add("hidden members of tars are left out", name)
         return
     if not member.isreg() or member.issparse():
