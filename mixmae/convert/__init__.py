@@ -5,6 +5,7 @@ them to ours, and to_X, where there is one, does the reverse. docs/weights.md sh
 """
 
 from mixmae.convert.architecture import Architecture, describe, read_architecture
+from mixmae.convert.channels import adapt_channels, with_channels
 from mixmae.convert.formats import FORMATS, detect_format, to_ours
 from mixmae.convert.load import (
     LoadReport,
@@ -34,6 +35,7 @@ __all__ = [
     "LoadReport",
     "Preprocessing",
     "Weights",
+    "adapt_channels",
     "build_model",
     "config_from_mae",
     "config_from_mmpretrain",
@@ -71,4 +73,5 @@ __all__ = [
     "to_timm_pvt_v2",
     "to_timm_resnetv2",
     "to_twins",
+    "with_channels",
 ]
