@@ -5,7 +5,7 @@ them to ours, and to_X, where there is one, does the reverse. docs/weights.md sh
 """
 
 from mixmae.convert.architecture import Architecture, describe, read_architecture
-from mixmae.convert.channels import adapt_channels, with_channels
+from mixmae.convert.channels import adapt_channels, channels_of, with_channels
 from mixmae.convert.formats import FORMATS, detect_format, to_ours
 from mixmae.convert.load import (
     LoadReport,
@@ -37,6 +37,7 @@ __all__ = [
     "Weights",
     "adapt_channels",
     "build_model",
+    "channels_of",
     "config_from_mae",
     "config_from_mmpretrain",
     "config_from_official",

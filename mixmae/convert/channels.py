@@ -12,6 +12,12 @@ from mixmae.convert.read import Weights
 from mixmae.pixels import fit_normalisation
 
 
+def channels_of(weights: Weights) -> int | None:
+    """The channels of the images that weights are for; None if they have no layer that reads pixels."""
+    name = next((name for name in FIRST_CONVS if name in weights.state), None)
+    return None if name is None else weights.state[name].shape[1]
+
+
 def with_channels(weights: Weights, channels: int) -> Weights:
     """Adapt weights to images of so many channels; what fits already stays as it is.
 

@@ -126,21 +126,21 @@ def _load_torch(file: Path) -> Any:
 def _read_parts(index: Path) -> dict[str, Any]:
     """Read weights that are spread over several files.   Args: index: JSON, from names of tensors to those of files."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        parts = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if not _head(index).startswith(b"{"):
             _refuse_others(index)
         raise ValueError(f"{index} does not say which files hold the weights ({error!r}): {_AGAIN}") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
+    absent = [part.name for part in parts if not part.is_file()]
     if absent:
         raise ValueError(
-            f"{index} names {len(names)} files, and {len(absent)} of them are not there, such as {absent[0]}: download "
-            "them, too"
+            f"{index} names {len(parts)} files, of which {', '.join(absent[:3])} {'is' if len(absent) == 1 else 'are'} "
+            "not there: download all of them"
         )
     content: dict[str, Any] = {}
-    for name in names:
-        part = read_content(index.parent / name)
-        content |= part if isinstance(part, Mapping) else {}
+    for part in parts:
+        held = read_content(part)
+        content |= held if isinstance(held, Mapping) else {}
     return content
 
 

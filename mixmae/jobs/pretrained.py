@@ -11,6 +11,7 @@ from torch import nn
 from mixmae.convert import (
     Preprocessing,
     Weights,
+    channels_of,
     describe,
     digest_of,
     load_checked,
@@ -50,6 +51,8 @@ def read_pretrained(
     # Flags of drop path, size and channels do not name an architecture.
     unnamed = {name: getattr(config.encoder, name) for name in ("drop_path", "image_size", "in_channels")}
     keeps_encoder = config.encoder != replace(usual.encoder, **unnamed)
+    channels = config.encoder.in_channels
+    other_channels = channels != usual.encoder.in_channels
 
     path = path.expanduser().resolve()
     begun_with = None if before is None else before.pretrained
@@ -57,8 +60,9 @@ def read_pretrained(
         # As it was begun, whatever has become of the file since.
         changes: dict[str, Any] = {name: tuple(before.config[name]) for name in free}
         if not keeps_encoder:
-            encoder = config_from_json(before.config["encoder"])
-            changes["encoder"] = replace(encoder, drop_path=config.encoder.drop_path)
+            own = config_from_json(before.config["encoder"])
+            kept = channels if other_channels else own.in_channels
+            changes["encoder"] = replace(own, drop_path=config.encoder.drop_path, in_channels=kept)
         return begun_with, None, replace(config, **changes)
 
     weights = read_weights(weights_of(path), key=key)
@@ -67,15 +71,15 @@ def read_pretrained(
     pretrained = Pretrained(
         path=str(path), digest=digest_of(weights.state), run_id=str(run_id) if run_id else None, key=key
     )
-    channels, theirs = config.encoder.in_channels, metadata.encoder.in_channels if metadata else None
-    if keeps_encoder or channels != usual.encoder.in_channels or theirs not in MODES:
+    theirs = channels_of(weights)
+    adapts = keeps_encoder or other_channels or metadata is None or theirs not in MODES
+    if adapts and theirs not in (None, channels):
         weights = with_channels(weights, channels)
         metadata = weights.metadata
-        if theirs not in (None, channels):
-            print(
-                f"note: the weights of {path} are for images of {theirs} channels, and the encoder is for {channels}: "
-                f"their first layer is {'summed up' if channels == 1 else 'repeated and rescaled'}"
-            )
+        print(
+            f"note: the weights of {path} are for images of {theirs} channels, and the encoder is for {channels}: "
+            f"their first layer is {'summed up' if channels == 1 else 'repeated and rescaled'}"
+        )
     if metadata is None:
         print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
         return pretrained, weights, config

@@ -118,7 +118,7 @@ def test_weights_spread_over_files(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{files[1]} is a git-lfs pointer"):
         read_weights(tmp_path)
     (tmp_path / files[1]).unlink()
-    with pytest.raises(ValueError, match=f"names 2 files, and 1 of them are not there, such as {files[1]}"):
+    with pytest.raises(ValueError, match=f"names 2 files, of which {files[1]} is not there"):
         read_weights(tmp_path)
     index.write_text("{}")
     with pytest.raises(ValueError, match="does not say which files hold the weights"):

@@ -133,3 +133,5 @@ def test_a_continued_run_takes_its_architecture_from_its_record(tmp_path):
     usual = FINETUNE_RECIPES["demo_finetune"]()
     now, weights, again = read_pretrained(path, usual, usual, before)
     assert (now, weights, again) == (pretrained, None, config)
+    grey = replace(usual, encoder=replace(usual.encoder, in_channels=1), pixel_mean=(0.2,), pixel_std=(0.2,))
+    assert read_pretrained(path, grey, usual, before)[2].encoder == replace(config.encoder, in_channels=1)
