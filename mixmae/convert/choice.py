@@ -90,7 +90,11 @@ def _find_sets(tensors: StateDict, path: str = "") -> Iterator[tuple[str, StateD
         if dot:
             inner.setdefault(key, {})[rest] = value
     aside = {key: state for key, state in inner.items() if _role(key)}
-    own = {name: value for name, value in tensors.items() if name.partition(".")[0] not in aside}
+    own = {
+        name: value
+        for name, value in tensors.items()
+        if name.partition(".")[0] not in aside and ("." in name or value.ndim)  # no weight is a number at the top
+    }
     if is_known(own):
         yield path, own
         inner = aside

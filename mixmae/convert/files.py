@@ -115,12 +115,13 @@ def _load_torch(file: Path) -> Any:
         with torch.serialization.safe_globals(SAFE_GLOBALS), file.open("rb") as opened:
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes raise depends on where the damage is
-        _, _, detail = str(error).rpartition("WeightsUnpickler error:")
-        reason = (detail or type(error).__name__).strip().partition("\n")[0]
-        raise ValueError(
-            f"{file} was not read: it is damaged or cut short, or contains more than tensors and plain values, which "
-            f"could run code; {_AGAIN}, or ask its author for a safetensors file ({reason})"
-        ) from error
+        refused = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+        if refused is not None:
+            raise ValueError(
+                f"{file} contains more than tensors and plain values ({refused[1]}), which could run code: ask its "
+                "author for a safetensors file, or for the weights alone"
+            ) from error
+        raise ValueError(f"{file} was not read: it is damaged or cut short, or not of torch: {_AGAIN}") from error
 
 
 def _read_parts(index: Path) -> dict[str, Any]:

@@ -159,6 +159,12 @@ def test_a_plain_file_needs_no_words(write, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_numbers_at_the_top_are_no_weights(write):
+    """torch's AveragedModel writes n_averaged beside the names below module."""
+    path = write({"n_averaged": torch.tensor(3), "global_step": torch.tensor(9), **below("module.", SWIN)})
+    assert same(load_encoder(path)[0].state_dict(), SWIN)
+
+
 def test_unknown_names_are_shown(write):
     state = {"state_dict": {"model.conv1.weight": torch.ones(2, 2), "model.bn1.weight": torch.ones(2)}}
     with pytest.raises(
