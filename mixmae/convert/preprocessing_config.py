@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-CONFIG_FILES = ("config.json", "preprocessor_config.json")
-"""timm's (its pretrained_cfg, or in early ones the top), and Hugging Face's; the first that says anything is read."""
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers of the filters, which Hugging Face writes."""
@@ -20,14 +17,13 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     Returns: image_size, mean, std, interpolation and crop_pct; what the configs do not say is left out.
     Raises: ValueError if a config is damaged.
     """
-    for name in CONFIG_FILES:
+    for name, fields_of in CONFIG_FILES.items():
         file = folder / name
         if not file.is_file():
             continue
         try:
             content = json.loads(file.read_text())
-            timm = content.get("pretrained_cfg", content)
-            found = _of_timm(timm) if "input_size" in timm else _of_hugging_face(content)
+            found = fields_of(content) if isinstance(content, Mapping) else {}
         except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{file}, beside the weights, is damaged ({error!r}): download it again, or move it away"
@@ -39,9 +35,14 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    _, height, width = config["input_size"]
-    fields: dict[str, Any] = {"image_size": (int(height), int(width))}
+def _of_timm(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of timm's config, whose fields were at the top in early versions; other programs' config.json says nothing."""
+    config = content if "architecture" in content else {}
+    config = config.get("pretrained_cfg") or config
+    fields: dict[str, Any] = {}
+    if config.get("input_size"):
+        _, height, width = config["input_size"]
+        fields["image_size"] = (int(height), int(width))
     fields |= {name: tuple(map(float, config[name])) for name in ("mean", "std") if config.get(name)}
     if config.get("interpolation"):
         fields["interpolation"] = str(config["interpolation"])
@@ -76,3 +77,10 @@ def _sides(size: int | Mapping[str, int]) -> tuple[int, int]:
     if isinstance(size, Mapping):
         return (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
     return int(size), int(size)
+
+
+CONFIG_FILES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "config.json": _of_timm,
+    "preprocessor_config.json": _of_hugging_face,
+}
+"""Names of the configs, and what reads them; the first that says anything counts."""

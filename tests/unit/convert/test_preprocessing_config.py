@@ -44,7 +44,10 @@ CONFIGS = {
         {"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 1 / 127.5},
         {"mean": HALF, "std": HALF},
     ),
-    "neither": ("config.json", {"model_type": "vit", "image_size": 224}, {}),
+    "of transformers": ("config.json", {"model_type": "vit", "image_size": 224}, {}),
+    "another program's": ("config.json", {"input_size": 64, "size": 7, "mean": "auto"}, {}),
+    "a list": ("config.json", [1, 2], {}),
+    "nothing pretrained": ("config.json", {"architecture": "swin", "pretrained_cfg": None}, {}),
 }
 
 
@@ -57,7 +60,7 @@ def test_fields(tmp_path, capsys, name, content, fields):
 
 def test_weights_get_it(tmp_path):
     save_file(to_official(tiny_swin().state_dict()), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM}))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "swin", "pretrained_cfg": TIMM}))
     expected = Preprocessing(**TIMM_FIELDS)
     assert load_encoder(tmp_path)[1].preprocessing == expected
     frozen = load_frozen(tmp_path, device="cpu")
@@ -68,7 +71,7 @@ def test_weights_get_it(tmp_path):
 def test_our_own_files_keep_theirs(tmp_path):
     own = Preprocessing(image_size=(96, 96), mean=(0.1,) * 3)
     save_encoder(tmp_path / "encoder.safetensors", tiny_swin(), own)
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM}))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "swin", "pretrained_cfg": TIMM}))
     assert load_encoder(tmp_path)[1].preprocessing == own
 
 
@@ -83,21 +86,21 @@ def test_the_input_size_where_shapes_do_not_tell_it(tmp_path):
     ):
         encoder = SwinEncoder(SwinConfig(**{**vars(wide), **fields}))
         save_file(encoder.state_dict(), tmp_path / "model.safetensors")
-        config.write_text(json.dumps({"pretrained_cfg": {"input_size": said}}))
+        config.write_text(json.dumps({"architecture": "swin", "pretrained_cfg": {"input_size": said}}))
         assert load_encoder(tmp_path)[1].preprocessing.image_size == expected
 
 
 def test_a_normalisation_for_other_channels_is_not_taken(tmp_path):
     save_file(tiny_swin(in_channels=1).state_dict(), tmp_path / "model.safetensors")
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"pretrained_cfg": TIMM}))
+    config.write_text(json.dumps({"architecture": "swin", "pretrained_cfg": TIMM}))
     assert load_encoder(tmp_path)[1].preprocessing.mean == (0.5,)
-    config.write_text(json.dumps({"pretrained_cfg": {**TIMM, "mean": [0.1, 0.2, 0.3]}}))
+    config.write_text(json.dumps({"architecture": "swin", "pretrained_cfg": {**TIMM, "mean": [0.1, 0.2, 0.3]}}))
     preprocessing = load_encoder(tmp_path)[1].preprocessing
     assert (preprocessing.mean, preprocessing.std) == usual_normalisation(1)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"pretrained_cfg": {"input_size": 224}}', '{"pretrained_cfg": null}'])
+@pytest.mark.parametrize("content", ["{", '{"architecture": "swin", "pretrained_cfg": {"input_size": 224}}'])
 def test_damaged_configs(tmp_path, content):
     save_file(tiny_swin().state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
