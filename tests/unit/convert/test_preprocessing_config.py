@@ -6,6 +6,8 @@ import pytest
 from safetensors.torch import save_file
 
 from mixmae.convert import Preprocessing, load_encoder, save_encoder, to_official
+from mixmae.convert.exported import read_export
+from mixmae.convert.hub import write_hub
 from mixmae.convert.preprocessing_config import read_preprocessing
 from mixmae.encoders.swin import SwinConfig, SwinEncoder
 from mixmae.inference import load_frozen
@@ -106,3 +108,12 @@ def test_damaged_configs(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config.json, beside the weights, is damaged .*move it away"):
         load_encoder(tmp_path)
+
+
+def test_a_hub_folder_passes_it_on(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    save_file(to_official(tiny_swin().state_dict()), tmp_path / "theirs" / "model.safetensors")
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"architecture": "swin", "pretrained_cfg": TIMM}))
+    write_hub(read_export(tmp_path / "theirs"), tmp_path / "hub")
+    assert load_encoder(tmp_path / "hub")[1].preprocessing == Preprocessing(**TIMM_FIELDS)
+    assert read_preprocessing(tmp_path / "hub") == TIMM_FIELDS
