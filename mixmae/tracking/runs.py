@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixmae.machine import settle_environment
 from mixmae.tracking.store import RunRef, TrackingError, connect, link_in_note
 
 MAX_PARAM_CHARS = 6000
@@ -38,6 +39,7 @@ def create_run(
     # A server that is away is reported within seconds, not after the minutes of MLflow's default retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    settle_environment()
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
     from mlflow.exceptions import MlflowException
 
