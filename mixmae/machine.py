@@ -1,10 +1,13 @@
-"""What this machine has to compute on."""
+"""What this machine has to compute on, and where files may lie on it that are nobody's results."""
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +15,16 @@ Device = Literal["auto", "cpu", "gpu"]
 """Where to compute; auto takes GPUs if there are any."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of the container that this process is in."""
+EMPTY_IS_UNSET = (
+    *("RAY_", "MLFLOW_", "XDG_", "AWS_", "GOOGLE_", "TORCH", "TUNE_", "MPL", "OMP_", "GOMP_", "MKL_"),
+    *("HOME", "USER", "LOGNAME", "TMPDIR", "TEMP", "TMP"),
+)
+"""What the names of variables begin with that are as if they were not set when they are empty."""
+SHORT_FOLDERS = (Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"))
+"""Where Ray's sockets may lie, if the folder for temporary files has too long a path for them."""
+SOCKET_BYTES = 36
+"""Most bytes of the path of the folder that Ray's sessions are in: Linux and macOS allow a socket 107 and 103 of them,
+and Ray's own folders and names take up to 67."""
 
 
 def usable_cores() -> int:
@@ -25,24 +38,106 @@ def threads_per_process(num_processes: int) -> int:
     return max(1, usable_cores() // num_processes)
 
 
-def cache_folders() -> list[Path]:
-    """Where files may be kept that can be made again, the best first; any of them may turn out not to be writable."""
-    cache, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", "")
-    places = [Path(cache)] if os.path.isabs(cache) else []
-    places += [Path(home) / ".cache"] if os.path.isabs(home) else []
-    places.append(Path(tempfile.gettempdir()) / f"cache-{os.getuid()}")
-    return [place / "mixmae" for place in places]
-
-
 def _cgroup_cores() -> float:
     """The quota in cores, infinite without one."""
     try:  # version 2: "max 100000", or quota and period in microseconds
-        quota, period = (CGROUP / "cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
         return math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
     try:  # version 1: -1 is no quota
-        quota, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        files = (CGROUP / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+        quota, period = (file.read_text(encoding="utf-8") for file in files)
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError):
         return math.inf
+
+
+def settle_environment() -> None:
+    """Make of this process's environment one that libraries can live with; its children inherit it.
+
+    - A variable of EMPTY_IS_UNSET that is empty counts as one that is not set. (In others, such as
+      CUDA_VISIBLE_DEVICES, where it means no GPU, and http_proxy, it has a meaning.)
+    - A user whom the system does not know, as in a container that runs under any number, gets a name: USER.
+    - Where there is no home folder, HOME is a folder below the one for temporary files: MLflow and Ray need one.
+
+    Raises: ValueError if there is no place for such a folder.
+    """
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(EMPTY_IS_UNSET)]:
+        del os.environ[name]
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the second from Python 3.13 on
+        os.environ["USER"] = f"user{_user_id()}"
+    if home_folder() is None:
+        os.environ["HOME"] = str(own_temporary_folder())
+
+
+def home_folder() -> Path | None:
+    """The home of this user, if there is such a folder."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return None
+    return home if home.is_absolute() and home.is_dir() else None
+
+
+def cache_folders() -> Iterator[Path]:
+    """Where files may be kept that can be made again, the best place first: take the first that can be written.
+
+    XDG_CACHE_HOME if that is an absolute path, .cache in the home, and a folder of this user's below the one for
+    temporary files. They need not exist. What was written to one of them is found by looking into all.
+    """
+    given, home = os.environ.get("XDG_CACHE_HOME", ""), home_folder()
+    if os.path.isabs(given):
+        yield Path(given) / "mixmae"
+    if home is not None:
+        yield home / ".cache" / "mixmae"
+    with contextlib.suppress(ValueError):
+        yield own_temporary_folder() / "mixmae"
+
+
+def own_temporary_folder() -> Path:
+    """A folder of this user's alone below the one for temporary files; the same in every process.
+
+    Raises: ValueError if it cannot be made, or is another user's.
+    """
+    remedy = "set TMPDIR to a folder that you can write to."
+    try:
+        folder = Path(tempfile.gettempdir()) / f"mixmae-{_user_id()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_own = folder.lstat().st_uid == _user_id() and os.access(folder, os.W_OK)
+    except OSError as error:
+        raise ValueError(f"There is no folder for temporary files ({error}): {remedy}") from error
+    if not is_own:
+        raise ValueError(f"The folder for temporary files, {folder}, is another user's: {remedy}")
+    return folder
+
+
+def ray_folder() -> Path:
+    """Where a Ray cluster of this machine keeps its sessions: below RAY_TMPDIR, or the first folder short enough.
+
+    Raises: ValueError if none is.
+    """
+    given = os.environ.get("RAY_TMPDIR")
+    if given and not _holds_sockets(Path(given)):
+        raise ValueError(
+            f"RAY_TMPDIR is {given}: Ray needs a folder that can be written, with a path of at most {SOCKET_BYTES} "
+            "bytes, because those of sockets are limited."
+        )
+    places = [Path(given)] if given else [Path(tempfile.gettempdir()), *SHORT_FOLDERS]
+    folder = next((place for place in places if _holds_sockets(place)), None)
+    if folder is None:
+        raise ValueError(
+            f"No folder for temporary files has a path of at most {SOCKET_BYTES} bytes, which Ray's sockets need: set "
+            "RAY_TMPDIR to such a folder that can be written."
+        )
+    return folder / "ray"
+
+
+def _holds_sockets(folder: Path) -> bool:
+    return len(os.fsencode(folder)) <= SOCKET_BYTES and folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def _user_id() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none, and a folder of this user's alone

@@ -1,17 +1,20 @@
 """The command line of every pipeline: parse, run, and turn what users get wrong into one sentence.
 
 Exit status: 0 done, 1 it cannot be done (the sentence on stderr says why and what to do), 2 the command line is wrong,
-130 interrupted by Ctrl-C.
+130 interrupted by Ctrl-C, 141 nobody reads what it prints any more (`| head`).
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from mixmae.machine import ray_folder, settle_environment
 from mixmae.training.failures import TrainingStopped, WorkersFailed
 from pipelines.console import fail
 
@@ -40,6 +43,7 @@ def command(
         program: name of the file.  about: the file's docstring, shown by --help.
     Returns: the exit status.   Raises: SystemExit, after the sentence was printed.
     """
+    _settle()
     arguments = _parse(arguments_type, sys.argv[1:] if argv is None else argv, prog=program, description=about)
     return _run(lambda: action(arguments))
 
@@ -60,6 +64,7 @@ def recipe_command(
         gets the recipe's name.
     Returns, Raises: as command.
     """
+    _settle()
     from pipelines.recipes import find_recipe, list_recipes  # they bring torch, which not every pipeline needs
 
     argv = sys.argv[1:] if argv is None else argv
@@ -83,6 +88,17 @@ def recipe_command(
     )
     _refuse_unused_size(argv, arguments.config)  # type: ignore[attr-defined]
     return _run(lambda: action(arguments, recipe.__name__))
+
+
+def _settle() -> None:
+    """See that the environment and the terminal are none that a command fails by."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a locale of ASCII alone, other letters are shown as \xe9
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        settle_environment()
+    except ValueError as error:
+        fail(error)
 
 
 def _refuse_unused_size(argv: list[str], config: RunConfig) -> None:
@@ -111,13 +127,18 @@ def _parse(arguments_type: type[ArgumentsT], argv: list[str], **options: Any) ->
 
 def _run(action: Callable[[], int]) -> int:
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads it
+        return status
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        raise SystemExit(141) from None  # as a shell reports a program that the signal SIGPIPE ended
     except WorkersFailed as error:
         fail(
             f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "
-            "dashboard or /tmp/ray/session_latest). The same command continues from the last checkpoint."
+            f"dashboard or {ray_folder()}/session_latest). The same command continues from the last checkpoint."
         )
     except (ValueError, OSError, TrainingStopped) as error:
         fail(error)

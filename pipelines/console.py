@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -105,7 +106,8 @@ class ProgressView:
         if self._live:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # nobody reads it any more: training goes on
+                print(text, flush=True)
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mixmae.machine import settle_environment
 from mixmae.tracking.store import RunRef, TrackingError, connect, link_in_note
 
 MAX_PARAM_CHARS = 6000
@@ -41,6 +42,7 @@ def create_run(
     # A server that is away is reported within seconds, not after the minutes of MLflow's default retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    settle_environment()
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
     from mlflow.exceptions import MlflowException
 

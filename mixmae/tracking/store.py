@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmae.machine import settle_environment
+
 NOTE_TAG = "mlflow.note.content"
 """What MLflow's page shows as the run's description: Markdown, at most 8000 characters."""
 TRAINING_SIDE = "workflowType=machine_learning"
@@ -53,7 +55,7 @@ def resolve_uri(uri: str | None, folder: Path) -> str:
         be another file in every worker.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
+    if not uri:
         return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raise TrackingError(f"{uri} is a relative path: give sqlite://// and the absolute path of the file.")
@@ -79,6 +81,7 @@ def connect(uri: str) -> Any:
     """MLflow's client of a store; the folder of a sqlite file is made."""
     import logging
 
+    settle_environment()
     from mlflow import MlflowClient
 
     # The first use of a sqlite file prints a page of schema migrations.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from mixmae.machine import settle_environment
 from mixmae.tracking.store import RunRef, connect, link_in_note
 
 
@@ -15,6 +16,7 @@ class MlflowTracker:
 
     def __init__(self, run: RunRef, *, system_metrics: bool = True) -> None:
         """Args: system_metrics: also log the use of CPU, memory and GPU, in the background."""
+        settle_environment()
         import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

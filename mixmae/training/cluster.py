@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from mixmae.machine import Device, usable_cores
+from mixmae.machine import Device, home_folder, ray_folder, settle_environment, usable_cores
 
 
 class ClusterError(ValueError):
@@ -74,10 +75,11 @@ def connect(
         address: as in `join`.
         num_workers: a local cluster gets logical CPUs for these beside one per core for decoding.
         slots, dashboard: a local cluster's own kinds of resources, and whether it has a dashboard.
-    Raises: ClusterError if no cluster answers at the address.
+    Raises: ClusterError if no cluster answers at the address, or none can be started here.
     """
     if ray.is_initialized():
         return
+    settle_environment()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -92,12 +94,24 @@ def connect(
         # Ray lowers the priority of its workers by 15: beside one busy program they would get next to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that warns of nodes going away
+        if not _may_keep_token():
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         try:
-            ray.init(num_cpus=num_cpus, resources=dict(slots or {}), include_dashboard=dashboard, **quiet)
+            folder = ray_folder()
+        except ValueError as error:
+            raise ClusterError(str(error)) from error
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                resources=dict(slots or {}),
+                include_dashboard=dashboard,
+                _temp_dir=str(folder),
+                **quiet,
+            )
         except Exception as error:  # Ray raises bare Exceptions
             raise ClusterError(
                 f"Ray could not start on this machine ({str(error).splitlines()[0]}): where other programs take all "
-                "cores, stop some and give the command again; Ray's own log is in /tmp/ray/session_latest/logs."
+                f"cores, stop some and give the command again; Ray's own log is in {folder}/session_latest/logs."
             ) from error
         return
     try:
@@ -108,6 +122,15 @@ def connect(
             f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
             "correct --ray-address, or leave it out to run on this machine alone."
         ) from error
+
+
+def _may_keep_token() -> bool:
+    """Whether Ray can write, or has written, the token of this user's clusters to its place in the home folder."""
+    home = home_folder()
+    if home is None:
+        return False
+    kept = home / ".ray" / "auth_token"
+    return os.access(kept, os.R_OK) or os.access(kept.parent if kept.parent.exists() else home, os.W_OK)
 
 
 def _check_listening(address: str) -> None:

@@ -306,7 +306,8 @@ class _WorkerEvents:
 
     def _report_left_out(self) -> None:
         """Name the broken images of the evaluations, once."""
-        found = list({item.where: item for item in gather(list(self._job.left_out(rank=self._rank)))}.values())
+        by_place = {item.where: item for item in gather(list(self._job.left_out(rank=self._rank)))}
+        found = sorted(by_place.values(), key=lambda item: item.row)
         if self._rank == 0 and len(found) > self._num_left_out:
             self._num_left_out = len(found)
             self._mailbox.put.remote(("left_out", _entries(found)))

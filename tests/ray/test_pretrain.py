@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from pipelines.command import recipe_command
 from pipelines.pretrain import Arguments
 from pipelines.recipes import PRETRAIN_RECIPES
 from tests.ray.conftest import TINY, Finished, command, has_checkpoint, interrupt, run
+from tests.unit.conftest import coloured_jpeg
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -188,3 +192,24 @@ def test_two_workers_compute_what_one_does(finished):
     assert two.state["metrics"]["broken_images"] == finished.state["metrics"]["broken_images"]
     first, other = (run.curve("train/loss")[0][1] for run in (finished, two))
     assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_broken_images_are_left_out_of_the_evaluation_and_stop_a_run_that_has_hardly_others(tmp_path):
+    """Two workers; the images that are looked at before the run are whole."""
+    whole = {32 * chunk + row for chunk in range(4) for row in np.linspace(0, 31, 8).astype(int).tolist()}
+    for split, count, broken in (("train", 128, set(range(128)) - whole), ("validation", 60, {1, 2, 50, 51})):
+        rows = [
+            {"bytes": b"no image" if row in broken else coloured_jpeg(row, row % 4), "path": f"{row}.jpg"}
+            for row in range(count)
+        ]
+        table = pa.table({"image": rows, "label": [row % 4 for row in range(count)]})
+        pq.write_table(table, tmp_path / f"{split}-0.parquet", row_group_size=32)
+    flags = [*TINY, "--loop.log-every-steps", "50", "--workers", "2", "--probe.images", "60", "--probe.k", "5"]
+    done = run("demo", "--data", tmp_path, "--output", tmp_path / "runs" / "stopped", *flags, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "left out of the evaluation: 4 images could not be decoded (" in done.stdout
+    assert "validation-0.parquet#1 / 1.jpg: not an image" in done.stdout
+    assert "of the first 64 images could not be decoded, for example " in done.stderr
+    assert "Traceback" not in done.stderr
+    ledger = (tmp_path / "runs" / "stopped" / "broken_images.jsonl").read_text(encoding="utf-8")
+    assert len(ledger.splitlines()) > 32
