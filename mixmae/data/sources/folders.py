@@ -329,7 +329,7 @@ def read_file_list(storage: Storage, path: str) -> tuple[Storage, str, Listing]:
 
 def _text(content: bytes) -> str:
     """The text of a list: UTF-8, or UTF-16 as Windows writes it; in names, any bytes.   Raises: UnicodeDecodeError."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in content:
         return content.decode("utf-16")
     if b"\0" in content:
         raise UnicodeDecodeError("utf-8", content, content.index(b"\0"), content.index(b"\0") + 1, "not text")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -178,7 +179,7 @@ class ParquetSource(Chunked):
             try:
                 handle = _parquet_file(self.storage, path, self.storage.identity(path), threading.get_ident())
                 column = handle.read(columns=[self.label_column]).column(0)
-            except (pa.ArrowException, OSError) as error:
+            except Exception as error:
                 raise _unreadable(self.storage, path, error) from error
             parts.append(_class_indices(column, self.label_index))
         return np.concatenate(parts)
@@ -236,20 +237,21 @@ def open_parquet(
     )
     chunk_files, chunk_groups, chunk_sizes, chunk_offsets = [], [], [], []
     has_labels, num_rows, num_without = False, 0, 0
-    for number, footer in enumerate(footers):
+    for number, (file, footer) in enumerate(zip(files, footers, strict=True)):
         offset = 0
-        for group in range(footer.num_row_groups):
-            rows = footer.row_group(group).num_rows
-            if rows:
-                chunk_files.append(number)
-                chunk_groups.append(group)
-                chunk_sizes.append(rows)
-                chunk_offsets.append(offset)
-            offset += rows
-            num_without += _images_missing(footer.row_group(group), image_column)
-            if label_column and are_numbered and not has_labels:
-                has_labels = _group_has_labels(footer.row_group(group), label_column)
-        num_rows += offset
+        with _footer_of(storage.shown(file.path)):
+            for group in range(footer.num_row_groups):
+                rows = footer.row_group(group).num_rows
+                if rows:
+                    chunk_files.append(number)
+                    chunk_groups.append(group)
+                    chunk_sizes.append(rows)
+                    chunk_offsets.append(offset)
+                offset += rows
+                num_without += _images_missing(footer.row_group(group), image_column)
+                if label_column and are_numbered and not has_labels:
+                    has_labels = _group_has_labels(footer.row_group(group), label_column)
+            num_rows += offset
     if not chunk_sizes:
         raise DataError(f"the files of {name} hold no rows: make the shards again")
     if num_without == num_rows:
@@ -335,11 +337,10 @@ def read_footer(storage: Storage, file: StoredFile) -> tuple[pq.FileMetaData, by
             raise DataError(f"{shown} is truncated: its {size} bytes end without a Parquet footer; {remedy}")
         if footer_bytes > len(tail):
             tail = stream.read_at(footer_bytes, size - footer_bytes)
-    try:
+    with _footer_of(shown):
         # A file that holds only a footer has the same metadata.
         footer = pq.read_metadata(pa.BufferReader(_MAGIC + tail[-footer_bytes:]))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"the footer of {shown} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
+        footer.schema.to_arrow_schema()
     for group in range(footer.num_row_groups):
         for number in range(footer.num_columns):
             column = footer.row_group(group).column(number)
@@ -435,7 +436,7 @@ def _values(storage: Storage, files: Sequence[StoredFile], column: str) -> list[
         try:
             with storage.open(file.path) as stream:
                 whole = pq.ParquetFile(stream).read(columns=[column]).column(0)
-        except (pa.ArrowException, OSError, IndexError) as error:
+        except Exception as error:
             raise _unreadable(storage, file.path, error) from error
         values.update(map(_value, _plain(whole).unique().drop_null()))
     return list(values)
@@ -526,8 +527,28 @@ def _joined(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _unreadable(storage: Storage, path: str, error: Exception) -> DataError:
-    return DataError(f"{storage.shown(path)} cannot be read any more ({error}): was it moved or overwritten?")
+def _unreadable(storage: Storage, path: str, error: Exception) -> Exception:
+    """What to raise for any error of pyarrow, which raises whatever it likes on damaged bytes."""
+    if isinstance(error, DataError):
+        return error
+    return DataError(
+        f"{storage.shown(path)} cannot be read any more ({_first_line(error)}): was it moved or overwritten?"
+    )
+
+
+@contextlib.contextmanager
+def _footer_of(shown: str) -> Iterator[None]:
+    """Turn any error into one that says that a file's footer is damaged."""
+    try:
+        yield
+    except Exception as error:  # pyarrow raises whatever it likes on damaged bytes
+        raise DataError(
+            f"the footer of {shown} is damaged ({_first_line(error)}): copy or download it again, or delete it"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @lru_cache(maxsize=32)
@@ -538,7 +559,7 @@ def _parquet_file(storage: Storage, path: str, identity: tuple[int, ...], thread
             return pq.ParquetFile(pa.memory_map(os.fsencode(path)))
         # Buffered ahead, the column chunks of a row group come in few requests.
         return pq.ParquetFile(storage.filesystem.open_input_file(path), pre_buffer=True)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         raise _unreadable(storage, path, error) from error
 
 
@@ -566,7 +587,7 @@ class _RowGroups:
         handle = _parquet_file(storage, path, identity, threading.get_ident())
         try:
             table = handle.read_row_group(group, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:
             raise _unreadable(storage, path, error) from error
         with self._lock:
             if table.nbytes <= self._limit and key not in self._held:
