@@ -98,6 +98,16 @@ def test_without_a_home_there_is_one_below_the_temporary_files(environment, monk
     assert Path.home().stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_matplotlib_has_a_folder_beside_a_home_that_cannot_be_written(environment, tmp_path):
+    environment.pop("MPLCONFIGDIR", None)
+    (tmp_path / "home").mkdir(mode=0o500)
+    environment["HOME"] = str(tmp_path / "home")
+    machine.settle_environment()
+    assert environment["MPLCONFIGDIR"] == str(machine.own_temporary_folder() / "matplotlib")
+    assert environment["HOME"] == str(tmp_path / "home")
+
+
 def test_folders_for_what_can_be_made_again(environment, tmp_path):
     own = tmp_path / "t" / f"mixmae-{os.getuid()}" / "mixmae"
     environment.update({"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})

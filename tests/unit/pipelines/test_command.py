@@ -80,12 +80,12 @@ def test_mistakes_of_any_kind_end_with_a_sentence_and_a_status(capsys):
 
 
 def stats(
-    *arguments: object, before: tuple[str, ...] = (), **environment: str | None
+    *arguments: object, before: tuple[str, ...] = (), program: str = "stats.py", **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """stats.py as a program.   Args: before: a program that starts it.  environment: changes; None: not set."""
+    """stats.py, or another program.   Args: before: what starts it.  environment: changes; None: not set."""
     changed = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [*before, sys.executable, str(ROOT / "pipelines" / "stats.py"), *map(str, arguments)],
+        [*before, sys.executable, str(ROOT / "pipelines" / program), *map(str, arguments)],
         env={name: value for name, value in changed.items() if value is not None},
         capture_output=True,
         encoding="utf-8",
@@ -145,6 +145,8 @@ def test_a_user_whom_the_system_does_not_know(cats):
         assert (done.returncode, done.stderr) == (0, "")
         assert (out / "stats" / "stats.json").stat().st_uid == 54321
         refused = stats(photos, "--output", Path(name) / "other", before=before, **nobody)
+        usage = stats(before=before, program="sweep.py", **nobody)  # Ray Tune wants a home when it is imported
+        assert (usage.returncode, usage.stderr) == (2, "")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "cannot write to" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
