@@ -38,7 +38,7 @@ def writing(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
 def write_text(target: Path, text: str) -> None:
     """Write a text file as `writing` does."""
     with writing(target) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, content: Any, *, indent: int = 2) -> None:

@@ -71,7 +71,10 @@ def predict(arguments: Arguments) -> int:
     shown_per_source = SHEET_SIDE**2 // len(sources)
     broken: list[BrokenRecord] = []
     count = 0
-    with writing(folder / "predictions.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with (
+        writing(folder / "predictions.csv") as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["file", "class", "probability", "top5", "problem"])
         for source in sources:

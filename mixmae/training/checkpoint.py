@@ -54,7 +54,7 @@ def save_checkpoint(
             torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
         if average is not None:
             torch.save(average.state_dict(), folder / AVERAGE_FILE)
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {STATE_FILE}.")
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint.") from error
     return state | ({"config": upgraded(state["config"])} if "config" in state else {})

@@ -35,7 +35,7 @@ class RunFolder:
         file = self.path / RUN_FILE
         if file.is_file():
             try:
-                content = json.loads(file.read_text())
+                content = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(
                     f"{file} is damaged ({error}): put it back from a copy, or choose another --output."
@@ -58,13 +58,17 @@ class RunFolder:
         """Add images to the ledger, each row once; returns those that are new."""
         known = {entry["row"] for entry in self.broken()}
         new = list({entry["row"]: entry for entry in entries if entry["row"] not in known}.values())
-        with self.ledger.open("a") as file:
+        with self.ledger.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in new)
         return new
 
     def broken(self) -> list[dict[str, Any]]:
         """The ledger's entries: row, where, reason."""
-        return [json.loads(line) for line in self.ledger.read_text().splitlines()] if self.ledger.exists() else []
+        return (
+            [json.loads(line) for line in self.ledger.read_text(encoding="utf-8").splitlines()]
+            if self.ledger.exists()
+            else []
+        )
 
     @property
     def ledger(self) -> Path:
@@ -79,9 +83,9 @@ class RunFolder:
     def add_evaluation(self, metrics: dict[str, float]) -> list[dict[str, float]]:
         """Keep the metrics of an evaluation, with its `step`; returns those of all steps, the last ones of each."""
         file = self.path / "evaluations.jsonl"
-        with file.open("a") as lines:
+        with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
-        by_step = {entry["step"]: entry for entry in map(json.loads, file.read_text().splitlines())}
+        by_step = {entry["step"]: entry for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
         return [by_step[step] for step in sorted(by_step)]
 
     def keep_panel(self, step: int, png: bytes) -> None:

@@ -276,7 +276,7 @@ def distance(run: str, expected: Curve, found: Curve) -> float:
 
 def read(file: Path = FILE) -> dict[str, dict[str, Any]]:
     """The stored runs by name, each with its settings and the two lists of its curve."""
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write(file: Path, *, nudge: float = 0.0) -> None:
@@ -287,7 +287,7 @@ def write(file: Path, *, nudge: float = 0.0) -> None:
             name: {"settings": settings, "curve": record(settings, shards, nudge=nudge)}
             for name, settings in RUNS.items()
         }
-    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default"}

@@ -79,7 +79,7 @@ class Finished:
 
     @property
     def state(self) -> dict:
-        return json.loads((self.output / "run.json").read_text())
+        return json.loads((self.output / "run.json").read_text(encoding="utf-8"))
 
     @property
     def checkpoint(self) -> Path:
@@ -115,7 +115,7 @@ def interrupt(
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has a checkpoint in Ray Train's list, which a restart reads and which comes after the files."""
     listed = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return listed.is_file() and "step_" in listed.read_text()
+    return listed.is_file() and "step_" in listed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +147,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def serve_mlflow(store: str, folder: Path) -> Iterator[str]:
     """A real tracking server; its log and new artifacts go to `folder`.   Yields: its address."""
     port = free_port()
-    log = (folder / "server.log").open("w")
+    log = (folder / "server.log").open("w", encoding="utf-8")
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
@@ -165,10 +165,10 @@ def serve_mlflow(store: str, folder: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"{address}/health", timeout=2).close()
                 break
             except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text()
+                assert server.poll() is None, (folder / "server.log").read_text(encoding="utf-8")
                 time.sleep(0.5)
         else:
-            pytest.fail("the MLflow server did not come up: " + (folder / "server.log").read_text())
+            pytest.fail("the MLflow server did not come up: " + (folder / "server.log").read_text(encoding="utf-8"))
         yield address
     finally:
         # The server has children of its own: end its process group, which is nobody else's.
