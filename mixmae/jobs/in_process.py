@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -61,3 +61,6 @@ class _Silent:
         return {}
 
     def save(self, state: TrainState) -> None: ...
+    def beat(self) -> None: ...
+    def asked(self, step: int) -> Literal["", "save", "stop"]:
+        return ""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Message = tuple[str, Any]
 """(kind, content): ("progress", dict), ("broken", list of dict), ("panel", (step, PNG bytes)), ("evaluation", dict),
 ("left_out", list of dict: broken images of the evaluations), ("note", one line), ("saved", step), ("started", step that
-training starts from), ("failed", one line; the worker group restarts if it may)."""
+training starts from), ("failed", one line), ("restart", one line; from the driver: a new worker group is started)."""
 
 
 @ray.remote
@@ -22,10 +23,19 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._is_stopping = False
 
     def put(self, message: Message) -> None:
         """Add a message; those of one caller stay in order."""
         self._messages.put(message)
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and to end."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether they were asked to."""
+        return self._is_stopping
 
     def take(self) -> list[Message]:
         """All messages since the last call."""
@@ -33,14 +43,21 @@ class Mailbox:
 
 
 def open_mailbox() -> Any:
-    """Start a mailbox; returns its actor handle, which may be pickled."""
-    return Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    """Start a mailbox on this node; returns its actor handle, which may be pickled."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Mailbox.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[None]:
-    """Hand the mailbox's messages to `on_message` from a thread while the context is open, the last ones at its end."""
+def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[set[str]]:
+    """Hand the mailbox's messages to `on_message` from a thread while the context is open, the last ones at its end.
+
+    Messages are for people: whatever goes wrong with one is printed, and does not end the run.
+
+    Yields: the kinds of the messages that have come.
+    """
     done = threading.Event()
+    heard: set[str] = set()
 
     def read() -> None:
         last = False
@@ -51,12 +68,16 @@ def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: flo
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 continue
             for message in messages:
-                on_message(message)
+                heard.add(message[0])
+                try:
+                    on_message(message)
+                except Exception as error:
+                    print(f"note: a message of the workers could not be kept ({message[0]}: {error})", flush=True)
 
     thread = threading.Thread(target=read, name="messages", daemon=True)
     thread.start()
     try:
-        yield
+        yield heard
     finally:
         done.set()
         thread.join(timeout=60)

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixmae.training.checkpoint import STATE_FILE, upgraded
-from mixmae.writing import write_json
+from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, upgraded
+from mixmae.writing import recover, write_json
 
 RUN_FILE = "run.json"
 
@@ -78,7 +78,7 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """The weights that did best on the validation set."""
-        return self.path / "best"
+        return recover(self.path / "best")
 
     def add_evaluation(self, metrics: dict[str, float]) -> list[dict[str, float]]:
         """Keep the metrics of an evaluation, with its `step`; returns those of all steps, the last ones of each."""
@@ -111,9 +111,9 @@ def weights_of(path: Path) -> Path:
     """
     if not (path / RUN_FILE).is_file():
         return path
-    if (path / "best" / STATE_FILE).is_file():
+    if (recover(path / "best") / STATE_FILE).is_file():
         return path / "best"
-    last = max(path.glob("checkpoints/step_*"), default=None)
+    last = next(iter(list_checkpoints(path / "checkpoints")), None)
     if last is None:
         raise ValueError(f"{path} is a run without a checkpoint yet: let it train on, or choose another one.")
     return last
