@@ -30,6 +30,7 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
+from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
@@ -120,6 +121,8 @@ class Run:
     """The record of this one."""
     uri: str
     """MLflow's store."""
+    hold: Hold
+    """The lock that the run is inside of: its folder's, or of a trial its sweep's."""
     use_gpu: bool = False
     runs_at_once: int = 1
     """Runs that share the machine."""
@@ -220,7 +223,12 @@ class Run:
         return None
 
     def write(self, **changes: Any) -> None:
-        """Write the record with changed fields.   Raises: ValueError if the folder cannot be written."""
+        """Write the record with changed fields.
+
+        Raises: LockError if the folder is another run's by now; ValueError if it cannot be written.
+        """
+        if not holds(*self.hold):
+            raise LockError(f"{self.hold.folder} was taken over by another run: this one leaves it alone.")
         self.record = replace(self.record, **changes)
         self.folder.write(self.record.to_json())
 
@@ -299,26 +307,36 @@ class Finished:
     seconds: float
 
 
-def begin(arguments: RunArguments, recipe: str, **known: Any) -> Run | None:
-    """Take the output folder for a run, new or continued.
+def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, **known: Any) -> Run | None:
+    """Take the output folder for a run, new or continued, until the command ends (pipelines/command.py).
 
-    Args: known: fields of the RunRecord beside recipe and config, which a continued run must have alike.
+    Args: inside: the sweep's lock, of a trial.  known: fields of the RunRecord beside recipe and config, which a
+        continued run must have alike.
     Returns: the run, or None if it is finished, which is printed.
-    Raises: ValueError if the folder holds another run, or none to resume.
+    Raises: ValueError if the folder holds another run, or none to resume; LockError if another process runs it.
     """
     folder = output_folder(arguments, recipe)
-    before = read_begun(folder)
-    if before is None and arguments.resume:
-        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
-    refuse_changes(before, record, folder.path)
+    before = _run_before(folder, record, arguments)
+    if before is None or before.status != "finished":
+        hold = inside or take(folder.path).hold
+        before = _run_before(folder, record, arguments)  # who had the lock may have written since
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
         return None
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
         folder.write(record.to_json())
-    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri)
+    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri, hold=hold)
+
+
+def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -> RunRecord | None:
+    """The run in the folder, which is the same as `record`; None if it has none that was begun.   Raises: as begin."""
+    before = read_begun(folder)
+    if before is None and arguments.resume:
+        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    refuse_changes(before, record, folder.path)
+    return before
 
 
 def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:
