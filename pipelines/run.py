@@ -30,8 +30,10 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
+from mixmae.training.failures import TrainingStopped, WorkersFailed
 from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
+from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
 
@@ -243,11 +245,13 @@ class Run:
 
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
         status, tags, metrics = "FAILED", {}, {}
+        progress = ProgressFile(folder.path, job.length.total_steps)
         try:
             with ProgressView(job.length.total_steps) as view:
 
                 def receive(message: Message) -> None:
                     view.receive(message, folder)
+                    self._keep(message, progress)
                     if message[0] == "evaluation":
                         evaluations = folder.add_evaluation(message[1])
                         with contextlib.suppress(Exception):  # a picture less, or a store that is away
@@ -270,6 +274,10 @@ class Run:
             status = "KILLED"
             print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
             return None
+        except (TrainingStopped, WorkersFailed) as error:
+            with contextlib.suppress(Exception):  # a full disk, a lost lock: what stopped the run is what to tell
+                self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
+            raise
         finally:
             with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
                 if folder.broken():
@@ -277,6 +285,12 @@ class Run:
                 finish_run(job.ref, status=status, tags=tags, metrics=metrics)
         self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
+
+    def _keep(self, message: Message, progress: ProgressFile) -> None:
+        """Write what pipelines/status.py reads, unless the folder is another run's by now."""
+        with contextlib.suppress(OSError):  # training goes on without
+            if holds(*self.hold):
+                progress.receive(*message)
 
     def headline(self, job: Job) -> str:
         """What is trained, for how many steps, on what, where to."""

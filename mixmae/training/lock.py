@@ -185,6 +185,14 @@ def holds(folder: Path, generation: int) -> bool:
     return owner is not None and owner.generation == generation and not owner.is_released
 
 
+def is_running(folder: Path, owner: Owner) -> bool:
+    """Whether the run of a folder's owner goes on; one elsewhere whose heartbeat is old is watched for two more."""
+    if owner.is_released or owner.is_here:
+        return not owner.is_released and owner.is_alive
+    file = folder / LOCK_FILE
+    return abs(owner.age_s) < WATCH_S or _changes(file, _bytes(file), 2.2 * HEARTBEAT_S)
+
+
 def read_owner(folder: Path) -> Owner | None:
     """Who has, or had, a folder; None if nobody ever had.
 
@@ -246,16 +254,11 @@ def _refuse_living(owner: Owner | None, folder: Path, file: Path, watch_s: float
     if owner is None or not owner.is_here:
         if owner is not None:
             say(f"note: {folder} belongs to {owner.name}: watching for up to {watch_s:.0f} s whether that still runs")
-        before, deadline = _bytes(file), time.monotonic() + watch_s
-        while (now := _bytes(file)) == before:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(min(0.5, watch_s / 10))
-        if now is None:
-            return  # what it names is looked at again
-        owner, seen_s = _parse(now.decode()) or owner, 0.0
-        if owner is None or owner.is_released:
+        if not _changes(file, _bytes(file), watch_s):
             return
+        owner, seen_s = _read(file), 0.0
+        if owner is None or owner.is_released:
+            return  # it is looked at again
     kill = f"kill -INT {owner.pid}" if owner.is_here else f"ssh {owner.host} kill -INT {owner.pid}"
     stop = f"ray job stop {owner.job}" if owner.job else kill
     since = datetime.fromisoformat(owner.started).astimezone().strftime("%d %B %H:%M:%S")
@@ -263,6 +266,16 @@ def _refuse_living(owner: Owner | None, folder: Path, file: Path, watch_s: float
         f"{folder} is in use by {owner.name} since {since}, heartbeat {seen_s:.0f} s ago: choose another --output, or "
         f"stop that run first ({stop})."
     )
+
+
+def _changes(file: Path, before: bytes | None, watch_s: float) -> bool:
+    """Whether a file's content changes within some seconds."""
+    deadline = time.monotonic() + watch_s
+    while time.monotonic() < deadline:
+        if _bytes(file) != before:
+            return True
+        time.sleep(min(0.5, watch_s / 10))
+    return False
 
 
 def _this_process(generation: int) -> Owner:

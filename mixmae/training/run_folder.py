@@ -2,6 +2,7 @@
 
 run.json                what the run is, and whether it is finished (mixmae.jobs.record has its fields)
 run.lock                whose the folder is (mixmae.training.lock)
+progress.json, restarts.jsonl   how far it is, and how often workers failed (mixmae.training.progress)
 checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
 panels/step_N.png       pictures of held-out images
