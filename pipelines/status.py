@@ -8,6 +8,7 @@ or killed, and the run's own command continues it; 5 there is no run.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -81,7 +82,7 @@ def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
 def backlog(folder: Path) -> int:
     """How many points of the run's curves are not in MLflow yet."""
     try:
-        from mixmae.tracking import journal
+        journal = importlib.import_module("mixmae.tracking.journal")
     except ImportError:  # this version sends them at once
         return 0
     return int(journal.backlog(folder))
