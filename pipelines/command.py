@@ -16,6 +16,7 @@ import tyro
 
 from mixmae.machine import ray_folder, settle_environment
 from mixmae.training.failures import TrainingStopped, WorkersFailed
+from mixmae.training.lock import release_all
 from pipelines.console import fail
 
 if TYPE_CHECKING:
@@ -149,3 +150,5 @@ def _run(action: Callable[[], int]) -> int:
         )
     except (ValueError, OSError, TrainingStopped) as error:
         fail(error)
+    finally:
+        release_all()

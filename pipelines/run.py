@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -30,7 +31,10 @@ from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
 from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
+from mixmae.training.failures import TrainingStopped, WorkersFailed
+from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
+from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
 
@@ -120,9 +124,13 @@ class Run:
     """The record of this one."""
     uri: str
     """MLflow's store."""
+    hold: Hold
+    """The lock that the run is inside of: its folder's, or of a trial its sweep's."""
     use_gpu: bool = False
     runs_at_once: int = 1
     """Runs that share the machine."""
+    exit_status: int = 130
+    """Of the process, if the run was interrupted."""
 
     @property
     def data_folder(self) -> Path:
@@ -220,7 +228,12 @@ class Run:
         return None
 
     def write(self, **changes: Any) -> None:
-        """Write the record with changed fields.   Raises: ValueError if the folder cannot be written."""
+        """Write the record with changed fields.
+
+        Raises: LockError if the folder is another run's by now; ValueError if it cannot be written.
+        """
+        if not holds(*self.hold):
+            raise LockError(f"{self.hold.folder} was taken over by another run: this one leaves it alone.")
         self.record = replace(self.record, **changes)
         self.folder.write(self.record.to_json())
 
@@ -228,18 +241,20 @@ class Run:
         """Train to the end and close the record.
 
         Args: callbacks: of Ray Train.
-        Returns: how it ended, or None after Ctrl-C.
+        Returns: how it ended, or None after SIGINT or SIGTERM, with `exit_status`.
         Raises: TrainingStopped, WorkersFailed.
         """
         from mixmae.training.worker import fit
 
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
         status, tags, metrics = "FAILED", {}, {}
+        progress = ProgressFile(folder.path, job.length.total_steps)
         try:
             with ProgressView(job.length.total_steps) as view:
 
                 def receive(message: Message) -> None:
                     view.receive(message, folder)
+                    self._keep(message, progress)
                     if message[0] == "evaluation":
                         evaluations = folder.add_evaluation(message[1])
                         with contextlib.suppress(Exception):  # a picture less, or a store that is away
@@ -256,12 +271,18 @@ class Run:
                     runs_at_once=self.runs_at_once,
                     on_message=receive,
                     callbacks=callbacks,
+                    may_write=partial(holds, *self.hold),
                 )
             status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             status = "KILLED"
+            self.exit_status = getattr(interruption, "exit_status", self.exit_status)
             print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
             return None
+        except (TrainingStopped, WorkersFailed) as error:
+            with contextlib.suppress(Exception):  # a full disk, a lost lock: what stopped the run is what to tell
+                self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
+            raise
         finally:
             with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
                 if folder.broken():
@@ -269,6 +290,12 @@ class Run:
                 finish_run(job.ref, status=status, tags=tags, metrics=metrics)
         self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
+
+    def _keep(self, message: Message, progress: ProgressFile) -> None:
+        """Write what pipelines/status.py reads, unless the folder is another run's by now."""
+        with contextlib.suppress(OSError):  # training goes on without
+            if holds(*self.hold):
+                progress.receive(*message)
 
     def headline(self, job: Job) -> str:
         """What is trained, for how many steps, on what, where to."""
@@ -299,26 +326,36 @@ class Finished:
     seconds: float
 
 
-def begin(arguments: RunArguments, recipe: str, **known: Any) -> Run | None:
-    """Take the output folder for a run, new or continued.
+def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, **known: Any) -> Run | None:
+    """Take the output folder for a run, new or continued, until the command ends (pipelines/command.py).
 
-    Args: known: fields of the RunRecord beside recipe and config, which a continued run must have alike.
+    Args: inside: the sweep's lock, of a trial.  known: fields of the RunRecord beside recipe and config, which a
+        continued run must have alike.
     Returns: the run, or None if it is finished, which is printed.
-    Raises: ValueError if the folder holds another run, or none to resume.
+    Raises: ValueError if the folder holds another run, or none to resume; LockError if another process runs it.
     """
     folder = output_folder(arguments, recipe)
-    before = read_begun(folder)
-    if before is None and arguments.resume:
-        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
-    refuse_changes(before, record, folder.path)
+    before = _run_before(folder, record, arguments)
+    if before is None or before.status != "finished":
+        hold = inside or take(folder.path).hold
+        before = _run_before(folder, record, arguments)  # who had the lock may have written since
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
         return None
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
         folder.write(record.to_json())
-    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri)
+    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri, hold=hold)
+
+
+def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -> RunRecord | None:
+    """The run in the folder, which is the same as `record`; None if it has none that was begun.   Raises: as begin."""
+    before = read_begun(folder)
+    if before is None and arguments.resume:
+        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    refuse_changes(before, record, folder.path)
+    return before
 
 
 def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:

@@ -1,6 +1,8 @@
 """The folder that a training run writes: where its parts are, and what to load from it.
 
 run.json                what the run is, and whether it is finished (mixmae.jobs.record has its fields)
+run.lock                whose the folder is (mixmae.training.lock)
+progress.json, restarts.jsonl   how far it is, and how often workers failed (mixmae.training.progress)
 checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
 panels/step_N.png       pictures of held-out images
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, upgraded
+from mixmae.training.lock import LOCK_FILE
 from mixmae.writing import recover, write_json
 
 RUN_FILE = "run.json"
@@ -41,7 +44,7 @@ class RunFolder:
                     f"{file} is damaged ({error}): put it back from a copy, or choose another --output."
                 ) from error
             return content | {"config": upgraded(content.get("config", {}))}
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and not all(map(_is_passing, self.path.iterdir())):
             raise ValueError(f"{self.path} is not empty and not a run of this program: choose another --output.")
         return None
 
@@ -96,6 +99,12 @@ class RunFolder:
     def last_panel(self) -> Path | None:
         """The newest panel's file."""
         return max((self.path / "panels").glob("step_*.png"), default=None)
+
+
+def _is_passing(file: Path) -> bool:
+    """Whether it is what a run leaves that was killed before it wrote its record."""
+    is_partial_record = file.name.startswith(".partial.") and file.name.endswith(f".{RUN_FILE}")
+    return file.name.startswith(LOCK_FILE) or is_partial_record
 
 
 def run_around(path: Path) -> Path | None:
