@@ -22,7 +22,7 @@ from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
 from mixmae.data.broken import NothingDecodes, name_broken
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.augment import centre_crop
-from mixmae.data.images.decode import DecodeError, Uint8Array, decode_image
+from mixmae.data.images.decode import MODES, DecodeError, Uint8Array, decode_image
 from mixmae.data.source import Sample, Source, read_rows
 from mixmae.encoders.base import Encoder
 from mixmae.finetune.classification import ImageClassifier
@@ -154,22 +154,30 @@ class _Record:
 
 
 def load_classifier(
-    path: Path, *, device: Device = "auto", crop_pct: float | None = None, batch_size: int = 64
+    path: Path,
+    *,
+    device: Device = "auto",
+    crop_pct: float | None = None,
+    batch_size: int = 64,
+    key: str | None = None,
 ) -> Classifier:
     """Build a classifier from what finetuning or export wrote, or from official finetuned weights.
 
-    Args: crop_pct: None takes the value of the run that the weights are of, else 0.875.
+    Args:
+        crop_pct: None takes the value of the run that the weights are of, or of their file, else 0.875.
+        key: of one of several sets of weights in the file, as in convert.read_weights.
     Raises: ValueError if there is none in it, or an option is out of range; FileNotFoundError.
     """
     _check(batch_size, crop_pct)
     place = choose_device(device)
     file = weights_of(path.expanduser())
-    model, metadata = build_model(read_weights(file), file)
+    model, metadata = _build(file, key)
     if not isinstance(model, ImageClassifier):
         raise ValueError(f"{file} holds an encoder without a classifier: finetune it first (pipelines/finetune.py).")
     names = metadata.source.get("classes")
     if crop_pct is None:
-        crop_pct = upgraded(metadata.source.get("config", {})).get("crop_pct", CROP_PCT)
+        usual = metadata.preprocessing.crop_pct or CROP_PCT
+        crop_pct = upgraded(metadata.source.get("config", {})).get("crop_pct", usual)
     return Classifier(
         model=model.to(place),
         metadata=metadata,
@@ -181,23 +189,30 @@ def load_classifier(
 
 
 def load_frozen(
-    path: Path, *, device: Device = "auto", crop_pct: float = CROP_PCT, batch_size: int = 64, bfloat16: bool = False
+    path: Path,
+    *,
+    device: Device = "auto",
+    crop_pct: float | None = None,
+    batch_size: int = 64,
+    bfloat16: bool = False,
+    key: str | None = None,
 ) -> FrozenEncoder:
     """Build the encoder of a run's folder, a checkpoint, an encoder file, a hub folder or weights of other formats.
 
+    Args: crop_pct: None takes the value of the file, else 0.875.  key: as in load_classifier.
     Raises: ValueError if there is none in it, the file is damaged, its architecture is not known, or an option is out
         of range; FileNotFoundError.
     """
     _check(batch_size, crop_pct)
     place = choose_device(device)
     file = weights_of(path.expanduser())
-    model, metadata = build_model(read_weights(file), file)
+    model, metadata = _build(file, key)
     encoder: Any = model.encoder if isinstance(model, ImageClassifier) else model
     run_id = metadata.source.get("run_id")
     return FrozenEncoder(
         encoder=encoder.to(place),
         preprocessing=metadata.preprocessing,
-        crop_pct=crop_pct,
+        crop_pct=crop_pct or metadata.preprocessing.crop_pct or CROP_PCT,
         device=place,
         bfloat16=bfloat16,
         batch_size=batch_size,
@@ -205,6 +220,17 @@ def load_frozen(
         digest=digest_of(encoder.state_dict()),
         run_id=str(run_id) if run_id else None,
     )
+
+
+def _build(file: Path, key: str | None) -> tuple[torch.nn.Module, EncoderMetadata]:
+    """The model of a file.   Raises: ValueError if there is none, or none for images as they are decoded."""
+    model, metadata = build_model(read_weights(file, key=key), file)
+    if metadata.encoder.in_channels not in MODES:
+        raise ValueError(
+            f"{file} is for images of {metadata.encoder.in_channels} channels, and image files are read as 1 (grey), 3 "
+            "(RGB) or 4 (RGBA): finetune it with --encoder.in-channels, or use mixmae.convert.load_encoder in Python."
+        )
+    return model, metadata
 
 
 def _check(batch_size: int, crop_pct: float | None) -> None:

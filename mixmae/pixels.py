@@ -17,13 +17,26 @@ def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, 
     """Mean and std that pixels (0..1) are normalised with where nothing else is said, one value per channel.
 
     They are ImageNet's; for one channel those of its grey images (of the luminance, ITU-R 601; the std as if the three
-    colours rose and fell together, which they nearly do). A fourth channel, alpha, and any other is brought from 0..1
-    to -1..1.
+    colours rose and fell together, which they nearly do). A fourth channel, alpha, is brought from 0..1 to -1..1, and
+    so are all channels where there are two, or more than four: nobody says that some of them are colours.
     """
     if channels == 1:
         return (0.459,), (0.226,)
-    more = (0.5,) * max(0, channels - 3)
-    return (*IMAGENET_MEAN[:channels], *more), (*IMAGENET_STD[:channels], *more)
+    if channels in (3, 4):
+        more = (0.5,) * (channels - 3)
+        return (*IMAGENET_MEAN, *more), (*IMAGENET_STD, *more)
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def fit_normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std for so many channels: these, if they are as many or all channels have the same; else usual ones."""
+    if len(mean) == len(std) == channels:
+        return mean, std
+    if len(set(mean)) == len(set(std)) == 1:
+        return mean[:1] * channels, std[:1] * channels
+    return usual_normalisation(channels)
 
 
 def normalise(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    adapt_input_conv,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
 )
 from torch import Tensor, nn
 
-from mixmae.convert import first_conv, fit_weights, load_checked, read_weights, to_ours
+from mixmae.convert import first_conv, fit_weights, load_checked, read_weights, to_ours, with_channels
 from mixmae.encoders.base import head_depth
 from mixmae.encoders.build import SIZES, EncoderConfig, build_encoder, config_at_size, config_from_json
 from mixmae.finetune.classification import HEAD_STD
@@ -165,12 +164,7 @@ class TimmEncoder(nn.Module):
         Raises: ValueError as convert.load_pretrained; a head of other classes stays fresh.
         """
         weights = read_weights(path)
-        name = f"{first_conv(self.encoder)}.weight"
-        first = weights.state.get(name)
-        if first is not None and first.shape[1] == 3 and self.in_chans != 3:
-            first = adapt_input_conv(self.in_chans, first)
-            weights = replace(weights, state={**weights.state, name: first})
-        load_checked(self, weights, path)
+        load_checked(self, with_channels(weights, self.in_chans), path)
 
 
 def _filter(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:

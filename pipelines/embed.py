@@ -31,7 +31,6 @@ from mixmae.data.source import Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import (
-    CROP_PCT,
     REPORT_EVERY_S,
     Embedder,
     EmbeddingWorker,
@@ -57,6 +56,8 @@ class Arguments:
     """Images, labelled or not: any source in docs/data.md, also a folder of image files."""
     output: Path
     """A file that ends in .parquet, or a folder, which gets SPLIT.parquet for each split."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     split: Literal["train", "validation", "test"] | None = None
     """Which part of the data. Default: all splits."""
     overwrite: bool = False
@@ -67,8 +68,8 @@ class Arguments:
     """Ray cluster, if there are several workers. Default: RAY_ADDRESS, else one on this machine."""
     batch_size: int = 64
     """Images per batch."""
-    crop_pct: float = CROP_PCT
-    """Side of the images' central crop over that of the resized image."""
+    crop_pct: float | None = None
+    """Side of the images' central crop over that of the resized image. Default: the file's, else 0.875."""
     device: Device = "auto"
     """Where the encoder runs; auto takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -87,6 +88,7 @@ def embed(arguments: Arguments) -> int:
         crop_pct=arguments.crop_pct,
         batch_size=arguments.batch_size,
         bfloat16=arguments.precision == "bfloat16",
+        key=arguments.weights_key,
     )
     # Workers load their own encoder, perhaps on GPUs that this process does not have.
     frozen = load(device="cpu" if workers > 1 else arguments.device)

@@ -48,6 +48,8 @@ class Arguments:
 
     model: tyro.conf.Positional[Path]
     """A finetuning run's folder or checkpoint, or a classifier in any known format."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     data: str | None = None
     """Labelled images (docs/data.md). Without it: the images that the run itself held out."""
     split: Literal["train", "validation", "test"] | None = None
@@ -66,7 +68,11 @@ class Arguments:
 def evaluate(arguments: Arguments) -> int:
     """Judge the model and write the results.   Returns: the process's exit status."""
     classifier = load_classifier(
-        arguments.model, device=arguments.device, crop_pct=arguments.crop_pct, batch_size=arguments.batch_size
+        arguments.model,
+        device=arguments.device,
+        crop_pct=arguments.crop_pct,
+        batch_size=arguments.batch_size,
+        key=arguments.weights_key,
     )
     source = open_labelled(arguments, classifier)
     run = run_around(arguments.model)

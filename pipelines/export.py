@@ -43,10 +43,13 @@ class Arguments:
     formats: Annotated[tuple[Format, ...], tyro.conf.arg(metavar="FORMAT ...")] = ("encoder",)
     """encoder: one safetensors file with all that is needed to use it. hub: a Hugging Face Hub folder, which timm
     opens. onnx, pt2: the model with its code, for any batch size. official, mmpretrain: files for their programs."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     data_licence: str = NOT_STATED
     """How the licence of the training data restricts such weights; written into the files."""
     mean: tuple[float, ...] | None = None
-    """Mean that pixels (0..1) are normalised with. Default: the run's; ImageNet's for files that do not contain it."""
+    """Mean that pixels (0..1) are normalised with. Default: the run's; for files without it that of a config beside
+    them, else ImageNet's."""
     std: tuple[float, ...] | None = None
     """Standard deviation that pixels (0..1) are normalised with. Default: as for mean."""
     overwrite: bool = False
@@ -59,7 +62,13 @@ def export(arguments: Arguments) -> int:
     Returns: the process's exit status.
     Raises: ValueError if the weights cannot be read or a format cannot hold them; FileNotFoundError.
     """
-    item = read_export(arguments.source, mean=arguments.mean, std=arguments.std, data_licence=arguments.data_licence)
+    item = read_export(
+        arguments.source,
+        mean=arguments.mean,
+        std=arguments.std,
+        data_licence=arguments.data_licence,
+        key=arguments.weights_key,
+    )
     run = run_around(arguments.source) if arguments.source.is_dir() else None
     folder = arguments.output or Path("exports") / (run.name if run else arguments.source.resolve().stem)
     targets = {name: folder / FILES[name].format(kind=item.kind) for name in dict.fromkeys(arguments.formats)}

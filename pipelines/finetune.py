@@ -40,6 +40,9 @@ class Arguments(RunArguments):
     pretrained: Path | None = None
     """Weights to start from: a run's folder or checkpoint, an encoder file, a hub folder, official files. Their
     architecture takes the recipe's place, unless fields of the encoder are given. Without it: from scratch."""
+    weights_key: str | None = None
+    """Which weights of --pretrained, if its file has several sets, such as model_ema or teacher. Default: the trained
+    ones."""
     experiment: str = "mixmae-finetune"
     """MLflow experiment."""
 
@@ -62,7 +65,11 @@ def prepare(
     config, pretrained, weights = arguments.config, None, None
     if arguments.pretrained is not None:
         before = read_begun(output_folder(arguments, recipe))
-        pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, before)
+        pretrained, weights, config = read_pretrained(
+            arguments.pretrained, config, usual, before, arguments.weights_key
+        )
+    elif arguments.weights_key is not None:
+        raise ValueError("--weights-key is for the weights of --pretrained: give both, or neither.")
     config.check_size()
     run = begin(replace(arguments, config=config), recipe, pretrained=pretrained, cached=cached)
     if run is None:

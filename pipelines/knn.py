@@ -27,7 +27,7 @@ from mixmae.data.prepare import open_for_training
 from mixmae.data.shards.plan import DEFAULT_SET
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
-from mixmae.inference import CROP_PCT, FrozenEncoder, load_frozen
+from mixmae.inference import FrozenEncoder, load_frozen
 from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
@@ -44,6 +44,8 @@ class Arguments:
 
     weights: tyro.conf.Positional[Path]
     """A run's folder or checkpoint, an encoder file, a hub folder, or weights of other formats."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     data: str | None = None
     """Labelled images (docs/data.md), as for pretraining. Without it: the built-in moths."""
     k: int = 20
@@ -56,8 +58,8 @@ class Arguments:
     """Folder for knn.json. Default: evaluations/NAME, after the run or the file."""
     batch_size: int = 64
     """Images per batch."""
-    crop_pct: float = CROP_PCT
-    """Side of the images' central crop over that of the resized image."""
+    crop_pct: float | None = None
+    """Side of the images' central crop over that of the resized image. Default: the file's, else 0.875."""
     device: Device = "auto"
     """Where the encoder runs; auto takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -174,6 +176,7 @@ def prepare(arguments: Arguments, data_folder: Path) -> Task:
         crop_pct=arguments.crop_pct,
         batch_size=arguments.batch_size,
         bfloat16=arguments.precision == "bfloat16",
+        key=arguments.weights_key,
     )
     train, validation = open_for_training(arguments.data, data_folder, HELDOUT_IMAGES)
     for source in (train, validation):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from mixmae.data.account import escaped
 from mixmae.data.blocks import BrokenRecord, eval_batch
 from mixmae.data.broken import NothingDecodes, name_broken
 from mixmae.data.channels import check_channels
@@ -45,6 +46,8 @@ class Arguments:
     """Images per batch."""
     crop_pct: float | None = None
     """Side of the images' central crop over that of the resized image. Default: the run's; 0.875 for files."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     device: Device = "auto"
     """Where the model runs; auto takes a GPU if there is one."""
 
@@ -52,12 +55,16 @@ class Arguments:
 def predict(arguments: Arguments) -> int:
     """Classify the images and write the table and the picture.   Returns: the process's exit status."""
     classifier = load_classifier(
-        arguments.model, device=arguments.device, crop_pct=arguments.crop_pct, batch_size=arguments.batch_size
+        arguments.model,
+        device=arguments.device,
+        crop_pct=arguments.crop_pct,
+        batch_size=arguments.batch_size,
+        key=arguments.weights_key,
     )
     sources = [open_source(arguments.images, split) for split in list_splits(arguments.images)]
     for source in sources:
         check_channels(source, classifier.metadata.encoder.in_channels)
-    folder = arguments.output or Path("predictions") / Path(arguments.images).resolve().name
+    folder = arguments.output or Path("predictions") / escaped(Path(arguments.images).resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[int, tuple[Uint8Array, int]] = {}
     captions: list[str] = []

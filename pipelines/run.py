@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import RunConfig, differences, to_json
@@ -174,10 +175,16 @@ class Run:
             "workers": self.arguments.workers,
             "gpu": int(self.use_gpu),
         }
-        return replace(job, run=self.open(params, {**job.tags, **(tags or {})}, parent_run_id))
+        return replace(job, run=self.open(params, {**job.tags, **(tags or {})}, parent_run_id, job.account))
 
-    def open(self, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> RunRef:
-        """The MLflow run, and a record that it is under way."""
+    def open(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent_run_id: str | None = None,
+        met: Account | None = None,
+    ) -> RunRef:
+        """The MLflow run, and a record that it is under way.   Args: met: in the data; a trial's are its sweep's."""
         data = self.record.data
         assert data is not None, "record_data comes first"
         ref = self._reopen() or create_run(
@@ -192,6 +199,7 @@ class Run:
             },
             dataset={"name": data.name, "digest": data.digest, "source": data.source},
             parent_run_id=parent_run_id,
+            tables={"data": _table(met)} if met and parent_run_id is None else {},
         )
         self.write(status="running", mlflow=ref)
         return ref
@@ -269,6 +277,7 @@ class Run:
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
+            f"data {job.account.line}\n"
             f"output {self.folder.path}\nMLflow {job.ref.uri}"
         )
 
@@ -317,7 +326,7 @@ def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None
     if before is None:
         return
     changed = differences(before.config, now.config)
-    if before.data and now.data and before.data.digest != now.data.digest:
+    if before.data and now.data and before.data.digest != now.data.digest and not _digests_differ_in_kind(before, now):
         changed.append(f"data was {before.data.name} ({before.data.digest}) and is {now.data.name}")
     digests = [record.pretrained.digest if record.pretrained else None for record in (before, now)]
     if digests[0] != digests[1]:
@@ -334,3 +343,23 @@ def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None
             f"{path} holds a run begun with other settings ({'; '.join(changed[:3])}{more}): continue it with the "
             "ones it was begun with, or choose another --output."
         )
+
+
+def _digests_differ_in_kind(before: RunRecord, now: RunRecord) -> bool:
+    """Whether the run was begun when digests were of names and sizes, and cannot be compared."""
+    assert before.data is not None
+    assert now.data is not None
+    older = len(before.data.digest) < len(now.data.digest)
+    if older:
+        print("note: this run was begun by an earlier version, which did not record the contents of its data")
+    return older
+
+
+def _table(met: Account) -> dict[str, list[Any]]:
+    """An account as the columns of a table."""
+    rows: list[tuple[str, int, str, str]] = [(f"{split} images", count, "", "") for split, count in met.images.items()]
+    rows += [(f"{split} images with a class", count, "", "") for split, count in met.labelled.items()]
+    rows += [("classes", met.num_classes, "", "")]
+    rows += [(f"{kind} looked at", count, "", "") for kind, count in met.looked_at.items()]
+    rows += [(note.what, note.count, note.example, note.remedy) for note in met.notes]
+    return dict(zip(("what", "count", "example", "remedy"), map(list, zip(*rows, strict=True)), strict=True))

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from mixmae.data.account import account
 from mixmae.data.chunks import Int64Array, group_by_chunk
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.images.summary import Summary
@@ -85,7 +86,11 @@ def stats(
         raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one per core")
     sources = {split: open_source(source, split) for split in list_splits(source)}
     folder = writable_folder(output)
-    content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "splits": {}}
+    met = account(sources)
+    for line in met.lines():
+        report(line)
+    content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "met": met.as_json()}
+    content["splits"] = {}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
     for split, opened in sources.items():
         summary, thumbnails = _look(opened, sample, seed, workers, report)
@@ -139,7 +144,7 @@ def _look(
         part = _Part(Summary(), {})
         samples = source.read(int(chunks[group[0]]), within[group])
         for row, found in zip(rows[group].tolist(), samples, strict=True):
-            pixels = part.summary.add(found.data, found.label, found.where, decode=True)
+            pixels = part.summary.add(found.data, found.label, found.where, decode=True, problem=found.problem)
             if pixels is not None and row in shown:
                 part.thumbnails[row] = _small(pixels), found.label
         return part

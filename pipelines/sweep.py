@@ -48,7 +48,10 @@ def sweep(arguments: Arguments, name: str) -> int:
     config, pretrained, weights = arguments.config, None, None
     if isinstance(config, FinetuneConfig) and arguments.pretrained is not None:
         usual = FINETUNE_RECIPES[space.recipe]()
-        pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, read_begun(output))
+        begun = read_begun(output)
+        pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, begun, arguments.weights_key)
+    elif arguments.weights_key is not None:
+        raise ValueError("--weights-key is for the weights of --pretrained: give both, or neither.")
     arguments = with_workers(replace(arguments, output=output.path, config=config))
     check_trials(space, config, arguments.workers)
     if not arguments.max_concurrent:

@@ -5,6 +5,7 @@ them to ours, and to_X, where there is one, does the reverse. docs/weights.md sh
 """
 
 from mixmae.convert.architecture import Architecture, describe, read_architecture
+from mixmae.convert.channels import adapt_channels, channels_of, with_channels
 from mixmae.convert.formats import FORMATS, detect_format, to_ours
 from mixmae.convert.load import (
     LoadReport,
@@ -34,7 +35,9 @@ __all__ = [
     "LoadReport",
     "Preprocessing",
     "Weights",
+    "adapt_channels",
     "build_model",
+    "channels_of",
     "config_from_mae",
     "config_from_mmpretrain",
     "config_from_official",
@@ -71,4 +74,5 @@ __all__ = [
     "to_timm_pvt_v2",
     "to_timm_resnetv2",
     "to_twins",
+    "with_channels",
 ]

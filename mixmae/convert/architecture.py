@@ -31,8 +31,12 @@ DECODER_NUM_HEADS = {512: 16}
 DEFAULT_PX = 224
 """Input size assumed for weights without a position table."""
 
-FIRST_CONVS = ("patch_embed.proj.weight", "stem.conv.weight")
-"""Ends of the names of the weights that read pixels."""
+FIRST_CONVS = (
+    "encoder.patch_embed.proj.weight",
+    "encoder.stages.0.patch_embed.proj.weight",
+    "encoder.stem.conv.weight",
+)
+"""Names of the weights that read pixels, one of which every encoder has."""
 
 PLAIN_SWIN: dict[str, Any] = {"shift": True, "absolute_positions": False}
 """Fields of SwinConfig in which a Swin of Microsoft, timm or SimMIM differs from the paper's."""
@@ -215,7 +219,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     kind = kind_of(state)
     if kind is None:
         return "an unknown architecture"
-    first = next((value for name, value in state.items() if name.endswith(FIRST_CONVS)), None)
+    first = next((state[name] for name in FIRST_CONVS if name in state), None)
     width = "" if first is None else f" of width {first.shape[0]}"
     depths = (_count_blocks(state, "encoder.blocks."),) if kind == "ViT" else _depths(state)
     try:

@@ -59,6 +59,7 @@ def read_export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     data_licence: str = NOT_STATED,
+    key: str | None = None,
 ) -> Export:
     """Read the weights and build their model.
 
@@ -66,11 +67,12 @@ def read_export(
         source: the folder of a run or a sweep (its best weights, else its last checkpoint), or what read_weights takes.
         mean, std: of the pixel normalisation, one value per channel; default those of the weights' metadata.
         data_licence: as in EncoderMetadata; default that of the metadata.
+        key: as in read_weights.
     Raises: ValueError if the weights cannot be read or built, or mean or std do not have one value per channel;
         FileNotFoundError.
     """
     path = weights_of(source)
-    weights = read_weights(path)
+    weights = read_weights(path, key=key)
     model, metadata = build_model(weights, path)
     preprocessing = replace(
         metadata.preprocessing,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mixmae.convert.architecture import StateDict
-from mixmae.convert.names.mae import from_mae, is_mae
+from mixmae.convert.architecture import StateDict, kind_of
+from mixmae.convert.names.mae import from_mae, has_class_position, is_mae
 from mixmae.convert.names.mmpretrain import from_mmpretrain, is_mmpretrain
 from mixmae.convert.names.official import from_official, is_official
 from mixmae.convert.names.pvt import from_pvt, from_timm_pvt_v2, is_pvt, is_timm_pvt_v2
@@ -40,13 +40,18 @@ class Format:
 
 
 def _is_ours(state: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("encoder.") for name in state)
+    # Others put an encoder of timm's under the same prefix; a ViT's names are the same, and its table tells.
+    inner = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    if is_mae(inner):
+        return "cls_token" not in inner or not has_class_position(inner["pos_embed"])
+    return is_timm_resnetv2(inner) or (_is_bare_encoder(inner) and not is_timm_pvt_v2(inner))
 
 
 def _is_bare_encoder(state: Mapping[str, Tensor]) -> bool:
     # Our ResNets have no batch norms; those that have them use the same names otherwise.
     names = [name for name in state if name.startswith("stages.0.blocks.0.")]
-    return bool(names) and not any(name.endswith("running_mean") for name in names)
+    has_batch_norms = any(name.endswith("running_mean") for name in names)
+    return bool(names) and not has_batch_norms and kind_of(_add_prefix(state)) is not None
 
 
 def _add_prefix(state: Mapping[str, Tensor]) -> StateDict:
@@ -83,6 +88,11 @@ FORMATS = {
 """By name."""
 
 
+def is_known(state: Mapping[str, Tensor]) -> bool:
+    """Whether these names are of a known format."""
+    return any(entry.recognises(state) for entry in FORMATS.values())
+
+
 def detect_format(state: Mapping[str, Tensor]) -> str:
     """Detect the format of a state dict by its names.
 
@@ -92,9 +102,14 @@ def detect_format(state: Mapping[str, Tensor]) -> str:
     for entry in FORMATS.values():
         if entry.recognises(state):
             return entry.name
+    raise ValueError(unknown_format(state))
+
+
+def unknown_format(state: Mapping[str, Tensor]) -> str:
+    """The sentence that names of no known format get; it lists the known ones."""
     known = ", ".join(entry.title for entry in FORMATS.values())
     some = ", ".join(list(state)[:3]) or "nothing"
-    raise ValueError(f"these weights are in no known format (they start with {some}); known are: {known}")
+    return f"these weights are in no known format (they start with {some}); known are: {known}"
 
 
 def to_ours(state: Mapping[str, Tensor]) -> StateDict:

@@ -43,6 +43,7 @@ def write_hub(item: Export, path: Path) -> str:
             "input_size": [item.metadata.encoder.in_channels, height, width],
             "fixed_input_size": True,
             "interpolation": preprocessing.interpolation,
+            **({} if preprocessing.crop_pct is None else {"crop_pct": preprocessing.crop_pct}),
             "mean": preprocessing.mean,
             "std": preprocessing.std,
             "num_classes": num_classes,

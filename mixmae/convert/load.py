@@ -106,18 +106,20 @@ def fit_weights(
     return matched | resized, report
 
 
-def load_pretrained(model: nn.Module, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:
+def load_pretrained(
+    model: nn.Module, path: Path | str, *, allow_mismatch: bool = False, key: str | None = None
+) -> LoadReport:
     """Load weights in any known format into a model, print the report, and refuse a poor match.
 
     Args:
         model: an encoder, or a model with its encoder under `encoder`; changed in place.
-        path: as in read_weights.
+        path, key: as in read_weights.
         allow_mismatch: load what fits, without refusing a poor match.
     Returns: the report, whose names are those of a model with its encoder under `encoder`.
     Raises: ValueError, before anything is changed, if less than MIN_MATCHED of the model's tensors would be loaded, a
         tensor of the encoder has another shape, or there are no weights for the model's decoder; and as read_weights.
     """
-    return load_checked(model, read_weights(path), path, allow_mismatch=allow_mismatch)
+    return load_checked(model, read_weights(path, key=key), path, allow_mismatch=allow_mismatch)
 
 
 def load_checked(model: nn.Module, weights: Weights, path: Path | str, *, allow_mismatch: bool = False) -> LoadReport:

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 METADATA_KEY = "mixmae"
 """Where an encoder file and a hub folder's config.json keep their metadata."""
 
 NOT_STATED = "not stated"
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,8 @@ class Preprocessing:
     """The difference is divided by it; one value per channel."""
     interpolation: str = "bicubic"
     """Filter for resizing."""
+    crop_pct: float | None = None
+    """Side of the central crop over that of the resized image; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

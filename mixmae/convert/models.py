@@ -15,7 +15,10 @@ from mixmae.finetune.classification import ImageClassifier
 
 
 def load_encoder(
-    path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
+    path: Path | str,
+    image_size: int | tuple[int, int] | None = None,
+    encoder: EncoderConfig | None = None,
+    key: str | None = None,
 ) -> tuple[Encoder, EncoderMetadata]:
     """Build the encoder of a file of weights, and fill it with them.
 
@@ -23,7 +26,7 @@ def load_encoder(
     Returns: the encoder, and its metadata; a head or a decoder is left out.
     Raises: ValueError if the architecture is not known or the weights are not its own, and as read_weights.
     """
-    weights = read_weights(path, image_size, encoder)
+    weights = read_weights(path, image_size, encoder, key)
     model, metadata = build_model(weights, path)
     return model.encoder if isinstance(model, ImageClassifier) else model, metadata  # type: ignore[return-value]
 

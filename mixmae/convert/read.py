@@ -2,70 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from mixmae.convert.architecture import StateDict, encoder_config, num_classes
+from mixmae.convert.choice import choose_weights
+from mixmae.convert.files import find_file, is_safetensors, read_content
 from mixmae.convert.formats import FORMATS, detect_format
 from mixmae.convert.metadata import METADATA_KEY, NOT_STATED, EncoderMetadata, Preprocessing, digest_of
+from mixmae.convert.preprocessing_config import read_preprocessing
 from mixmae.encoders.build import EncoderConfig, config_from_json
-from mixmae.pixels import usual_normalisation
+from mixmae.pixels import fit_normalisation, usual_normalisation
 from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE
 
-WRAPPERS = ("model", "state_dict")
-"""Keys of checkpoints that hold the weights; other keys hold the optimizer and the like."""
 
-WRAPPING_MODULES = re.compile(r"^(module\.|_orig_mod\.)+")
-"""Prefixes that DDP and torch.compile add to the names."""
+def read_state_dict(path: Path | str, key: str | None = None) -> StateDict:
+    """Read weights, with their own names, from a file of any kind, without running code from it.
 
-SAFE_GLOBALS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-"""Classes allowed in checkpoints: the arguments in official ones; the config in Microsoft's, read as a dict."""
-
-
-def read_state_dict(path: Path | str) -> StateDict:
-    """Read weights, with their own names, from a .safetensors file or a torch checkpoint, without running code from it.
-
-    Args: path: the file, or a folder that read_weights takes; a torch checkpoint may hold the weights under "model" or
-        "state_dict", and an argparse.Namespace or a yacs config beside them, as the official ones do.
-    Returns: tensors by name, on the CPU.
+    Args: path, key: as in read_weights.
+    Returns: tensors by name, on the CPU, without the prefixes and keys before the names of a known format.
     Raises: ValueError if the file is not a checkpoint, contains more than tensors and plain values, or holds no
-        weights; FileNotFoundError.
+        weights of a known format; FileNotFoundError.
     """
-    path = _find_file(Path(path))
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} was not read: it is damaged, or contains more than tensors and plain values, which could run "
-            f"code; ask its author for a safetensors file ({str(error).splitlines()[0]})"
-        ) from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {WRAPPING_MODULES.sub("", name): value for name, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no weights, neither at its top nor under {' or '.join(WRAPPERS)}")
-    return tensors
+    file = find_file(Path(path))
+    return choose_weights(read_content(file), file, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +48,28 @@ class Weights:
 
 
 def read_weights(
-    path: Path | str, image_size: int | tuple[int, int] | None = None, encoder: EncoderConfig | None = None
+    path: Path | str,
+    image_size: int | tuple[int, int] | None = None,
+    encoder: EncoderConfig | None = None,
+    key: str | None = None,
 ) -> Weights:
     """Read weights in any known format, rename them to ours, and find out what they are.
 
     Args:
-        path: a .safetensors file or a torch checkpoint; a run's checkpoint folder (state.json); a hub folder
-            (config.json).
+        path: a safetensors file or a torch checkpoint; a run's checkpoint folder (state.json); a hub folder
+            (config.json), or the index of weights in several files.
         image_size: side, or (height, width), in pixels, of the input that a foreign file was trained with; needed if
             it is not square.
         encoder: the architecture of a foreign file; needed if it cannot be read off the shapes.
-    Returns: the weights. Foreign files do not contain the preprocessing: ImageNet's mean and std are assumed.
+        key: of one of several sets of weights, such as "model_ema" or "teacher"; see choose_weights.
+    Returns: the weights. Foreign files do not contain the preprocessing: it is that of a config of timm or Hugging
+        Face beside them, else the usual one (pixels.usual_normalisation).
     Raises: ValueError for an unreadable file, an unknown format, or weights that do not match their digest;
         FileNotFoundError.
     """
     path = Path(path)
-    file = _find_file(path)
-    tensors = read_state_dict(file)
+    file = find_file(path)
+    tensors = choose_weights(read_content(file), file, key)
     name = detect_format(tensors)
     state = FORMATS[name].to_ours(tensors)
     metadata = _own_metadata(file)
@@ -108,33 +78,21 @@ def read_weights(
             raise ValueError(f"{file} is damaged or was changed: its weights do not have the digest that it states")
         return Weights(state=state, format=name, metadata=metadata)
     is_run = file.name == MODEL_FILE and (file.parent / STATE_FILE).is_file()
+    said = {} if is_run else read_preprocessing(file.parent)
     try:
         if is_run:
             metadata = _run_metadata(file.parent, state)
         else:
-            metadata = _foreign_metadata(state, image_size, encoder, {"format": FORMATS[name].title, "name": path.name})
+            source = {"format": FORMATS[name].title, "name": path.name, **({} if key is None else {"key": key})}
+            metadata = _foreign_metadata(state, image_size, encoder, source, said)
     except ValueError as error:
         return Weights(state=state, format=name, metadata=None, unknown=str(error))
     return Weights(state=state, format=name, metadata=metadata)
 
 
-def _find_file(path: Path) -> Path:
-    """Find the file of weights that a path leads to.   Raises: ValueError, FileNotFoundError."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file():
-        return path
-    for name in (MODEL_FILE, "encoder.safetensors", "classifier.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    checkpoints = sorted(path.glob("**/step_*/" + MODEL_FILE))
-    hint = f": choose one of its checkpoints, such as {checkpoints[-1].parent}" if checkpoints else ""
-    raise ValueError(f"{path} is a folder without {MODEL_FILE}{hint}")
-
-
 def _own_metadata(file: Path) -> EncoderMetadata | None:
     """Read the metadata of an encoder file; None for other files."""
-    if file.suffix != ".safetensors":
+    if not is_safetensors(file):
         return None
     with safetensors.safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(METADATA_KEY)
@@ -146,12 +104,34 @@ def _foreign_metadata(
     image_size: int | tuple[int, int] | None,
     encoder: EncoderConfig | None,
     source: Mapping[str, Any],
+    said: Mapping[str, Any],
 ) -> EncoderMetadata:
-    """Read metadata off the shapes of weights.   Raises: ValueError if they do not determine the architecture."""
-    config = encoder or encoder_config(state, image_size)
+    """Read metadata off the shapes of weights.
+
+    Args: said: fields of Preprocessing that a config beside the file gives.  Others: as in read_weights.
+    Raises: ValueError if they do not determine the architecture.
+    """
+    config = encoder or _encoder_config(state, image_size, said.get("image_size"))
     mean, std = usual_normalisation(config.in_channels)
-    preprocessing = Preprocessing(image_size=config.image_sides, mean=mean, std=std)
+    mean, std = fit_normalisation(said.get("mean", mean), said.get("std", std), config.in_channels)
+    fields = {name: said[name] for name in ("interpolation", "crop_pct") if name in said}
+    preprocessing = Preprocessing(image_size=config.image_sides, mean=mean, std=std, **fields)
     return EncoderMetadata(encoder=config, preprocessing=preprocessing, num_classes=num_classes(state), source=source)
+
+
+def _encoder_config(
+    state: StateDict, image_size: int | tuple[int, int] | None, said: tuple[int, int] | None
+) -> EncoderConfig:
+    """The config that the shapes tell; the input size that a config says counts where no square table tells it."""
+    has_table = any(name.startswith("encoder.") and name.endswith("pos_embed") for name in state)
+    if image_size is None and said is not None and not has_table:
+        return encoder_config(state, said if said[0] != said[1] else said[0])
+    try:
+        return encoder_config(state, image_size)
+    except ValueError:
+        if image_size is not None or said is None:
+            raise
+        return encoder_config(state, said)
 
 
 def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
@@ -167,7 +147,7 @@ def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
     }
     config = content.get("config", {})
     if "encoder" not in config:
-        return _foreign_metadata(state, None, None, source)
+        return _foreign_metadata(state, None, None, source, {})
     encoder = config_from_json(config["encoder"])
     size = config.get("augment", {}).get("image_size")
     if size is not None:

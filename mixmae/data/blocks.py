@@ -134,7 +134,7 @@ def load_block(
                 headers.append(read_header(sample.data))
             except DecodeError as error:
                 headers.append(None)
-                reasons[i] = str(error)
+                reasons[i] = sample.problem or str(error)
         sizes = np.array([header[:2] if header else (1, 1) for header in headers], dtype=np.int64)
         boxes, flips = draw_crops(augment, sizes, seed=seed, epochs=epochs[part], rows=rows[part])
         drawn = zip(samples, headers, part.tolist(), boxes.tolist(), flips.tolist(), strict=True)
@@ -254,7 +254,7 @@ def eval_batches(
         try:
             return centre_crop(decode_image(sample.data, channels), size, crop_pct), row, sample.label
         except DecodeError as error:
-            return BrokenRecord(row, sample.where, str(error))
+            return BrokenRecord(row, sample.where, sample.problem or str(error))
 
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

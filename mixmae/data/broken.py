@@ -49,7 +49,7 @@ def find_broken(source: Source, rows: Iterable[int] | Int64Array) -> list[Broken
         try:
             decode_rgb(sample.data)
         except DecodeError as error:
-            records.append(BrokenRecord(row, sample.where, str(error)))
+            records.append(BrokenRecord(row, sample.where, sample.problem or str(error)))
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mixmae.data.account import escaped
 from mixmae.data.shards.pack import is_image_folder, make_shards
 from mixmae.data.shards.plan import DEFAULT_SET, built_in
 from mixmae.data.source import Source
@@ -33,5 +34,5 @@ def open_for_training(data: str | None, folder: Path, holdout_rows: int) -> tupl
 
 def _folder_name(path: Path) -> str:
     """The name of a folder's shards, another one for each path. It must not change: later runs look for it."""
-    digest = hashlib.blake2b(f"0/{path}".encode(), digest_size=8).digest()
-    return f"{path.name}-{(int.from_bytes(digest, 'big') >> 1) % 16**6:06x}"
+    digest = hashlib.blake2b(f"0/{path}".encode(errors="surrogateescape"), digest_size=8).digest()
+    return f"{escaped(path.name)}-{(int.from_bytes(digest, 'big') >> 1) % 16**6:06x}"

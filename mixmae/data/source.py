@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmae.data.account import Met
 from mixmae.data.chunks import ChunkIndex, Int64Array, group_by_chunk
 
 
@@ -36,7 +37,10 @@ class Sample:
     """(num_intervals + 1,) uint32: where the intervals of a restart-tile JPEG begin in `data` (tiles.py); None: a plain
     file."""
     path: str = ""
-    """The image file's path below the root of its collection, or its name in the shard; empty if it was not kept."""
+    """The image file's path below the root of its collection, or its name in the shard; empty if it was not kept. Bytes
+    that are not UTF-8 are escaped, as in `where`."""
+    problem: str = ""
+    """Why there is no data, if that is known: the file is gone, or is another one than when the source was opened."""
 
 
 class Source(Protocol):
@@ -48,7 +52,12 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over names, sizes and row counts: another digest means other data."""
+        """32 hex digits over names, contents and classes: another digest means other data. Computed when first asked
+        for, which reads all local files once; contents.py keeps what it found."""
+
+    @property
+    def met(self) -> tuple[Met, ...]:
+        """What was met when the source was opened, place by place."""
 
     @property
     def chunk_sizes(self) -> Int64Array:
@@ -82,8 +91,9 @@ class Source(Protocol):
         """Read rows of one chunk.
 
         Args: chunk: in [0, num_chunks).  rows_in_chunk: (n,) indices inside the chunk, in any order.
-        Returns: n samples in the order asked for. An image file that cannot be read has empty data.
-        Raises: DataError if a shard or tar is gone, or has changed since the source was opened.
+        Returns: n samples in the order asked for. What cannot be read, or has changed since the source was opened, has
+            empty data and its `problem`.
+        Raises: DataError if a shard or tar is gone.
         """
 
     def read_labels(self) -> Int64Array:
@@ -131,6 +141,10 @@ class RowRange(Chunked):
     @property
     def digest(self) -> str:
         return short_digest(f"{self.base.digest} {self.start} {self.stop}")
+
+    @property
+    def met(self) -> tuple[Met, ...]:
+        return self.base.met
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -181,5 +195,5 @@ def read_rows(source: Source, rows: Sequence[int] | Int64Array) -> list[Sample]:
 
 
 def short_digest(text: str) -> str:
-    """16 hex digits of SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """32 hex digits of SHA-256."""
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]

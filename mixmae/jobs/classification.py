@@ -102,6 +102,10 @@ class ClassificationJob(Job):
         return len(self.classes)
 
     @property
+    def sources(self) -> dict[str, Source]:
+        return {"training": self.source, "validation": self.validation}
+
+    @property
     def num_judged(self) -> int:
         return self.validation.num_rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mixmae.data.account import Account, account
 from mixmae.data.blocks import BrokenRecord
 from mixmae.data.order import Plan
 from mixmae.data.source import Source
@@ -65,6 +67,16 @@ class Job:
         """The MLflow run, once it is open."""
         assert self.run is not None, "open the MLflow run first"
         return self.run
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What the run reads, by what it is for."""
+        return {"training": self.source}
+
+    @cached_property
+    def account(self) -> Account:
+        """What was met in the sources."""
+        return account(self.sources)
 
     @property
     def loop(self) -> LoopConfig:

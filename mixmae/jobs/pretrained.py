@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from mixmae.convert import Preprocessing, Weights, describe, digest_of, load_checked, read_weights, save_encoder
+from mixmae.convert import (
+    Preprocessing,
+    Weights,
+    channels_of,
+    describe,
+    digest_of,
+    load_checked,
+    read_weights,
+    save_encoder,
+    with_channels,
+)
+from mixmae.data.images.decode import MODES
 from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
 from mixmae.jobs.classification import INITIAL_FILE
 from mixmae.jobs.config import FinetuneConfig
@@ -17,17 +28,19 @@ from mixmae.training.run_folder import weights_of
 
 
 def read_pretrained(
-    path: Path, config: FinetuneConfig, usual: FinetuneConfig, before: RunRecord | None
+    path: Path, config: FinetuneConfig, usual: FinetuneConfig, before: RunRecord | None, key: str | None = None
 ) -> tuple[Pretrained, Weights | None, FinetuneConfig]:
     """Read pretrained weights, and let their architecture take the place of the recipe's.
 
     The architecture, and the pixel normalisation, are those of the file where it has them and the command line does
-    not; drop path and image size stay the recipe's.
+    not; drop path and image size stay the recipe's. The channels are the file's, unless the command line asks for
+    others or images cannot be read in so many: then the first layer is adapted.
 
     Args:
         path: a run's folder or checkpoint, or a file or folder of any format of docs/weights.md.
         config: what the command line asks for.  usual: the recipe's own.
         before: the interrupted run that is continued, if there is one.
+        key: of one of several sets of weights in the file, as in convert.read_weights.
     Returns: the record of the weights; the weights, or None for a run that was begun with them and has them in its own
         folder; and the config with the encoder that they are for.
     Raises: ValueError if weights and encoder do not fit; FileNotFoundError.
@@ -35,36 +48,45 @@ def read_pretrained(
     # The recipe's own values, for the channels that the command line asks for.
     pixels = replace(usual, encoder=replace(usual.encoder, in_channels=config.encoder.in_channels))
     free = [name for name in ("pixel_mean", "pixel_std") if getattr(config, name) == getattr(pixels, name)]
-    # Flags of drop path and size do not name an architecture.
-    own_size = replace(usual.encoder, drop_path=config.encoder.drop_path, image_size=config.encoder.image_size)
-    keeps_encoder = config.encoder != own_size
+    # Flags of drop path, size and channels do not name an architecture.
+    unnamed = {name: getattr(config.encoder, name) for name in ("drop_path", "image_size", "in_channels")}
+    keeps_encoder = config.encoder != replace(usual.encoder, **unnamed)
+    channels = config.encoder.in_channels
+    other_channels = channels != usual.encoder.in_channels
 
     path = path.expanduser().resolve()
-    if before is not None and before.pretrained is not None and before.pretrained.path == str(path):
+    begun_with = None if before is None else before.pretrained
+    if before is not None and begun_with is not None and (begun_with.path, begun_with.key) == (str(path), key):
         # As it was begun, whatever has become of the file since.
         changes: dict[str, Any] = {name: tuple(before.config[name]) for name in free}
         if not keeps_encoder:
-            encoder = config_from_json(before.config["encoder"])
-            changes["encoder"] = replace(encoder, drop_path=config.encoder.drop_path)
-        return before.pretrained, None, replace(config, **changes)
+            own = config_from_json(before.config["encoder"])
+            kept = channels if other_channels else own.in_channels
+            changes["encoder"] = replace(own, drop_path=config.encoder.drop_path, in_channels=kept)
+        return begun_with, None, replace(config, **changes)
 
-    weights = read_weights(weights_of(path))
+    weights = read_weights(weights_of(path), key=key)
     metadata = weights.metadata
     run_id = metadata.source.get("run_id") if metadata else None
-    pretrained = Pretrained(path=str(path), digest=digest_of(weights.state), run_id=str(run_id) if run_id else None)
+    pretrained = Pretrained(
+        path=str(path), digest=digest_of(weights.state), run_id=str(run_id) if run_id else None, key=key
+    )
+    theirs = channels_of(weights)
+    adapts = keeps_encoder or other_channels or metadata is None or theirs not in MODES
+    if adapts and theirs not in (None, channels):
+        weights = with_channels(weights, channels)
+        metadata = weights.metadata
+        print(
+            f"note: the weights of {path} are for images of {theirs} channels, and the encoder is for {channels}: "
+            f"their first layer is {'summed up' if channels == 1 else 'repeated and rescaled'}"
+        )
     if metadata is None:
         print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
         return pretrained, weights, config
-    channels = metadata.encoder.in_channels
-    if keeps_encoder and config.encoder.in_channels != channels:
-        raise ValueError(
-            f"The weights of {path} are for {channels} channels and the encoder has "
-            f"{config.encoder.in_channels}: give --encoder.in-channels {channels}, or leave out --encoder flags."
-        )
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
-        theirs = replace(metadata.encoder, drop_path=config.encoder.drop_path)
-        changes["encoder"] = config_at_size(theirs, config.augment.image_size)
+        own = replace(metadata.encoder, drop_path=config.encoder.drop_path)
+        changes["encoder"] = config_at_size(own, config.augment.image_size)
         if changes["encoder"] != config.sized_encoder():
             print(
                 f"note: the encoder is the one of {path}, {describe(weights.state)}; the recipe's is "

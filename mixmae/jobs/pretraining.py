@@ -127,6 +127,10 @@ class PretrainJob(Job):
         names |= {"probe/knn_top1": "knn_top1", "probe/linear_top1": "linear_top1"}
         return {f"final/{name}": state.metrics[key] for key, name in names.items() if key in state.metrics}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        return {"training": self.source, "held-out": self.heldout}
+
     def left_out(self, *, rank: int) -> list[BrokenRecord]:
         """Of the probe, and on rank 0 of the held-out images."""
         records = [*(self.probe.broken.values() if self.probe else ()), *(self._heldout.broken if rank == 0 else ())]

@@ -51,6 +51,8 @@ class Pretrained:
     digest: str
     run_id: str | None
     """The MLflow run that they come from, if they name one."""
+    key: str | None = None
+    """What --weights-key was, where a file has several sets of weights."""
 
     @property
     def tags(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mixmae.machine import settle_environment
@@ -28,12 +29,14 @@ def create_run(
     tags: Mapping[str, str],
     dataset: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
+    tables: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType({}),
 ) -> RunRef:
     """Start a run with its parameters, tags and data set; it stays RUNNING until `finish_run`.
 
     Args:
         params: a nested mapping; it is logged flat, keys joined by dots, numbers as numbers.
         dataset: name, digest and source of the training set.
+        tables: columns of tables that the run's page shows, by their names.
     Raises: TrackingError if the store cannot be reached within about ten seconds.
     """
     # A server that is away is reported within seconds, not after the minutes of MLflow's default retries.
@@ -63,6 +66,8 @@ def create_run(
             )
             client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
         client.log_text(run_id, json.dumps(params, indent=2, default=str) + "\n", "config.json")
+        for title, columns in tables.items():
+            client.log_table(run_id, {key: list(values) for key, values in columns.items()}, f"{title}.json")
     except (MlflowException, OSError) as error:
         first_line = str(error).splitlines()[0][:300]
         raise TrackingError(

@@ -58,7 +58,7 @@ def open_parent(run: Run, space: Space, job: Job) -> tuple[RunRef, dict[str, str
     Returns: the run, and by their words the links of its description.
     """
     pretrained = run.record.pretrained
-    ref = run.open({"space": run.record.recipe, **space.to_json()}, {**job.tags, "stage": "sweep"})
+    ref = run.open({"space": run.record.recipe, **space.to_json()}, {**job.tags, "stage": "sweep"}, met=job.account)
     shown = [PLAIN_NAMES.get(field, field) for field in space.vary]
     metrics = [space.final_metric]
     if isinstance(job, ClassificationJob):

@@ -93,6 +93,16 @@ def test_the_digest_is_of_the_encoder_alone(saved):
     assert load_frozen(path, device="cpu").digest == digest_of(model.encoder.state_dict())
 
 
+def test_one_of_several_sets_of_weights(tmp_path):
+    model = ImageClassifier(tiny_swin(64), 4)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({"model": own, "ema": {name: value + 1 for name, value in own.items()}}, tmp_path / "both.pth")
+    classifier = load_classifier(tmp_path / "both.pth", device="cpu", key="ema")
+    assert torch.equal(classifier.model.head.weight, own["head.weight"] + 1)
+    frozen = load_frozen(tmp_path / "both.pth", device="cpu", key="ema")
+    assert torch.equal(frozen.encoder.norm.bias, own["encoder.norm.bias"] + 1)
+
+
 def test_items_come_in_order_and_end():
     assert list(ahead(iter([3, 0, 2]))) == [3, 0, 2]
 

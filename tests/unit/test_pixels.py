@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
+from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, fit_normalisation, normalise, usual_normalisation
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
@@ -18,8 +18,17 @@ def test_values(as_tensors):
 
 def test_the_usual_values_have_one_per_channel():
     assert usual_normalisation(3) == (IMAGENET_MEAN, IMAGENET_STD)
-    for channels in (1, 2, 4, 13):
+    for channels in (1, 2, 4, 5, 13):
         mean, std = usual_normalisation(channels)
         assert len(mean) == len(std) == channels
+        assert (mean, std) == ((0.5,) * channels,) * 2 or channels in (1, 4)
+    assert usual_normalisation(4) == ((*IMAGENET_MEAN, 0.5), (*IMAGENET_STD, 0.5))
     # The luminance of the mean colour.
     assert usual_normalisation(1)[0][0] == pytest.approx(0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406, abs=5e-4)
+
+
+def test_normalisation_follows_the_channels():
+    assert fit_normalisation((0.1, 0.2), (0.3, 0.4), 2) == ((0.1, 0.2), (0.3, 0.4))
+    assert fit_normalisation((0.4,) * 3, (0.2,) * 3, 1) == ((0.4,), (0.2,))
+    assert fit_normalisation((0.1, 0.2, 0.3), (0.2,) * 3, 1) == usual_normalisation(1)
+    assert fit_normalisation(IMAGENET_MEAN, IMAGENET_STD, 13) == ((0.5,) * 13,) * 2

@@ -37,7 +37,7 @@ def from_mae(state: Mapping[str, Tensor]) -> StateDict:
     Returns: our names. The class token gets the position that is always added to it (in MAE it is zero).
     """
     ours: StateDict = {}
-    num_extra = int("cls_token" in state and _has_class_position(state["pos_embed"]))
+    num_extra = int("cls_token" in state and has_class_position(state["pos_embed"]))
     for name, value in state.items():
         if name == "cls_token":
             ours["encoder.cls_token"] = value + state["pos_embed"][:, :1] if num_extra else value
@@ -67,7 +67,7 @@ def config_from_mae(
     return found if found.decoder is None else replace(found, decoder=replace(found.decoder, norm_eps=DECODER_NORM_EPS))
 
 
-def _has_class_position(table: Tensor) -> bool:
+def has_class_position(table: Tensor) -> bool:
     """Whether the position table of a model with a class token begins with the class token's position.
 
     The grids of published models are square, so that a square length means no. Our own table may have any grid: it

@@ -36,7 +36,9 @@ def is_microsoft_swin(state: Mapping[str, Tensor]) -> bool:
 
 def is_simmim_swin(state: Mapping[str, Tensor]) -> bool:
     """Whether these are weights of SimMIM's pretraining of a Swin."""
-    return f"encoder.{_FIRST_TABLE}" in state
+    return is_microsoft_swin(
+        {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
+    )
 
 
 def from_timm_swin(state: Mapping[str, Tensor]) -> StateDict:

@@ -2,8 +2,8 @@
 
 simplejpeg (libjpeg-turbo) decodes plain JPEGs, grey or colour; Pillow decodes everything else and what simplejpeg
 refuses. Both give the same pixels for the same JPEG. The rules:
-- Orientation: the EXIF orientation is applied, so an image is upright as it was photographed. (MAE's and MixMIM's
-  loaders ignore it, which differs for a handful of ImageNet files.)
+- Orientation: the EXIF orientation is applied once, so an image is upright as it was photographed, whatever its format.
+  (MAE's and MixMIM's loaders ignore it, which differs for a handful of ImageNet files.)
 - Alpha, in palettes too: composited on white, or kept where four channels are asked for.
 - One channel: grey files as they are, the luminance (ITU-R 601) of colours.
 - CMYK: Pillow's conversion, which knows Adobe's inverted inks.
@@ -21,7 +21,9 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -45,6 +47,14 @@ _COLOUR_LEVELS, _COLOUR_SHARE = 16, 0.001
 """A pixel has colour if its channels differ by more than so many of 255 levels (a JPEG's rounding stays below); an
 image has, if more than this share of its pixels do."""
 _EXIF_ORIENTATION = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT = 0x0100, 0x0101
+_EXIF_NUMBERS = {1: "B", 3: "H", 4: "I"}
+"""EXIF's kinds of whole numbers, as struct knows them. A short is right; other kinds occur."""
+
+READS_HEIC = find_spec("pillow_heif") is not None
+"""Whether the photos of phones (.heic) can be read: the extra `heic` is installed."""
+if READS_HEIC:
+    import_module("pillow_heif").register_heif_opener()
 
 
 class DecodeError(ValueError):
@@ -61,8 +71,11 @@ def image_size(data: bytes) -> tuple[int, int]:
         height, width, _ = header
         return (width, height) if jpeg_orientation(data) >= 5 else (height, width)
     with _open(data) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image, data) >= 5 else (height, width)
+        width, height, orientation = *image.size, _orientation(image, data)
+        if image.format == "TIFF":  # early versions of Pillow turn the size only with the pixels
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            width, height, orientation = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT], tags.get(_EXIF_ORIENTATION, 1)
+        return (width, height) if orientation >= 5 else (height, width)
 
 
 class Header(NamedTuple):
@@ -151,6 +164,14 @@ def decode_image(data: bytes, channels: int) -> Uint8Array:
     return _turn(pixels, orientation)
 
 
+def has_alpha(data: bytes) -> bool:
+    """Whether an image file has transparent parts, or could have.   Raises: DecodeError if it is no image."""
+    if _jpeg_header(data) is not None:
+        return False
+    with _open(data) as image:
+        return _has_alpha(image)
+
+
 def has_colour(pixels: Uint8Array) -> bool:
     """Whether an image is more than grey.   Args: pixels: (H, W, 3) uint8 RGB."""
     spread = pixels.max(axis=2) - pixels.min(axis=2)
@@ -185,9 +206,11 @@ def _tiff_orientation(tiff: bytes) -> int:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, directory)
         for entry in range(entries):
-            tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
+            at = directory + 2 + 12 * entry
+            tag, kind, count = struct.unpack_from(order + "HHI", tiff, at)
             if tag == _EXIF_ORIENTATION:
-                return int(value) if kind == 3 and count == 1 and 1 <= value <= 8 else 1
+                (value,) = struct.unpack_from(order + _EXIF_NUMBERS.get(kind, "H"), tiff, at + 8)
+                return int(value) if kind in _EXIF_NUMBERS and count == 1 and 1 <= value <= 8 else 1
     except struct.error:
         pass
     return 1
@@ -230,15 +253,29 @@ def _refuse_bomb(height: int, width: int) -> None:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
+    """The EXIF orientation that is still to be applied to Pillow's pixels."""
     if data[:2] == b"\xff\xd8":
         return jpeg_orientation(data)
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
-        return 1  # Pillow would decode the whole file in search of a later chunk, and hide its damage.
+    if image.format == "TIFF":
+        return 1  # Pillow turns these when it loads them, and no others
+    if image.format == "PNG" and "Raw profile type exif" not in image.info:
+        return _png_orientation(data)  # Pillow would decode the whole file in search of a later chunk
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # An image with damaged EXIF is still an image.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _png_orientation(data: bytes) -> int:
+    """EXIF orientation of a PNG, from its chunk eXIf, which may follow the pixels."""
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"eXIf":
+            return _tiff_orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
+        at += 12 + length
+    return 1
 
 
 def _pillow_pixels(image: Image.Image, mode: str) -> Uint8Array:
@@ -247,7 +284,7 @@ def _pillow_pixels(image: Image.Image, mode: str) -> Uint8Array:
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         image = _grey_image(values * (255.0 if values.max() <= 1.0 else 1.0))
-    elif "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
+    elif _has_alpha(image):
         image = image.convert("RGBA")
         if mode != "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*_GROUND, 255)), image)
@@ -255,6 +292,10 @@ def _pillow_pixels(image: Image.Image, mode: str) -> Uint8Array:
         image = image.convert("RGB")
     pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if mode == "L" else pixels
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands()
 
 
 def _grey_image(values: NDArray[np.float64]) -> Image.Image:

@@ -37,8 +37,10 @@ class Summary:
     broken: list[tuple[str, str]] = field(default_factory=list)
     """(where, reason)."""
 
-    def add(self, data: bytes, label: int, where: str, *, decode: bool) -> Uint8Array | None:
+    def add(self, data: bytes, label: int, where: str, *, decode: bool, problem: str = "") -> Uint8Array | None:
         """Count one image; one whose header cannot be read, or that does not decode if that is tried, is broken.
+
+        Args: problem: why there are no bytes, if that is known.
 
         Returns: the pixels, (H, W, 3) uint8, if it was decoded.
         """
@@ -49,7 +51,7 @@ class Summary:
             height, width = image_size(data)
             pixels = decode_rgb(data) if decode else None
         except DecodeError as error:
-            self.broken.append((where, str(error)))
+            self.broken.append((where, problem or str(error)))
             return None
         self.sizes[max(edge for edge in SIZE_EDGES if edge <= min(height, width))] += 1
         self._extremes((width, height), (width, height))

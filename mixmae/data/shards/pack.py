@@ -127,6 +127,8 @@ def make_shards(
         plan = plan_built_in(str(source), seed)
     else:
         plan = plan_source(str(source), shard_mb=shard_mb, resize_longer_side=resize_longer_side, tile=tiles, seed=seed)
+    for line in plan.report:
+        report(f"note: {line}")
     finished = read_json(folder / MANIFEST_NAME)
     if finished is not None and finished.get("fingerprint") == plan.fingerprint and _is_whole(folder, finished):
         report(f"{folder} already holds these shards, up to date: nothing to do")
@@ -207,6 +209,7 @@ def _finish(folder: Path, plan: ShardPlan, done: dict[str, WrittenShard]) -> dic
         summaries={split: summary.as_dict(plan.class_names) for split, summary in summaries.items()},
         fingerprint=plan.fingerprint,
         origin=plan.origin,
+        met=plan.met,
     )
     (folder / _PROGRESS_NAME).unlink(missing_ok=True)
     return summaries

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from mixmae.data.account import account
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images import tiles
-from mixmae.data.images.decode import DecodeError, decode_rgb, image_size
+from mixmae.data.images.decode import DecodeError, decode_image, has_alpha, image_size
 from mixmae.data.order import Draw, Plan, permutation
 from mixmae.data.shards import moths, shapes
 from mixmae.data.shards.drawing import draw_apart
@@ -68,6 +69,10 @@ class ShardPlan:
     """Of what the shards are made from: 64 hex digits."""
     origin: dict[str, Any]
     """The source and the options, for the manifest."""
+    met: dict[str, Any]
+    """What was met in the source, for the manifest and to be printed (Account.as_json)."""
+    report: tuple[str, ...] = ()
+    """The same for people, where something is left out."""
     files: frozenset[str] = frozenset()
     """Local Parquet files that are read."""
 
@@ -97,6 +102,7 @@ def plan_built_in(source: str, seed: int) -> ShardPlan:
         class_names=drawn.CLASS_NAMES,
         fingerprint=_fingerprint(origin, []),
         origin=origin,
+        met={"looked_at": {}, "notes": []},
     )
 
 
@@ -146,10 +152,8 @@ def plan_source(
         "resize_longer_side": resize_longer_side,
         "tiles": tile,
     }
-    facts = [
-        f"{split} {source.digest} {source.stamp if isinstance(source, FilesSource) else ''}"
-        for split, source in sorted(sources.items())
-    ]
+    facts = [f"{split} {source.digest}" for split, source in sorted(sources.items())]
+    met = account(sources)
     class_names = sources["train"].class_names
     return ShardPlan(
         jobs=jobs,
@@ -157,6 +161,8 @@ def plan_source(
         class_names=class_names,
         fingerprint=_fingerprint(origin, facts),
         origin=origin,
+        met=met.as_json(),
+        report=tuple(map(str, met.notes)),
         files=frozenset(file for source in sources.values() for file in _parquet_files(source)),
     )
 
@@ -240,17 +246,22 @@ def _stored_name(sample: Sample) -> str:
 
 
 def _shrink(data: bytes, longer_side: int) -> bytes | None:
-    """A JPEG no larger than this, upright; None if the image is small enough, or broken, and stays as it is."""
+    """An image no larger than this, upright: a JPEG, or a PNG if it has alpha; None if it may stay as it is, or is
+    broken."""
     try:
         height, width = image_size(data)
         scale = longer_side / max(height, width)
         if scale >= 1:
             return None
-        pixels = np.ascontiguousarray(decode_rgb(data))
+        channels = 4 if has_alpha(data) else 3
+        pixels = np.ascontiguousarray(decode_image(data, channels))
     except DecodeError:
         return None
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     out = io.BytesIO()
     small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    small.save(out, "JPEG", quality=RESIZED_QUALITY, subsampling="4:2:0")
+    if channels == 4:
+        small.save(out, "PNG")
+    else:
+        small.save(out, "JPEG", quality=RESIZED_QUALITY, subsampling="4:2:0")
     return out.getvalue()

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mixmae.data.sources.contents import file_digest
 from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.parquet import RESTART_COLUMN
 from mixmae.data.sources.shard_index import index_path, write_index
@@ -98,6 +99,8 @@ def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) ->
         with writer:
             for start in range(0, len(held), ROW_GROUP_ROWS):
                 writer.write_table(_table(held[start : start + ROW_GROUP_ROWS], schema))
+            # In the footer, so that shards of one size differ there, too: a sidecar belongs to a footer.
+            writer.add_key_value_metadata({"mixmae.contents": _contents(held)})
         sidecar = Path(index_path(str(path)))
         sidecar.unlink(missing_ok=True)
         write_index(
@@ -108,12 +111,12 @@ def write_shard(path: Path, images: Iterable[StoredImage], schema: pa.Schema) ->
             [image.path for image in held],
             [image.restart_offsets for image in held],
         )  # before the shard has its name: where a shard is, its sidecar is
-    return ShardFile(path.name, len(held), path.stat().st_size, file_sha256(path))
+    return ShardFile(path.name, len(held), path.stat().st_size, file_digest(str(path)))
 
 
 def describe_shard(path: Path) -> ShardFile:
     """The manifest's entry for a shard that is already there."""
-    return ShardFile(path.name, pq.read_metadata(path).num_rows, path.stat().st_size, file_sha256(path))
+    return ShardFile(path.name, pq.read_metadata(path).num_rows, path.stat().st_size, file_digest(str(path)))
 
 
 def write_manifest(
@@ -124,12 +127,14 @@ def write_manifest(
     summaries: dict[str, dict[str, Any]],
     fingerprint: str,
     origin: dict[str, Any],
+    met: dict[str, Any],
 ) -> None:
     """Write manifest.json: rows, bytes and checksums of every split, the classes, a digest of all, and the origin.
 
     Args:
         summaries: of every split, see Summary.as_dict; its pixel statistics are those of a sample.
         fingerprint: of what the shards were made from, by which a later run knows that they are up to date.
+        met: what was met in their source, see Account.as_json.
     """
     checksums = [shard.sha256 for shards in splits.values() for shard in shards]
     manifest = {
@@ -147,6 +152,7 @@ def write_manifest(
         "classes": list(class_names) if class_names is not None else None,
         "fingerprint": fingerprint,
         "origin": origin,
+        "met": met,
     }
     write_json(folder / MANIFEST_NAME, manifest, indent=1)
 
@@ -160,10 +166,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def file_sha256(path: Path) -> str:
-    """Checksum of a file: 64 hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _contents(images: Sequence[StoredImage]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{len(image.data)} {image.label} {image.path}\n".encode())
+        digest.update(image.data)
+    return digest.hexdigest()
 
 
 def _table(images: list[StoredImage], schema: pa.Schema) -> pa.Table:

@@ -4,6 +4,8 @@
                  categories.json, whose names replace the obfuscated ones of the competition
     Places365    places365_train_standard.txt (or _challenge), places365_val.txt: "/a/airfield/00000001.jpg 0"
     Places205    train_places205.csv, val_places205.csv: "a/abbey/gsun_0003586c3eedd97457b2d729ebfe18b5.jpg 0"
+    Tiny-ImageNet  val/val_annotations.txt: "val_0.JPEG", a tab, the class "n03444034", and a box; the classes and
+                 the splits are folders (folders.py)
 
 The files are found by these names, anywhere below the folder that is opened, and so are the images: the archives
 unpack to train_val2018/, data_256/ and val_256/, data/vision/torralba/deeplearning/images256/. Images
@@ -18,11 +20,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mixmae.data.source import DataError
-from mixmae.data.sources.folders import ImageFile, Listing
+from mixmae.data.sources.folders import ImageFile, Listing, unsorted
 from mixmae.data.sources.storage import Storage, StoredFile
 
 ANNOTATION_SUFFIXES = frozenset((".json", ".txt", ".csv"))
@@ -31,6 +33,7 @@ Entries = list[tuple[str, int]]
 """Images by the name that a list gives them, each with its class index."""
 
 _CATEGORIES = "categories.json"
+_TINY = "val_annotations.txt"
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,37 @@ def read_annotated(
     by_name = {image.relative: image for image in images}
     splits = {split: _match(storage, root, lists[split], part, by_name) for split, part in entries.items()}
     return Listing(splits, class_names)
+
+
+def label_validation(storage: Storage, beside: Sequence[StoredFile], listing: Listing) -> Listing:
+    """Give the validation images of Tiny-ImageNet, which are all in one folder, the classes of their list.
+
+    Args:    beside: files that may be the list.  listing: of the folders.
+    Returns: the same listing where there is no such list.   Raises: DataError if the list is damaged.
+    """
+    file = next((file for file in beside if file.relative.rpartition("/")[2] == _TINY), None)
+    if file is None or listing.class_names is None:
+        return listing
+    index = {name: number for number, name in enumerate(listing.class_names)}
+    labels: dict[str, int] = {}
+    for number, line in enumerate(storage.read_file(file.path).decode(errors="replace").splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        if line.strip() and rest.partition("\t")[0].strip() not in index:
+            raise DataError(
+                f"line {number} of {storage.shown(file.path)} is {line.strip()[:80]!r}, not an image and one of the "
+                f"{len(index)} classes: download it again"
+            )
+        labels[name] = index.get(rest.partition("\t")[0].strip(), -1)
+    folder = file.relative.rpartition("/")[0]
+
+    def labelled(image: ImageFile) -> ImageFile:
+        base = image.file.relative.rpartition("/")[2]
+        inside = image.file.relative.startswith(f"{folder}/")
+        return replace(image, label=labels[base]) if inside and image.label < 0 and base in labels else image
+
+    splits = {split: [labelled(image) for image in images] for split, images in listing.splits.items()}
+    known = {unsorted(split) for split, images in splits.items() if all(image.label >= 0 for image in images)}
+    return Listing(splits, listing.class_names, tuple(note for note in listing.notes if note.what not in known))
 
 
 def _kind_of(storage: Storage, root: str, beside: Sequence[StoredFile], images: Sequence[StoredFile]) -> _Kind | None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from mixmae.data.account import Met
 from mixmae.data.chunks import CHUNK_ROWS, ChunkIndex, Int64Array
 from mixmae.data.order import Draw, hash64
 from mixmae.data.source import Chunked, DataError, Sample, Source, read_rows, short_digest
@@ -44,6 +45,10 @@ class JoinedSource(Chunked):
     def digest(self) -> str:
         facts = [f"{part.digest} {weight!r}" for part, weight in zip(self.parts, self.weights, strict=True)]
         return short_digest("\n".join(facts))
+
+    @property
+    def met(self) -> tuple[Met, ...]:
+        return tuple(met for part in self.parts for met in part.met)
 
     @property
     def num_bytes(self) -> int:
@@ -128,7 +133,7 @@ class JoinedSource(Chunked):
         if mapping is None:
             return sample
         label = int(mapping[sample.label]) if 0 <= sample.label < len(mapping) else -1
-        return Sample(sample.data, label, sample.where, sample.restart_offsets, sample.path)
+        return replace(sample, label=label)
 
     def where(self, row: int) -> str:
         (chunk,), (within,) = self.chunks.locate([row])

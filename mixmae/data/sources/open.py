@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmae.data.account import Met, Note, Tally, escaped
 from mixmae.data.source import DataError, Source
-from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, read_annotated
+from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, label_validation, read_annotated
 from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.sources.joined import join
 from mixmae.data.sources.parquet import open_parquet
@@ -31,6 +32,7 @@ Layout = Literal["parquet", "tar", "files", "list"]
 
 MANIFEST_NAME = "manifest.json"
 _LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
+_CALLED = {"parquet": "Parquet files", "tar": "tars", "files": "image files"}
 _CLASS_NAME_FILES = ("classnames.txt", "classes.txt")
 _LAYOUTS: dict[str, Layout] = {
     ".parquet": "parquet",
@@ -110,10 +112,17 @@ class _Collection:
     """Of images, with their classes."""
     beside: frozenset[str] = frozenset()
     """Paths of files that describe others: sidecars of shards, names of classes."""
+    notes: tuple[Note, ...] = ()
+    """Of what is left out."""
 
     @property
     def title(self) -> str:
         return self.storage.shown(self.root)
+
+    @property
+    def met(self) -> tuple[Met, ...]:
+        notes = (*self.notes, *self.listing.notes)
+        return (Met(self.title, {}, notes),) if notes else ()
 
 
 def _terms(location: Location) -> list[tuple[str, float]]:
@@ -180,23 +189,37 @@ def _find(text: str) -> _Collection:
         beside = [index_path(path)] if layout == "parquet" else []
         return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
     beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES}
-    listed = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
+    listed, notes = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
     sidecars = (INDEX_SUFFIX, *_CLASS_NAME_FILES)
     beside = [file.path for file in listed if file.path.endswith(sidecars)]
     by_layout: dict[str, list[StoredFile]] = {}
     for file in listed:
         if suffix_of(file.path) not in beside_names:
             by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
-    notes = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
-    annotated = read_annotated(storage, path, notes, by_layout.get("files", ()))
+    lists = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
+    annotated = read_annotated(storage, path, lists, by_layout.get("files", ()))
     if annotated is not None:  # tars beside them are the archives that the images came in
-        return _listed(storage, path, os.path.basename(path), annotated)
-    for layout in ("parquet", "tar", "files"):  # images beside shards are previews
+        return _listed(storage, path, os.path.basename(path), annotated, notes)
+    for layout in ("parquet", "tar", "files"):
         if layout in by_layout:
-            return _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path))
+            tally = Tally()
+            for other in by_layout.keys() - {layout}:
+                what = f"{_CALLED[other]} beside {_CALLED[layout]} are left out"
+                tally.add(
+                    what,
+                    by_layout[other][0].relative,
+                    "give their folder as a source of its own",
+                    len(by_layout[other]),
+                )
+            notes += tally.notes
+            found = _found(layout, storage, path, by_layout[layout], beside, os.path.basename(path), notes)
+            if layout == "files":
+                found = replace(found, listing=label_validation(storage, lists, found.listing))
+            return found
+    there = f"; it has {notes[0]}" if notes else ""
     raise DataError(
         f"no image in {shown}: it needs Parquet files, WebDataset tars, or files ending in "
-        f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}{there}"
     )
 
 
@@ -214,16 +237,16 @@ def _find_glob(text: str) -> _Collection:
         folders = [file.path for file in matched if os.path.isdir(file.path)]
         matched = [file for file in matched if suffix_of(file.path) in _LAYOUTS and file.path not in set(folders)]
         if folders and not matched:
-            listed = [storage.list_files(folder, _LAYOUTS) for folder in folders]
+            listed = [storage.list_files(folder, _LAYOUTS)[0] for folder in folders]
             matched = [
-                StoredFile(file.path, os.path.relpath(file.path, root), file.num_bytes, file.modified_ns, file.problem)
+                replace(file, relative=os.path.relpath(file.path, root))
                 for files in listed
                 for file in files
                 if _LAYOUTS[suffix_of(file.path)] != "list"
             ]
     else:
         regex = re.compile("|".join(_glob_regex(one) for one in patterns))
-        matched = [file for file in storage.list_files(root, _LAYOUTS) if regex.fullmatch(file.relative)]
+        matched = [file for file in storage.list_files(root, _LAYOUTS)[0] if regex.fullmatch(file.relative)]
         folders = []
     named = {one.rstrip("/") for one in patterns if not any(sign in one for sign in "*?[")}
     lost = sorted(named - {file.relative for file in matched} - {os.path.relpath(path, root) for path in folders})
@@ -245,10 +268,16 @@ def _find_glob(text: str) -> _Collection:
 
 
 def _found(
-    layout: str, storage: Storage, root: str, files: list[StoredFile], beside: Sequence[str], label: str
+    layout: str,
+    storage: Storage,
+    root: str,
+    files: list[StoredFile],
+    beside: Sequence[str],
+    label: str,
+    notes: tuple[Note, ...] = (),
 ) -> _Collection:
     if layout == "files":
-        return _listed(storage, root, label, arrange(files))
+        return _listed(storage, root, label, arrange(files), notes)
     splits: dict[str, list[StoredFile]] = {}
     for file in files:
         splits.setdefault(split_of(file.relative) or "", []).append(file)
@@ -256,42 +285,45 @@ def _found(
     if unnamed:
         splits.setdefault("train", []).extend(unnamed)
     kind: Layout = "parquet" if layout == "parquet" else "tar" if layout == "tar" else "list"
-    return _Collection(kind, storage, root, label, splits, beside=frozenset(beside))
+    return _Collection(kind, storage, root, label, splits, beside=frozenset(beside), notes=notes)
 
 
-def _listed(storage: Storage, root: str, label: str, listing: Listing) -> _Collection:
+def _listed(storage: Storage, root: str, label: str, listing: Listing, notes: tuple[Note, ...] = ()) -> _Collection:
     splits = {split: [image.file for image in images] for split, images in listing.splits.items()}
-    return _Collection("files", storage, root, label, splits, listing)
+    return _Collection("files", storage, root, label, splits, listing, notes=notes)
 
 
 def _open(found: _Collection, split: str) -> Source:
-    storage, files = found.storage, found.splits[split]
-    name = f"{found.label}/{split}"
+    storage, files, met = found.storage, found.splits[split], found.met
+    others = [file for other, part in found.splits.items() if other != split for file in part]
+    name = f"{escaped(found.label)}/{split}"
     if found.layout == "parquet":
-        return open_parquet(storage, name, files, found.beside, _manifest_digest(found))
+        manifest = _manifest(found)
+        return open_parquet(storage, name, files, found.beside, manifest=manifest, others=others, met=met)
     if found.layout == "tar":
-        return open_tars(storage, name, files, _tar_class_names(found))
+        return open_tars(storage, name, files, _tar_class_names(found), others=others, met=met)
     if found.layout == "list":
         storage, root, listing = read_file_list(storage, files[0].path)
         return open_files(storage, root, name, listing.splits[""], listing.class_names)
-    return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names)
+    return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names, met)
 
 
-def _manifest_digest(found: _Collection) -> str:
-    if not found.storage.is_local:
-        return ""
+def _manifest(found: _Collection) -> dict[str, Any]:
+    """The manifest of a folder of our shards, with the time when it was written; empty for others."""
+    path = f"{found.root}/{MANIFEST_NAME}"
     try:
-        return str(json.loads((Path(found.root) / MANIFEST_NAME).read_text())["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        content = json.loads(found.storage.read_file(path))
+    except (OSError, ValueError):
+        return {}
+    return {**content, "written_ns": found.storage.file(path).modified_ns} if isinstance(content, dict) else {}
 
 
 def _tar_class_names(found: _Collection) -> tuple[str, ...] | None:
     for name in _CLASS_NAME_FILES:
         path = f"{found.root}/{name}"
         if path in found.beside:
-            lines = found.storage.read_file(path).decode().splitlines()
-            return tuple(line.strip() for line in lines if line.strip())
+            lines = found.storage.read_file(path).decode("utf-8-sig", "surrogateescape").splitlines()
+            return tuple(escaped(line.strip()) for line in lines if line.strip())
     return None
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mixmae.data.account import Met, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import Chunked, DataError, Sample, short_digest
+from mixmae.data.sources.contents import changed, content_digests
+from mixmae.data.sources.labels import number_classes
 from mixmae.data.sources.shard_index import (
     LENGTH_BYTES,
     ShardIndex,
@@ -30,7 +36,23 @@ from mixmae.data.sources.storage import Storage, StoredFile
 RESTART_COLUMN = "restart_offsets"
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id")
+_LABEL_COLUMNS = (
+    *(
+        "label",
+        "labels",
+        "fine_label",
+        "class",
+        "cls",
+        "class_id",
+        "class_index",
+        "category",
+        "class_name",
+        "label_name",
+    ),
+    "target",
+)
+_TOO_LARGE = 2**62
+"""No class has such a number: it is how -1 or nothing reads in another type."""
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 """Read at once from a file's end: most footers fit."""
@@ -46,12 +68,13 @@ class ParquetSource(Chunked):
     """
 
     name: str
-    digest: str
     storage: Storage
-    files: tuple[str, ...]
-    """Paths in storage order, absolute if they are local."""
+    stored: tuple[StoredFile, ...]
+    """The files as they were when the source was opened, in storage order."""
     stamps: tuple[bytes | None, ...]
     """(num_files,) of the shards whose sidecar is there and valid (shard_index), None for the others."""
+    checksums: Mapping[str, str]
+    """SHA-256 by the paths of shards that are still as their manifest says."""
     num_bytes: int
     chunk_sizes: Int64Array
     chunk_files: Int64Array
@@ -61,26 +84,54 @@ class ParquetSource(Chunked):
     chunk_offsets: Int64Array
     """(num_chunks,) first row of the chunk inside its file."""
     image_column: str
-    has_paths: bool
-    """Whether the image column is a struct that also keeps the original path."""
+    """A struct of bytes and path, or plain bytes: in each file one of the two."""
     has_restarts: bool
     """Whether there is a column of restart offsets."""
     label_column: str | None
+    label_index: Mapping[Any, int] | None
+    """Class index by what the label column holds, which is text or truth; None: it holds the index, as a number."""
     class_names: tuple[str, ...] | None
     has_labels: bool
+    met: tuple[Met, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths in storage order, absolute if they are local."""
+        return tuple(file.path for file in self.stored)
 
     @property
     def exact_reads(self) -> bool:
         return None not in self.stamps
 
+    @property
+    def digest(self) -> str:
+        rows = np.bincount(self.chunk_files, weights=self.chunk_sizes, minlength=len(self.stored)).astype(int)
+        facts = [
+            f"{file.relative.rpartition('/')[2]} {contents} {count}"
+            for file, contents, count in zip(self.stored, self._contents, rows, strict=True)
+        ]
+        return short_digest("\n".join([*facts, repr(self.class_names)]))
+
+    @cached_property
+    def _contents(self) -> list[str]:
+        """The digest of every file."""
+        unknown = [file for file in self.stored if file.path not in self.checksums]
+        digests = content_digests(self.storage, self.name + self.stored[0].path, unknown)
+        known = {**self.checksums, **{file.path: digest for file, digest in zip(unknown, digests, strict=True)}}
+        return [known[file.path] for file in self.stored]
+
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
-        file = int(self.chunk_files[chunk])
-        stamp = self.stamps[file]
+        number = int(self.chunk_files[chunk])
+        file, stamp = self.stored[number], self.stamps[number]
         rows = np.asarray(rows_in_chunk, dtype=np.int64)
-        index = load_index(self.storage, index_path(self.files[file]), stamp) if stamp else None
+        known = self.__dict__.get("_contents")
+        if problem := changed(self.storage, file, known[number] if known else self.checksums.get(file.path, "")):
+            places = [self._where(file.path, row, "") for row in (rows + self.chunk_offsets[chunk]).tolist()]
+            return [Sample(b"", -1, place, problem=problem) for place in places]
+        index = load_index(self.storage, index_path(file.path), stamp) if stamp else None
         if index is None:
             return self._read_group(chunk, rows)
-        return self._read_exactly(self.files[file], index, rows + self.chunk_offsets[chunk])
+        return self._read_exactly(file.path, index, rows + self.chunk_offsets[chunk])
 
     def _read_exactly(self, path: str, index: ShardIndex, rows: Int64Array) -> list[Sample]:
         # The length before each value is read too: it proves that the address is right.
@@ -102,21 +153,22 @@ class ParquetSource(Chunked):
         columns += [RESTART_COLUMN] if self.has_restarts else []
         table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns)
         images = _joined(table.column(self.image_column))
-        labels = _joined(table.column(self.label_column)) if self.label_column else None
+        labels = _joined(_plain(table.column(self.label_column))) if self.label_column else None
         restarts = _joined(table.column(RESTART_COLUMN)) if self.has_restarts else None
-        stored, paths = (images, None) if not pa.types.is_struct(images.type) else (images.field("bytes"), None)
-        if self.has_paths:
-            paths = images.field("path")
+        stored, paths = images, None
+        if pa.types.is_struct(images.type):
+            stored = images.field("bytes")
+            paths = images.field("path") if images.type.get_field_index("path") >= 0 else None
         offset = int(self.chunk_offsets[chunk])
         samples = []
         for row in rows.tolist():
-            data, label = stored[row].as_py(), labels[row].as_py() if labels is not None else None
-            original = (paths[row].as_py() if paths is not None else None) or ""
+            data, label = stored[row].as_py(), _value(labels[row]) if labels is not None else None
+            original = (_value(paths[row]) if paths is not None else None) or ""
             intervals = None
             if restarts is not None and restarts[row].is_valid:
                 intervals = restarts[row].values.to_numpy(zero_copy_only=True)
             where = self._where(path, offset + row, original)
-            samples.append(Sample(data or b"", int(label) if label is not None else -1, where, intervals, original))
+            samples.append(Sample(data or b"", self._class_of(label), where, intervals, original))
         return samples
 
     def read_labels(self) -> Int64Array:
@@ -127,10 +179,17 @@ class ParquetSource(Chunked):
             try:
                 handle = _parquet_file(self.storage, path, self.storage.identity(path), threading.get_ident())
                 column = handle.read(columns=[self.label_column]).column(0)
-            except (pa.ArrowException, OSError) as error:
+            except Exception as error:
                 raise _unreadable(self.storage, path, error) from error
-            parts.append(column.cast(pa.int64()).fill_null(-1).to_numpy())
+            parts.append(_class_indices(column, self.label_index))
         return np.concatenate(parts)
+
+    def _class_of(self, label: Any) -> int:
+        if label is None:
+            return -1
+        if self.label_index is not None:
+            return self.label_index.get(label, -1)
+        return int(label) if 0 <= label < _TOO_LARGE else -1
 
     def _where(self, path: str, row: int, original: str) -> str:
         return f"{self.storage.shown(path)}#{row}" + (f" / {original}" if original else "")
@@ -141,12 +200,20 @@ class ParquetSource(Chunked):
 
 
 def open_parquet(
-    storage: Storage, name: str, files: Sequence[StoredFile], sidecars: Collection[str], manifest_digest: str = ""
+    storage: Storage,
+    name: str,
+    files: Sequence[StoredFile],
+    sidecars: Collection[str],
+    *,
+    manifest: Mapping[str, Any] = MappingProxyType({}),
+    others: Sequence[StoredFile] = (),
+    met: Sequence[Met] = (),
 ) -> ParquetSource:
-    """Open Parquet files of one schema and check that they are whole.
+    """Open Parquet files with the same columns and check that they are whole.
 
-    Args:   sidecars: paths of the index files that are there.  manifest_digest: of the set's manifest, if it has one.
-    Raises: DataError if a file is damaged or no column holds images.
+    Args:   sidecars: paths of the index files that are there.  manifest: of the set, if it has one.
+            others: files of other splits, whose classes have numbers of the same range.  met: of the collection.
+    Raises: DataError if a file is damaged, no column holds images, or the images are not in the files.
     """
 
     def check(file: StoredFile) -> tuple[pq.FileMetaData, bytes | None]:
@@ -158,57 +225,95 @@ def open_parquet(
     with ThreadPoolExecutor(16) as pool:
         checked = list(pool.map(check, files))
     footers = [footer for footer, _ in checked]
-    schema = footers[0].schema.to_arrow_schema()
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    schema = schemas[0]
     image_column = _image_column(schema, storage.shown(files[0].path))
-    image_type = schema.field(image_column).type
-    label_column = _label_column(schema)
+    label_column, notes = _label_column(schema, storage.shown(files[0].path))
     has_restarts = _has_restarts(schema)
+    for file, own in zip(files, schemas, strict=True):
+        _check_alike(storage, file, own, files[0], schema, image_column, label_column, has_restarts)
+    are_numbered = label_column is not None and all(
+        pa.types.is_integer(own.field(label_column).type) for own in schemas
+    )
     chunk_files, chunk_groups, chunk_sizes, chunk_offsets = [], [], [], []
-    has_labels = False
+    has_labels, num_rows, num_without = False, 0, 0
     for number, (file, footer) in enumerate(zip(files, footers, strict=True)):
-        names = footer.schema.to_arrow_schema().names
-        needed = (image_column, label_column, RESTART_COLUMN if has_restarts else None)
-        missing = [column for column in needed if column and column not in names]
-        if missing:
-            raise DataError(
-                f"{storage.shown(file.path)} has no column {missing[0]!r}, unlike {files[0].relative}: keep one schema "
-                f"in a folder"
-            )
         offset = 0
-        for group in range(footer.num_row_groups):
-            rows = footer.row_group(group).num_rows
-            if rows:
-                chunk_files.append(number)
-                chunk_groups.append(group)
-                chunk_sizes.append(rows)
-                chunk_offsets.append(offset)
-            offset += rows
-            if label_column and not has_labels:
-                has_labels = _group_has_labels(footer.row_group(group), label_column)
+        with _footer_of(storage.shown(file.path)):
+            for group in range(footer.num_row_groups):
+                rows = footer.row_group(group).num_rows
+                if rows:
+                    chunk_files.append(number)
+                    chunk_groups.append(group)
+                    chunk_sizes.append(rows)
+                    chunk_offsets.append(offset)
+                offset += rows
+                num_without += _images_missing(footer.row_group(group), image_column)
+                if label_column and are_numbered and not has_labels:
+                    has_labels = _group_has_labels(footer.row_group(group), label_column)
+            num_rows += offset
     if not chunk_sizes:
         raise DataError(f"the files of {name} hold no rows: make the shards again")
-    facts = [
-        f"{file.relative.rsplit('/', 1)[-1]} {file.num_bytes} {footer.num_rows}"
-        for file, footer in zip(files, footers, strict=True)
-    ]
+    if num_without == num_rows:
+        raise DataError(
+            f"the images are not in {storage.shown(files[0].path)}: the column {image_column!r} holds only their "
+            "paths; store their bytes too (push_to_hub of `datasets` does), or give a list of the files (.txt)"
+        )
+    if num_without:
+        notes.add("rows have no image", f"one in the column {image_column!r}", "store its bytes", num_without)
+    label_index, class_names = None, _class_names(schema, label_column)
+    if label_column and not are_numbered:
+        texts = _values(storage, [*files, *others], label_column)
+        label_index, class_names = _label_index(texts, class_names, label_column, notes)
+        has_labels = label_index is None or any(number >= 0 for number in label_index.values())
+    place = f"{storage.shown(files[0].path.rpartition('/')[0])} {name}"
     return ParquetSource(
         name=name,
-        digest=short_digest("\n".join([*facts, manifest_digest])),
         storage=storage,
-        files=tuple(file.path for file in files),
+        stored=tuple(files),
         stamps=tuple(stamp for _, stamp in checked),
+        checksums=_checksums(files, manifest) if storage.is_local else {},
         num_bytes=sum(file.num_bytes for file in files),
         chunk_sizes=np.array(chunk_sizes, dtype=np.int64),
         chunk_files=np.array(chunk_files, dtype=np.int64),
         chunk_groups=np.array(chunk_groups, dtype=np.int64),
         chunk_offsets=np.array(chunk_offsets, dtype=np.int64),
         image_column=image_column,
-        has_paths=pa.types.is_struct(image_type) and image_type.get_field_index("path") >= 0,
         has_restarts=has_restarts,
         label_column=label_column,
-        class_names=_class_names(schema, label_column),
+        label_index=label_index,
+        class_names=class_names,
         has_labels=has_labels,
+        met=(
+            Met(place, {"Parquet files": len(files), "rows": num_rows}, notes.notes),
+            *_packed(storage, files, manifest),
+            *met,
+        ),
     )
+
+
+def _packed(storage: Storage, files: Sequence[StoredFile], manifest: Mapping[str, Any]) -> tuple[Met, ...]:
+    """What make_shards met in the collection that these shards were made of."""
+    try:
+        place = f"{storage.shown(files[0].path.rpartition('/')[0])}, when it was packed"
+        return (Met.from_json(place, manifest["met"]),)
+    except (KeyError, TypeError, AttributeError):
+        return ()
+
+
+def _checksums(files: Sequence[StoredFile], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by path of the shards that have not been written since their manifest was, which is last."""
+    try:
+        listed = [shard for split in manifest["splits"].values() for shard in split["files"]]
+        known = {shard["name"]: (shard["bytes"], shard["sha256"]) for shard in listed}
+    except (KeyError, TypeError, AttributeError):  # somebody else's manifest
+        return {}
+    checksums = {}
+    for file in files:
+        size, digest = known.get(file.relative.rpartition("/")[2], (-1, ""))
+        if size == file.num_bytes and max(file.modified_ns, file.changed_ns) <= manifest["written_ns"]:
+            checksums[file.path] = digest
+    return checksums
 
 
 def read_footer(storage: Storage, file: StoredFile) -> tuple[pq.FileMetaData, bytes]:
@@ -232,11 +337,10 @@ def read_footer(storage: Storage, file: StoredFile) -> tuple[pq.FileMetaData, by
             raise DataError(f"{shown} is truncated: its {size} bytes end without a Parquet footer; {remedy}")
         if footer_bytes > len(tail):
             tail = stream.read_at(footer_bytes, size - footer_bytes)
-    try:
+    with _footer_of(shown):
         # A file that holds only a footer has the same metadata.
         footer = pq.read_metadata(pa.BufferReader(_MAGIC + tail[-footer_bytes:]))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"the footer of {shown} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
+        footer.schema.to_arrow_schema()
     for group in range(footer.num_row_groups):
         for number in range(footer.num_columns):
             column = footer.row_group(group).column(number)
@@ -249,16 +353,10 @@ def read_footer(storage: Storage, file: StoredFile) -> tuple[pq.FileMetaData, by
 
 
 def _image_column(schema: pa.Schema, shown: str) -> str:
-    def holds_bytes(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            index = kind.get_field_index("bytes")
-            return index >= 0 and holds_bytes(kind.field(index).type)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     for name in _IMAGE_COLUMNS:
-        if name in schema.names and holds_bytes(schema.field(name).type):
+        if name in schema.names and _holds_bytes(schema.field(name).type):
             return name
-    structs = [field.name for field in schema if pa.types.is_struct(field.type) and holds_bytes(field.type)]
+    structs = [field.name for field in schema if pa.types.is_struct(field.type) and _holds_bytes(field.type)]
     if structs:
         return str(structs[0])
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -268,11 +366,133 @@ def _image_column(schema: pa.Schema, shown: str) -> str:
     )
 
 
-def _label_column(schema: pa.Schema) -> str | None:
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _label_column(schema: pa.Schema, shown: str) -> tuple[str | None, Tally]:
+    """The column with the classes, if there is one, and a note if one of such a name cannot be read."""
+    tally = Tally()
     for name in _LABEL_COLUMNS:
-        if name in schema.names and pa.types.is_integer(schema.field(name).type):
-            return name
-    return None
+        if name in schema.names:
+            if _label_kind(schema.field(name).type):
+                return name, tally
+            what = f"columns of labels cannot be read, {name!r} of type {schema.field(name).type}"
+            tally.add(what, shown, "store a number or a name for each image")
+    return None, tally
+
+
+def _label_kind(kind: pa.DataType) -> str:
+    """What a column of labels holds: "number", "text" or "truth"; "" for anything else."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "number"
+    if pa.types.is_boolean(kind):
+        return "truth"
+    return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else ""
+
+
+def _check_alike(
+    storage: Storage,
+    file: StoredFile,
+    schema: pa.Schema,
+    first_file: StoredFile,
+    first: pa.Schema,
+    image_column: str,
+    label_column: str | None,
+    has_restarts: bool,
+) -> None:
+    """Refuse a file whose columns cannot be read as those of the first one.   Raises: DataError."""
+    needed = (image_column, label_column, RESTART_COLUMN if has_restarts else None)
+    missing = [column for column in needed if column and column not in schema.names]
+    if missing:
+        raise DataError(
+            f"{storage.shown(file.path)} has no column {missing[0]!r}, unlike {escaped(first_file.relative)}: keep one "
+            f"schema in a folder"
+        )
+    ours, theirs = (schema.field(image_column).type for schema in (schema, first))
+    if not _holds_bytes(ours):
+        raise DataError(
+            f"the column {image_column!r} of {storage.shown(file.path)} is {ours}, which holds no image files, and in "
+            f"{escaped(first_file.relative)} it is {theirs}: keep one schema in a folder"
+        )
+    if label_column and _label_kind(schema.field(label_column).type) != _label_kind(first.field(label_column).type):
+        raise DataError(
+            f"the column {label_column!r} of {storage.shown(file.path)} is {schema.field(label_column).type}, and in "
+            f"{escaped(first_file.relative)} it is {first.field(label_column).type}: keep one schema in a folder"
+        )
+
+
+def _values(storage: Storage, files: Sequence[StoredFile], column: str) -> list[Any]:
+    """The different values of a column, without null.   Raises: DataError."""
+    values: set[Any] = set()
+    for file in files:
+        try:
+            with storage.open(file.path) as stream:
+                whole = pq.ParquetFile(stream).read(columns=[column]).column(0)
+        except Exception as error:
+            raise _unreadable(storage, file.path, error) from error
+        values.update(map(_value, _plain(whole).unique().drop_null()))
+    return list(values)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _value(scalar: Any) -> Any:
+    """A value as Python has it; in text, bytes that are not UTF-8 are escaped."""
+    if not scalar.is_valid or _label_kind(scalar.type) != "text":
+        return scalar.as_py()
+    return bytes(scalar.as_buffer()).decode(errors="backslashreplace")
+
+
+def _label_index(
+    values: Sequence[Any], class_names: tuple[str, ...] | None, column: str, notes: Tally
+) -> tuple[Mapping[Any, int] | None, tuple[str, ...] | None]:
+    """The class of every value of a column that holds no integers, and the names of the classes."""
+    if all(isinstance(value, bool) for value in values):
+        return {False: 0, True: 1}, class_names or ("false", "true")
+    if all(isinstance(value, str) for value in values):
+        texts, names = number_classes(values, class_names)
+        strange = sorted({value for value in values if value.strip() and value.strip() not in texts})
+        if strange:
+            notes.add(f"values of the column {column!r} name no class", strange[0], count=len(strange))
+        return {value: texts[value.strip()] for value in values if value.strip() in texts}, names
+    numbers = [value for value in values if value == value]  # without NaN, which is how others write "none"
+    whole = {value: max(-1, int(value)) for value in numbers if abs(value) < _TOO_LARGE and value == int(value)}
+    broken = sorted(float(value) for value in numbers if value not in whole)
+    if broken:
+        what = f"values of the column {column!r} are no whole numbers, and their images have no class"
+        notes.add(what, str(broken[0]), "number the classes from 0", len(broken))
+    return whole, class_names
+
+
+def _class_indices(column: pa.ChunkedArray, index: Mapping[Any, int] | None) -> Int64Array:
+    """The class of every row of a label column."""
+    column = _plain(column)
+    if index is None:
+        numbers = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+        return np.maximum(numbers, -1)  # so that the largest unsigned number, too, is none
+    encoded = column.combine_chunks().dictionary_encode() if column.num_chunks else pa.array([]).dictionary_encode()
+    known = [index.get(_value(value), -1) for value in encoded.dictionary]
+    return np.array([*known, -1], dtype=np.int64)[encoded.indices.fill_null(len(known)).to_numpy(zero_copy_only=False)]
+
+
+def _images_missing(group: Any, image_column: str) -> int:
+    """Rows of a row group without an image, as far as its statistics say."""
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema in (image_column, f"{image_column}.bytes"):
+            statistics = column.statistics
+            return int(statistics.null_count) if statistics is not None and statistics.has_null_count else 0
+    return 0
 
 
 def _has_restarts(schema: pa.Schema) -> bool:
@@ -307,8 +527,28 @@ def _joined(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _unreadable(storage: Storage, path: str, error: Exception) -> DataError:
-    return DataError(f"{storage.shown(path)} cannot be read any more ({error}): was it moved or overwritten?")
+def _unreadable(storage: Storage, path: str, error: Exception) -> Exception:
+    """What to raise for any error of pyarrow, which raises whatever it likes on damaged bytes."""
+    if isinstance(error, DataError):
+        return error
+    return DataError(
+        f"{storage.shown(path)} cannot be read any more ({_first_line(error)}): was it moved or overwritten?"
+    )
+
+
+@contextlib.contextmanager
+def _footer_of(shown: str) -> Iterator[None]:
+    """Turn any error into one that says that a file's footer is damaged."""
+    try:
+        yield
+    except Exception as error:  # pyarrow raises whatever it likes on damaged bytes
+        raise DataError(
+            f"the footer of {shown} is damaged ({_first_line(error)}): copy or download it again, or delete it"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @lru_cache(maxsize=32)
@@ -316,10 +556,10 @@ def _parquet_file(storage: Storage, path: str, identity: tuple[int, ...], thread
     """An open file per thread, so that its footer is parsed once and no two threads share a reader."""
     try:
         if storage.is_local:
-            return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(pa.memory_map(os.fsencode(path)))
         # Buffered ahead, the column chunks of a row group come in few requests.
         return pq.ParquetFile(storage.filesystem.open_input_file(path), pre_buffer=True)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:
         raise _unreadable(storage, path, error) from error
 
 
@@ -347,7 +587,7 @@ class _RowGroups:
         handle = _parquet_file(storage, path, identity, threading.get_ident())
         try:
             table = handle.read_row_group(group, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:
             raise _unreadable(storage, path, error) from error
         with self._lock:
             if table.nbytes <= self._limit and key not in self._held:

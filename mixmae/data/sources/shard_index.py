@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +24,9 @@ from numpy.typing import NDArray
 
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
-from mixmae.data.sources.storage import Storage
+from mixmae.data.sources.storage import INDEX_SUFFIX, Storage
 from mixmae.writing import writing
 
-INDEX_SUFFIX = ".index"
 LENGTH_BYTES = 4
 """Parquet's plain encoding writes a value's length, 4 bytes little-endian, before its bytes."""
 
@@ -155,7 +155,7 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     """Write an Arrow file as one batch.   Raises: OSError."""
     with (
         writing(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
+        pa.OSFile(os.fsencode(temporary), "wb") as sink,
         pa_ipc.new_file(sink, table.schema) as writer,
     ):
         writer.write_table(table.combine_chunks())
@@ -163,5 +163,5 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 
 def read_arrow(storage: Storage, path: str) -> pa.Table:
     """An Arrow file: mapped into memory if it is local, read whole if not.   Raises: DataError, pa.ArrowException."""
-    source = pa.memory_map(path) if storage.is_local else pa.BufferReader(storage.open(path).readall())
+    source = pa.memory_map(os.fsencode(path)) if storage.is_local else pa.BufferReader(storage.open(path).readall())
     return pa_ipc.open_file(source).read_all()

@@ -11,10 +11,10 @@ from mixmae.data.sources.joined import JoinedSource, join
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
-    "validation": ("val", "validation", "valid", "dev"),
-    "test": ("test",),
+    "validation": ("val", "validation", "valid", "dev", "devel", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words in names of files and folders that name a split. If a folder of images has several, the first is used."""
+"""The words in names of files and folders that name a split, in any case. Several folders of one split are joined."""
 SPLITS = tuple(SPLIT_WORDS)
 
 _SPLIT_BY_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -26,7 +26,12 @@ def split_of(relative: str) -> str | None:
     for word in re.findall(r"[a-z]+", base.lower()):
         if word in _SPLIT_BY_WORD:
             return _SPLIT_BY_WORD[word]
-    return _SPLIT_BY_WORD.get(folder.rpartition("/")[2].lower())
+    return split_of_folder(folder.rpartition("/")[2])
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder's whole name stands for."""
+    return _SPLIT_BY_WORD.get(name.lower())
 
 
 def split_holdout(source: Source, num_rows: int) -> tuple[Source, Source]:

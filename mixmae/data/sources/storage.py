@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,9 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
+from mixmae.data.account import Note, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
 
+INDEX_SUFFIX = ".index"
+"""Of the files that we keep beside tars and shards."""
 _GAP_BYTES = 256 * 1024
 """Remote ranges closer than this are fetched in one request: about what a store sends while a request waits."""
 _REQUEST_BYTES = 16 * 1024 * 1024
@@ -43,6 +46,14 @@ class StoredFile:
     modified_ns: int
     problem: str = ""
     """Why it cannot be read, if that is known."""
+    changed_ns: int = 0
+    """Of a local file, when it or its name, owner or times were last changed: unlike modified_ns, nobody can set it."""
+    inode: int = 0
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        """As long as this is the same, so are the contents."""
+        return self.num_bytes, self.modified_ns, self.changed_ns, self.inode
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Storage:
 
     def shown(self, path: str) -> str:
         """The path as a message names it."""
-        return path if self.is_local else f"{urlsplit(self.uri).scheme}://{path}"
+        return escaped(path if self.is_local else f"{urlsplit(self.uri).scheme}://{path}")
 
     def kind(self, path: str) -> str:
         """ "file", "folder" or "" if nothing is there.   Raises: DataError if the store does not answer."""
@@ -81,23 +92,47 @@ class Storage:
         missing = "" if info.type == pa_fs.FileType.File else "no such file"
         return StoredFile(path, relative, info.size or 0, info.mtime_ns or 0, missing)
 
-    def list_files(self, folder: str, suffixes: Collection[str]) -> list[StoredFile]:
-        """The files below a folder with these suffixes, by name, through links; hidden ones are left out."""
-        found = _walk(folder, suffixes) if self.is_local else self._list_remote(folder, suffixes)
-        return sorted(found, key=lambda file: file.relative)
+    def list_files(self, folder: str, suffixes: Collection[str]) -> tuple[list[StoredFile], tuple[Note, ...]]:
+        """The files below a folder with one of the suffixes, by name, through links, and notes of what else is there.
 
-    def _list_remote(self, folder: str, suffixes: Collection[str]) -> Iterator[StoredFile]:
+        Hidden files are left out.
+        """
+        found, tally, folders = [], Tally(), []
+        for relative, file in self._walk(folder):
+            suffix = suffix_of(relative)
+            hidden = is_hidden(relative)
+            if file is None:
+                folders += [] if hidden else [relative]
+            elif suffix in suffixes:
+                if hidden and suffix == INDEX_SUFFIX:
+                    continue  # of a tar, kept by tars.py
+                if hidden:
+                    tally.add("hidden files are left out", relative, "rename those that you need")
+                else:
+                    found.append(file())
+            elif not hidden:
+                tally.add(*unknown_kind(relative))
+        for relative in _outermost(folders, (file.relative for file in found)):
+            tally.add("folders hold no image", relative)
+        return sorted(found, key=lambda file: file.relative), tally.notes
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, Callable[[], StoredFile] | None]]:
+        """Every file below a folder, its relative path and how to get its entry; of local folders the path and None."""
+        if self.is_local:
+            for path, relative in _local_paths(folder):
+                yield relative, partial(_local_file, path, relative) if path else None
+            return
         selector = pa_fs.FileSelector(folder, recursive=True, allow_not_found=True)
         for info in self._ask(folder, lambda: self.filesystem.get_file_info(selector)):
             relative = info.path.removeprefix(folder).lstrip("/")
-            hidden = any(part.startswith((".", "__MACOSX")) for part in relative.split("/"))
-            if info.type == pa_fs.FileType.File and not hidden and suffix_of(relative) in suffixes:
+            if info.type == pa_fs.FileType.File:
                 empty = "" if info.size else "empty"
-                yield StoredFile(info.path, relative, info.size or 0, info.mtime_ns or 0, empty)
+                yield relative, partial(StoredFile, info.path, relative, info.size or 0, info.mtime_ns or 0, empty)
 
     def open(self, path: str) -> pa.NativeFile:
         """A file for random access.   Raises: DataError."""
-        return self._ask(path, lambda: self.filesystem.open_input_file(path))
+        stored = os.fsencode(path) if self.is_local else path  # any bytes may be a local name
+        return self._ask(path, lambda: self.filesystem.open_input_file(stored))
 
     def identity(self, path: str) -> tuple[int, ...]:
         """What distinguishes a local file from a later one of the same name; () for a remote one: it is not checked.
@@ -105,6 +140,16 @@ class Storage:
         Raises: DataError if it is gone.
         """
         return _identity(path) if self.is_local else ()
+
+    def version(self, file: StoredFile) -> str:
+        """What identifies the contents of a remote file: the store's tag if it has one, else size and time.
+
+        Raises: DataError.
+        """
+        with self.open(file.path) as stream:
+            facts = self._ask(file.path, stream.metadata) or {}
+        tag = facts.get(b"ETag") or facts.get("ETag") or b""
+        return f"{file.num_bytes} {tag!r}" if tag else f"{file.num_bytes} {file.modified_ns}"
 
     def read_file(self, path: str) -> bytes:
         """A whole file.   Raises: OSError."""
@@ -196,6 +241,8 @@ def writable_folder(location: str | Path) -> Path:
     if is_uri(str(location)):
         raise DataError(f"cannot write to {plain_place(str(location))}: the output must be a local folder")
     folder = Path(location).expanduser().resolve()
+    if escaped(str(folder)) != str(folder):
+        raise DataError(f"the name of {escaped(str(folder))} is not UTF-8: choose another output folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -214,9 +261,14 @@ def is_uri(text: str) -> bool:
 def plain_place(location: str) -> str:
     """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
     if not is_uri(location):
-        return str(Path(location).expanduser().absolute())
+        return escaped(str(Path(location).expanduser().absolute()))
     parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def is_hidden(relative: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden, or is one of those that macOS stores beside files."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in relative.split("/"))
 
 
 def suffix_of(name: str) -> str:
@@ -258,11 +310,10 @@ class _Handle:
             os.close(self.number)
 
 
-def _identity(path: str) -> tuple[int, int, int]:
-    """What distinguishes a file from a later one of the same name: a handle of the old one reads the old bytes."""
+def _identity(path: str) -> tuple[int, int, int, int]:
+    """A file's stamp now: a handle of an earlier file of this name reads the old bytes."""
     try:
-        stat = os.stat(path)
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return _stamp(os.stat(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read any more ({error}): was it moved or overwritten?") from error
 
@@ -285,20 +336,32 @@ def _pool_of(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="remote")
 
 
-def _walk(root: str, suffixes: Collection[str]) -> Iterator[StoredFile]:
+def _local_paths(root: str) -> Iterator[tuple[str, str]]:
+    """The absolute and the relative path of every file below a folder, and "" and the relative path of every folder."""
     seen = {os.path.realpath(root)}
     for parent, folders, files in os.walk(root, followlinks=True):
+        inside = os.path.relpath(parent, root).replace(os.sep, "/") + "/" if parent != root else ""
         kept = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(parent, name))
-            if not name.startswith((".", "__MACOSX")) and real not in seen:  # a link may lead back up
+            if real not in seen:  # a link may lead back up
                 seen.add(real)
                 kept.append(name)
+                yield "", inside + name
         folders[:] = kept
-        for name in files:
-            if not name.startswith(".") and suffix_of(name) in suffixes:
-                path = os.path.join(parent, name)
-                yield _local_file(path, os.path.relpath(path, root).replace(os.sep, "/"))
+        for name in sorted(files):
+            yield os.path.join(parent, name), inside + name
+
+
+def _outermost(folders: Sequence[str], files: Iterable[str]) -> Iterator[str]:
+    """The folders that hold none of the files, without those inside of others."""
+    used = {""}
+    for file in files:
+        while (file := file.rpartition("/")[0]) not in used:
+            used.add(file)
+    for folder in folders:
+        if folder not in used and folder.rpartition("/")[0] in used:
+            yield folder
 
 
 def _local_file(path: str, relative: str) -> StoredFile:
@@ -309,4 +372,28 @@ def _local_file(path: str, relative: str) -> StoredFile:
     problem = "" if stat.st_size else "empty"
     if not problem and not os.access(path, os.R_OK):
         problem = "no permission"
-    return StoredFile(path, relative, stat.st_size, stat.st_mtime_ns, problem)
+    size, modified, changed, inode = _stamp(stat)
+    return StoredFile(path, relative, size, modified, problem, changed, inode)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % 2**63  # some systems use all 64 bits
+
+
+_REMEDIES = {
+    "convert them to JPEG, or install pillow-heif (pip install 'mixmae[heic]'), which reads them": (".heic", ".heif"),
+    "convert them to JPEG or PNG": (".jxl", ".jp2", ".svg", ".psd", ".ai", ".eps", ".pdf", ".ico", ".tga", ".exr"),
+    "export them as JPEG or TIFF": (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"),
+    "unpack them": (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"),
+    "take frames out of them": (".mp4", ".mov", ".avi", ".mkv", ".webm"),
+}
+_REMEDY_BY_SUFFIX = {suffix: remedy for remedy, suffixes in _REMEDIES.items() for suffix in suffixes}
+
+
+def unknown_kind(relative: str) -> tuple[str, str, str]:
+    """The kind of a file that is not read, its name and the remedy."""
+    suffix = suffix_of(relative)
+    if not re.fullmatch(r"\.[a-z][a-z0-9_]{0,11}", suffix):  # photo_1, or a date with dots
+        return "files without a known suffix are left out", relative, "if they are images, let them end in .jpg or .png"
+    remedy = _REMEDY_BY_SUFFIX.get(suffix, "if they are images, let them end in .jpg or .png")
+    return f"files ending in {suffix} are left out", relative, remedy

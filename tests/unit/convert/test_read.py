@@ -57,9 +57,10 @@ def test_reads_checkpoints_with_a_yacs_config_and_ddp_names(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
     monkeypatch.setitem(sys.modules, "yacs.config", module)
     config = CfgNode({"MODEL": CfgNode({"TYPE": "swin"}), "IMG": 192})
-    torch.save({"model": {"module.norm.weight": torch.ones(3)}, "config": config}, tmp_path / "simmim.pth")
+    weights = to_official(tiny_mixmae().state_dict())
+    torch.save({"model": {f"module.{name}": v for name, v in weights.items()}, "config": config}, tmp_path / "of.pth")
     monkeypatch.undo()
-    assert read_state_dict(tmp_path / "simmim.pth").keys() == {"norm.weight"}
+    assert read_state_dict(tmp_path / "of.pth").keys() == weights.keys()
 
 
 class Calls:
@@ -80,20 +81,6 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path, save):
     with pytest.raises(ValueError, match="could run code"):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "was_run").exists()
-
-
-@pytest.mark.parametrize("name", ["noise.pth", "noise.safetensors"])
-def test_damaged_files(tmp_path, name):
-    (tmp_path / name).write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ValueError, match=name):
-        read_state_dict(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2]])
-def test_files_without_weights(tmp_path, content):
-    torch.save(content, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match="holds no weights"):
-        read_state_dict(tmp_path / "empty.pth")
 
 
 def test_changed_weights_are_noticed(tmp_path):

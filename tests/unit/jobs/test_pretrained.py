@@ -19,6 +19,7 @@ from mixmae.jobs.classification import INITIAL_FILE
 from mixmae.jobs.config import FinetuneConfig, to_json
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.record import Pretrained, RunRecord
+from mixmae.pixels import usual_normalisation
 from pipelines.recipes import FINETUNE_RECIPES
 from tests.factories import tiny_mixmae, tiny_swin, tiny_vit
 
@@ -68,9 +69,46 @@ def test_channels_and_pixels_are_the_files_unless_the_command_line_asks_for_othe
     own = tiny_swin(in_channels=1).config
     _, _, config = _read("demo_finetune", path, encoder=own)
     assert (config.encoder, config.pixel_mean) == (own, (0.1,))
-    save_encoder(path, tiny_swin(), Preprocessing(image_size=(96, 96)), overwrite=True)
-    with pytest.raises(ValueError, match=r"for 3 channels and the encoder has 1: give --encoder.in-channels 3"):
-        _read("demo_finetune", path, encoder=own)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["another architecture", "the channels alone"])
+def test_weights_are_adapted_to_the_channels_that_the_command_line_asks_for(tmp_path, capsys, own):
+    path, made = tmp_path / "rgb.safetensors", tiny_swin()
+    save_encoder(path, made, Preprocessing(image_size=(96, 96)))
+    encoder = FINETUNE_RECIPES["demo_finetune"]().encoder
+    encoder = tiny_swin(in_channels=1).config if own else replace(encoder, in_channels=1)
+    pretrained, weights, config = _read("demo_finetune", path, encoder=encoder)
+    said = capsys.readouterr().out
+    assert "for images of 3 channels, and the encoder is for 1: their first layer is summed up" in said
+    assert (config.encoder.in_channels, config.encoder.embed_dim) == (1, 16)
+    assert (config.pixel_mean, config.pixel_std) == usual_normalisation(1)
+    model = _initial_model(pretrained, weights, config, tmp_path / "run")
+    assert torch.equal(model.encoder.patch_embed.proj.weight, made.patch_embed.proj.weight.sum(dim=1, keepdim=True))
+
+
+def test_weights_for_channels_that_no_image_file_has_are_adapted(tmp_path, capsys):
+    path, made = tmp_path / "bands.safetensors", tiny_swin(in_channels=13)
+    save_encoder(path, made, Preprocessing(image_size=(96, 96), mean=(0.2,) * 13, std=(0.1,) * 13))
+    _, weights, config = _read("demo_finetune", path)
+    assert "for images of 13 channels, and the encoder is for 3" in capsys.readouterr().out
+    assert (config.encoder.in_channels, config.pixel_mean, config.pixel_std) == (3, (0.2,) * 3, (0.1,) * 3)
+    expected = made.patch_embed.proj.weight[:, :3] * 13 / 3
+    torch.testing.assert_close(weights.state["encoder.patch_embed.proj.weight"], expected)
+
+
+def test_another_set_of_the_same_file_is_other_weights(tmp_path):
+    """A continued run has those that it was begun with; those under another key have another digest."""
+    path, made = tmp_path / "both.pth", tiny_swin()
+    model = {name: value.clone() for name, value in made.state_dict().items()}
+    torch.save({"model": model, "model_ema": {name: value + 1 for name, value in model.items()}}, path)
+    usual = FINETUNE_RECIPES["demo_finetune"]()
+    plain, _, config = read_pretrained(path, usual, usual, None)
+    before = RunRecord(status="running", config=to_json(config), pretrained=plain)
+    before = RunRecord.from_json(before.to_json())
+    averaged, weights, _ = read_pretrained(path, usual, usual, before, "model_ema")
+    assert torch.equal(weights.state["encoder.norm.weight"], made.norm.weight + 1)
+    assert averaged.digest != plain.digest
+    assert read_pretrained(path, usual, usual, before)[:2] == (plain, None)
 
 
 def test_weights_at_224_px_are_for_the_windows_of_384_px(tmp_path, capsys):
@@ -95,3 +133,5 @@ def test_a_continued_run_takes_its_architecture_from_its_record(tmp_path):
     usual = FINETUNE_RECIPES["demo_finetune"]()
     now, weights, again = read_pretrained(path, usual, usual, before)
     assert (now, weights, again) == (pretrained, None, config)
+    grey = replace(usual, encoder=replace(usual.encoder, in_channels=1), pixel_mean=(0.2,), pixel_std=(0.2,))
+    assert read_pretrained(path, grey, usual, before)[2].encoder == replace(config.encoder, in_channels=1)

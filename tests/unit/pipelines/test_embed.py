@@ -26,6 +26,7 @@ def test_mistakes(error, weights, shards, tmp_path):
     out.write_text("mine")
     arguments = (weights, "--data", data, "--output", out, "--split", "train")
     assert "is there already" in error(embed.main, *arguments)
+    assert "has no weights under ema" in error(embed.main, *arguments, "--overwrite", "--weights-key", "ema")
     assert "--workers is 0" in error(embed.main, *arguments, "--workers", 0)
     assert out.read_text() == "mine"
     below = (weights, "--data", data, "--output", out / "features")

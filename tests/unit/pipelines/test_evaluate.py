@@ -18,6 +18,7 @@ def test_mistakes(error, tmp_path, shards, classifier):
     save_encoder(tmp_path / "encoder.safetensors", tiny_swin(), Preprocessing(image_size=(96, 96)))
     assert "without a classifier" in refused(tmp_path / "encoder.safetensors", "--data", shards("a", LABELS))
     assert "--data SOURCE" in refused(classifier)
+    assert "has no weights under ema" in refused(classifier, "--weights-key", "ema")
     assert "no labels to judge by" in refused(classifier, "--data", shards("b", None))
     text = refused(classifier, "--data", shards("c", [*LABELS, 4]))
     assert "has the label 4, but the model knows 4 classes" in text

@@ -128,6 +128,30 @@ def test_the_folder_of_a_sweep_is_exported(tmp_path, monkeypatch):
     assert (out / "hub" / "panel.png").read_bytes() == b"panel"
 
 
+def test_one_of_several_sets_of_weights_is_exported(tmp_path, error, capsys):
+    made = tiny_swin()
+    average = {name: value + 1 for name, value in made.state_dict().items()}
+    torch.save({"model": made.state_dict(), "model_ema": average}, tmp_path / "both.pth")
+    export(tmp_path / "both.pth", tmp_path / "usual")
+    assert "reading the trained weights, under model; the file has 2 sets of weights" in capsys.readouterr().out
+    assert same(load_encoder(tmp_path / "usual" / "encoder.safetensors")[0].state_dict(), made.state_dict())
+    export(tmp_path / "both.pth", tmp_path / "average", "--weights-key", "model_ema")
+    encoder, metadata = load_encoder(tmp_path / "average" / "encoder.safetensors")
+    assert torch.equal(encoder.norm.weight, average["norm.weight"])
+    assert metadata.source["key"] == "model_ema"
+    sentence = error(main, tmp_path / "both.pth", "--weights-key", "teacher")
+    assert "has no weights under teacher, but under model, model_ema" in sentence
+
+
+def test_a_file_with_one_channel_or_thirteen_is_exported(tmp_path):
+    for channels in (1, 13):
+        torch.save(tiny_swin(in_channels=channels).state_dict(), tmp_path / "bands.pth")
+        export(tmp_path / "bands.pth", tmp_path / f"{channels}", "--mean", *[0.25] * channels)
+        preprocessing = load_encoder(tmp_path / f"{channels}" / "encoder.safetensors")[1].preprocessing
+        assert preprocessing.mean == (0.25,) * channels
+        assert len(preprocessing.std) == channels
+
+
 def test_a_run_without_a_checkpoint(tmp_path, error):
     (tmp_path / "run.json").write_text("{}")
     assert "a run without a checkpoint yet" in error(main, tmp_path)

@@ -31,6 +31,10 @@ class TestMistakes:
         text = error(finetune.main, "mixmae_swin_base_300ep", code=2)
         assert "mixmae_swin_base_finetune_100ep" in text
 
+    def test_a_key_without_weights(self, error):
+        text = error(finetune.main, "demo_finetune", "--weights-key", "model_ema")
+        assert "--weights-key is for the weights of --pretrained" in text
+
     def test_no_labels(self, error, shards):
         text = error(finetune.main, "demo_finetune", "--data", shards("set", None))
         assert "has no labels" in text

@@ -20,6 +20,7 @@ def test_numbers_out_of_range(error, weights, shards):
     data = shards("set", LABELS)
     for flags, sentence in (
         (("--k", 0), "k is 0"),
+        (("--weights-key", "model_ema"), "has no weights under model_ema"),
         (("--k", 99), "--k is 99, but there are only 54 training images"),
         (("--train-images", 0), "--train-images is 0"),
         (("--train-images", 2, "--k", 1), "validation images have none among the 2 training images that vote"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -220,3 +221,59 @@ def test_a_grey_jpeg_that_was_stored_in_colour_has_none(picture):
     assert not has_colour(decode_rgb(encoded(grey, "JPEG", quality=50)))
     grey.paste((200, 30, 30), (0, 0, 5, 5))  # 1 % of the pixels
     assert has_colour(decode_rgb(encoded(grey, "PNG")))
+
+
+def turned(orientation: int, file_format: str, **options: object) -> bytes:
+    """A picture of 100 x 60 px with a red corner top left, stored with an orientation."""
+    pixels = np.full((60, 100, 3), 90, np.uint8)
+    pixels[:20, :30] = 255, 0, 0
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(out, file_format, exif=exif, **options)
+    return out.getvalue()
+
+
+RED_CORNER = {
+    **{1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"},
+    **{5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"},
+}
+"""Where the first pixel is to be seen.   Source: EXIF 2.3, tag 0x0112."""
+
+
+@pytest.mark.parametrize("orientation", RED_CORNER)
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        *[("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("AVIF", {"quality": 90})],
+        *[("TIFF", {"compression": kind}) for kind in (None, "tiff_lzw", "packbits", "jpeg")],
+    ],
+)
+def test_every_format_is_turned_upright_once(orientation, file_format, options):
+    data = turned(orientation, file_format, **options)
+    pixels = decode_rgb(data)
+    size = (100, 60) if orientation >= 5 else (60, 100)
+    assert pixels.shape[:2] == size == image_size(data) == read_header(data)[:2]
+    corners = {"top left": pixels[:8, :8], "top right": pixels[:8, -8:]}
+    corners |= {"bottom left": pixels[-8:, :8], "bottom right": pixels[-8:, -8:]}
+    red = [name for name, corner in corners.items() if corner[..., 0].mean() > 200 and corner[..., 1].mean() < 60]
+    assert red == [RED_CORNER[orientation]]
+    box = decode_box(data, read_header(data), (10, 20, 30, 25))
+    assert np.abs(box.astype(int) - pixels[10:40, 20:45]).max() <= 2  # JPEG's edges
+
+
+def test_orientations_that_are_written_oddly():
+    png = turned(6, "PNG")
+    chunks, at = [], 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        chunks.append(png[at : at + 12 + length])
+        at += 12 + length
+    exif = next(chunk for chunk in chunks if chunk[4:8] == b"eXIf")
+    rest = [chunk for chunk in chunks if chunk is not exif]
+    behind = png[:8] + b"".join([*rest[:-1], exif, rest[-1]])  # after the pixels
+    assert image_size(behind) == decode_rgb(behind).shape[:2] == (100, 60)
+    jpeg = turned(6, "JPEG")
+    entry = jpeg.index(struct.pack(">HHI", 0x0112, 3, 1))
+    for kind, value in ((4, struct.pack(">I", 6)), (1, b"\6\0\0\0")):  # a long or a byte instead of a short
+        written = jpeg[:entry] + struct.pack(">HHI", 0x0112, kind, 1) + value + jpeg[entry + 12 :]
+        assert image_size(written) == decode_rgb(written).shape[:2] == (100, 60)

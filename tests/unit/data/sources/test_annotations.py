@@ -276,3 +276,29 @@ def test_images_alone_are_taken_without_classes(write):
     for unlabelled in (place / "train_val2018", f"{place}/train_val*/*/*/*.jpg"):
         source = open_source(unlabelled)
         assert (source.num_rows, source.has_labels) == (18, False)
+
+
+def test_tiny_imagenet(write):
+    files: dict[str, Any] = {"wnids.txt": "n02\nn01\n", "words.txt": "n01\tfish\nn02\tfrog\n"}
+    for number in range(8):
+        name = f"n0{number % 2 + 1}"
+        files[f"train/{name}/images/{name}_{number}.JPEG"] = number
+        files[f"train/{name}/{name}_boxes.txt"] = f"{name}_{number}.JPEG\t0\t0\t9\t9\n"
+        files[f"val/images/val_{number}.JPEG"] = 100 + number
+        files[f"test/images/test_{number}.JPEG"] = 200 + number
+    lines = [f"val_{number}.JPEG\tn0{2 - number % 2}\t0\t0\t9\t9\n" for number in range(8)]
+    folder = write("tiny", files | {"val/val_annotations.txt": "".join(lines)})
+    assert list_splits(folder) == ("train", "validation", "test")
+    assert open_source(folder).class_names == ("n01", "n02")
+    assert open_source(folder).read_labels().tolist() == [0] * 4 + [1] * 4
+    assert open_source(folder, "validation").read_labels().tolist() == [1, 0] * 4
+    assert set(open_source(folder, "test").read_labels()) == {-1}
+    notes = [note.what for met in open_source(folder).met for note in met.notes]
+    assert notes == ["images of the split test have no class"]
+    made = make_shards(folder, folder.parent / "shards", report=lambda line: None)
+    assert read_classes(open_source(made.folder), open_source(made.folder, "validation")) == ["n01", "n02"]
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\n")
+    with pytest.raises(
+        DataError, match=r"line 1 of .*val_annotations\.txt is .* not an image and one of the 2 classes"
+    ):
+        open_source(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,3 +129,97 @@ def test_columns_that_change_between_files(write_shards):
 def test_no_rows(write_shards):
     with pytest.raises(DataError, match="hold no rows"):
         open_source(write_shards(0))
+
+
+LABELS = [row % 4 for row in range(12)]
+CLASSES = ("class0", "class1", "class2", "class3")
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "class_names"),
+    [
+        (pa.array([float("nan") if row == 9 else float(row % 4) for row in range(12)]), [*LABELS[:9], -1, 2, 3], None),
+        (pa.array([None if row == 9 else float(row % 4) for row in range(12)]), [*LABELS[:9], -1, 2, 3], None),
+        (pa.array([f"class{label}" for label in LABELS]), LABELS, CLASSES),
+        (pa.array([f"class{label}" for label in LABELS]).dictionary_encode(), LABELS, CLASSES),
+        (pa.array([f"class{label}" for label in LABELS], pa.large_string()), LABELS, CLASSES),
+        (pa.array([str(label) for label in LABELS]), LABELS, None),
+        (pa.array(LABELS).dictionary_encode(), LABELS, None),
+        (pa.array([label == 2 for label in LABELS]), [int(label == 2) for label in LABELS], ("false", "true")),
+        (pa.array(LABELS, pa.uint8()), LABELS, None),
+        (pa.array([*LABELS[:9], 2**64 - 1, 2, 3], pa.uint64()), [*LABELS[:9], -1, 2, 3], None),
+    ],
+)  # fmt: skip
+def test_label_columns_of_any_type(tmp_path, make_jpeg, column, labels, class_names):
+    images = pa.array([{"bytes": make_jpeg(row), "path": f"{row}.jpg"} for row in range(12)])
+    pq.write_table(pa.table({"image": images, "label": column}), tmp_path / "train-0.parquet", row_group_size=5)
+    source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    assert [sample.label for sample in all_samples(source)] == labels
+    assert source.read_labels().tolist() == labels
+    assert source.class_names == class_names
+    assert source.has_labels
+
+
+def test_names_of_classes_are_numbered_over_all_files_and_splits(tmp_path, make_jpeg):
+    for split, names in (("train", ["dog", "emu"]), ("train2", ["dog", None]), ("val", ["cat", "emu"])):
+        columns = {"image": [make_jpeg(0), make_jpeg(1)], "label": names}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    assert open_source(tmp_path).read_labels().tolist() == [1, 2, 1, -1]
+    assert open_source(tmp_path, "validation").read_labels().tolist() == [0, 2]
+    assert open_source(tmp_path, "validation").class_names == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize(
+    ("column", "note"),
+    [
+        (
+            pa.array([[0], [1, 2], [1]]),
+            "columns of labels cannot be read, 'label' of type list<element: int64>: 1 (train.parquet); store a number",
+        ),
+        (
+            pa.array([0.5, 1.0, 2.0]),
+            "values of the column 'label' are no whole numbers, and their images have no class: 1 (0.5); number the",
+        ),
+    ],
+)
+def test_label_columns_that_cannot_be_read_are_named(tmp_path, make_jpeg, column, note):
+    pq.write_table(
+        pa.table({"image": [make_jpeg(row) for row in range(3)], "label": column}), tmp_path / "train.parquet"
+    )
+    (met,) = open_source(tmp_path).met
+    assert str(met.notes[0]).replace(f"{tmp_path}/", "").startswith(note)
+
+
+def test_image_columns_of_two_types_in_one_folder(tmp_path, make_jpeg):
+    first = pa.table(
+        {"image": [{"bytes": make_jpeg(row), "path": f"{row}.jpg"} for row in range(3)], "label": [0, 1, 2]}
+    )
+    second = pa.table({"image": [make_jpeg(row) for row in (3, 4)], "label": pa.array([1, 0], pa.int32())})
+    pq.write_table(first, tmp_path / "train-0.parquet")
+    pq.write_table(second, tmp_path / "train-1.parquet")
+    source = open_source(tmp_path)
+    assert [(sample.data, sample.label) for sample in all_samples(source)] == [
+        (make_jpeg(row), label) for row, label in enumerate((0, 1, 2, 1, 0))
+    ]
+    for column, message in (
+        ({"image": ["a.jpg"], "label": [0]}, r"'image' of .*train-2\.parquet is string, which holds no image files"),
+        ({"image": [make_jpeg(0)], "label": ["cat"]}, r"'label' of .*train-2\.parquet is string, and in train-0\.parq"),
+    ):
+        pq.write_table(pa.table(column), tmp_path / "train-2.parquet")
+        with pytest.raises(DataError, match=message):
+            open_source(tmp_path)
+
+
+def test_images_that_are_only_named(tmp_path, make_jpeg):
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    only_paths = pa.array([{"bytes": None, "path": f"/data/{row}.jpg"} for row in range(4)], struct)
+    pq.write_table(pa.table({"image": only_paths, "label": [0, 1, 0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(
+        DataError, match=r"the images are not in .*train\.parquet: the column 'image' holds only their pat"
+    ):
+        open_source(tmp_path)
+    some = pa.array([{"bytes": make_jpeg(0), "path": "0.jpg"}, None], struct)
+    pq.write_table(pa.table({"image": some}), tmp_path / "train.parquet")
+    assert [str(note) for note in open_source(tmp_path).met[0].notes] == [
+        "rows have no image: 1 (one in the column 'image'); store its bytes"
+    ]

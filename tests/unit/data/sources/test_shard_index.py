@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, write_shard
-from mixmae.data.source import DataError, read_rows
+from mixmae.data.source import read_rows
 from mixmae.data.sources import open_source
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, load_index
@@ -82,8 +82,9 @@ def test_a_shard_that_is_written_again_needs_its_own_sidecar(folder, make_jpeg):
     images = [StoredImage(make_jpeg(1000 + row), "", 0) for row in range(100)]
     write_shard(folder / shard_name("train", 0, 2), images, shard_schema(list("abc")))
     assert open_source(folder).read(0, [3])[0].data == make_jpeg(1003)
-    with pytest.raises(DataError, match=r"has changed since it was opened|is shorter than"):
-        old.read(0, range(64))
+    assert {sample.problem.partition(" ")[2] for sample in old.read(0, range(64))} == {
+        "has changed since it was opened"
+    }
     (folder / f"train-00000-of-00002{INDEX_SUFFIX}").write_bytes(stale)
     assert open_source(folder).stamps[0] is None
     assert open_source(folder).read(0, [3])[0].data == make_jpeg(1003)
