@@ -91,7 +91,7 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
     except KeyboardInterrupt:
         status = "KILLED"
         print("\nInterrupted. The same command begins again.", flush=True)
-        return 130
+        return run.exit_status
     finally:
         with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
             tags = {"checkpoint": str(run.folder.best)} if metrics else {}

@@ -35,10 +35,10 @@ class Watchdog:
         stacks: Path,
         report: Callable[[str], None],
         *,
-        least_s: float = LEAST_S,
+        least_s: float | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        self._stacks, self._report, self._least_s, self._end = stacks, report, least_s, end
+        self._stacks, self._report, self._least_s, self._end = stacks, report, least_s or LEAST_S, end
         self._last = time.monotonic()
         self._gaps: deque[float] = deque(maxlen=50)
         self._paused = 0
