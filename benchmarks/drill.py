@@ -311,7 +311,7 @@ def nan_for_ever(ground: Ground) -> Outcome:
     assert status == 1, run.text
     assert "going back to the last checkpoint" in run.text, run.text
     assert list_checkpoints(output / "checkpoints")[0].name == "step_0000030"
-    assert (output / "diverged" / "batch.pt").is_file()
+    assert (output / "diverged" / "rank0" / "batch.pt").is_file()
     return Outcome("losses of NaN from step 34 on", None, None, f"exit status {status}: {_line(run, 'has diverged')}")
 
 

@@ -269,7 +269,7 @@ def train(
         seen = (state.step - first_step) * config.batch_size
         logs = state.step % config.log_every_steps == 0 or finished or state.step == 1
         if device.type == "cpu" or logs:  # on a GPU the host would wait for the step
-            health.refuse(config.max_bad_steps, state.step, batch)
+            health.refuse(config.max_bad_steps, state.step, batch, first_sample)
         if state.step == early_step and not logs:
             logs = config.is_hopeless(state.broken_images - broken_before + len(gather(broken)), seen)
         if logs:
@@ -323,10 +323,12 @@ DIVERGED = (
 class Diverged(RuntimeError):
     """The gradient was not finite for several steps in a row; the weights are those before the first of them."""
 
-    def __init__(self, first_step: int, step: int, batch: Batch) -> None:
-        """Args: first_step, step: finished steps before the first bad step and after the last.  batch: of the last."""
+    def __init__(self, first_step: int, step: int, batch: Batch, first_sample: int) -> None:
+        """Args: first_step, step: finished steps before the first bad step and after the last.
+        batch, first_sample: this worker's last micro-batch, and the index of its first image in the global batch.
+        """
         super().__init__(f"The gradient was not finite in the steps {first_step + 1} to {step}")
-        self.first_step, self.step, self.batch = first_step, step, batch
+        self.first_step, self.step, self.batch, self.first_sample = first_step, step, batch, first_sample
 
 
 class _Health:
@@ -359,11 +361,11 @@ class _Health:
         self._skipped.zero_()
         return skipped
 
-    def refuse(self, limit: int, step: int, batch: Batch) -> None:
-        """Raise Diverged after too many bad steps in a row.   Args: step: finished steps.  batch: of the last one."""
+    def refuse(self, limit: int, step: int, batch: Batch, first_sample: int) -> None:
+        """Raise Diverged after too many bad steps in a row.   Args: step: finished ones.  The others: as of Diverged."""
         in_row = int(self._in_row.item())
         if in_row >= limit:
-            raise Diverged(step - in_row, step, batch)
+            raise Diverged(step - in_row, step, batch, first_sample)
 
 
 def _is_late(minutes: float | None, saved_at: float, device: torch.device) -> bool:

@@ -41,7 +41,7 @@ from mixmae.training.checkpoint import (
     step_of,
     verify,
 )
-from mixmae.training.diverged import write_batch
+from mixmae.training.diverged import write_diverged
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import EvaluationSkipped, Interrupted, TrainingStopped
 from mixmae.training.interrupt import signals
@@ -314,11 +314,9 @@ def _run_worker(
                     went_back.add(bad.first_step)
                     events.note(f"{bad}: going back to the last checkpoint")
                     continue
-                stopped = f"{bad}: {DIVERGED}"
-                if rank == 0:
-                    dump = checkpoints.parent / "diverged"
-                    write_batch(dump, model=model, batch=bad.batch, step=bad.step, describe=job.describe())
-                    stopped += f" The last batch and the weights before it are in {dump}: pipelines/replay.py runs it."
+                dump = checkpoints.parent / "diverged"
+                write_diverged(dump / f"rank{rank}", job=job, model=model, bad=bad)
+                stopped = f"{bad}: {DIVERGED} pipelines/replay.py runs the last of them, which is kept in {dump}."
                 break
             except TrainingStopped as stop:
                 stopped = str(stop)
