@@ -9,6 +9,7 @@ state.json          config, and which step and seed it was
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,8 @@ def replay(folder: Path) -> tuple[float, list[str]]:
     generator = torch.Generator().manual_seed(step_seed(seed, "step", step))
     torch.manual_seed(step_seed(seed, "modules", step, first))
     model.train()
-    with torch.autograd.set_detect_anomaly(True):
+    with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the whole trace of the forward pass: its error has the function's name
         loss = job.step(model, batch, generator, first).loss
         if not _is_finite(loss):
             found.append("the loss")

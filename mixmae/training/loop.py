@@ -362,7 +362,7 @@ class _Health:
         return skipped
 
     def refuse(self, limit: int, step: int, batch: Batch, first_sample: int) -> None:
-        """Raise Diverged after too many bad steps in a row.   Args: step: finished ones.  The others: as of Diverged."""
+        """Raise Diverged after too many bad steps in a row.   Args: step: finished ones; the others as of Diverged."""
         in_row = int(self._in_row.item())
         if in_row >= limit:
             raise Diverged(step - in_row, step, batch, first_sample)

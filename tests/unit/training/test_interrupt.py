@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 
@@ -47,11 +46,9 @@ def test_the_work_is_asked_to_end_and_its_result_is_returned(number):
 def test_before_the_start_there_is_nothing_to_wait_for():
     with signals() as request:
         later(0.3, signal.SIGTERM)
-        started = time.monotonic()
         with pytest.raises(Interrupted) as caught:
-            request.run(lambda: time.sleep(20), Mailbox(), set())
+            request.run(threading.Event().wait, Mailbox(), set())  # for ever
         assert caught.value.exit_status == 143
-        assert time.monotonic() - started < 10  # and not the 20 s of the work
 
 
 def test_a_second_signal_does_not_wait():
@@ -59,7 +56,7 @@ def test_a_second_signal_does_not_wait():
         later(0.2, signal.SIGINT)
         later(0.8, signal.SIGINT)
         with pytest.raises(Interrupted) as caught:
-            request.run(lambda: time.sleep(20), Mailbox(), {"started"})
+            request.run(threading.Event().wait, Mailbox(), {"started"})
         assert caught.value.exit_status == 130
 
 
@@ -78,4 +75,4 @@ def test_a_pause_ends_with_a_signal():
     with signals() as request:
         later(0.2, signal.SIGTERM)
         with pytest.raises(Interrupted):
-            request.sleep(20)
+            request.sleep(1e9)
