@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ArgumentsT = TypeVar("ArgumentsT")
 
+TRY_AGAIN = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
+"""Exit status of a run whose workers failed more often than they may: a scheduler may start the command again. 1: it
+would fail again; 2: the command line is wrong; 128 + N: signal N ended it, and the same command continues."""
 FORMER_FLAGS = {"--loop.panel-every-epochs": "--loop.evaluate-every-epochs", "--resize-share": "--crop-pct"}
 """Flags that were renamed, by their names in earlier versions, which are still understood."""
 
@@ -146,7 +149,8 @@ def _run(action: Callable[[], int]) -> int:
     except WorkersFailed as error:
         fail(
             f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "
-            f"dashboard or {ray_folder()}/session_latest). The same command continues from the last checkpoint."
+            f"dashboard or {ray_folder()}/session_latest). The same command continues from the last checkpoint.",
+            code=TRY_AGAIN,
         )
     except (ValueError, OSError, TrainingStopped) as error:
         fail(error)

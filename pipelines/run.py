@@ -26,7 +26,7 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import RunConfig, differences, to_json
+from mixmae.jobs.config import RunConfig, completed, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
@@ -354,6 +354,8 @@ def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -
     before = read_begun(folder)
     if before is None and arguments.resume:
         raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    if before is not None:
+        before = replace(before, config=completed(before.config, arguments.config))
     refuse_changes(before, record, folder.path)
     return before
 

@@ -81,7 +81,7 @@ def replay(folder: Path) -> tuple[float, list[str]]:
         for name, value in model.named_parameters()
         if value.grad is not None and not _is_finite(value.grad)
     ]
-    return float(loss), found
+    return loss.item(), found
 
 
 def _is_finite(value: Any) -> bool:

@@ -140,6 +140,20 @@ class Events(Protocol):
         """A sign of life: a batch has come, or a step is done."""
 
 
+class Silent:
+    """Events of which nothing comes: the base of those that need only some."""
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None: ...
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        return {}
+
+    def save(self, state: TrainState) -> None: ...
+    def asked(self, step: int) -> Literal["", "save", "stop"]:
+        return ""
+
+    def beat(self) -> None: ...
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """Where a run is: all that a checkpoint needs besides weights and optimiser."""

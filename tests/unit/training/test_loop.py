@@ -15,7 +15,7 @@ from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
-from mixmae.training.loop import Diverged, LoopConfig, TrainState, step_seed, train
+from mixmae.training.loop import Diverged, LoopConfig, Silent, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import run_length
 
@@ -24,7 +24,7 @@ NUM_IMAGES = 40
 
 
 @dataclass
-class Seen:
+class Seen(Silent):
     """Events that keep what they are told."""
 
     logs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -42,11 +42,6 @@ class Seen:
 
     def save(self, state: TrainState) -> None:
         self.saves.append(state.step)
-
-    def asked(self, step: int) -> str:
-        return ""
-
-    def beat(self) -> None: ...
 
 
 class Net(nn.Module):
