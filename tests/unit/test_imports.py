@@ -99,7 +99,7 @@ def test_importing_the_library_loads_neither_ray_nor_mlflow():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("pipeline", ["stats", "make_shards"])
+@pytest.mark.parametrize("pipeline", ["stats", "make_shards", "status", "doctor"])
 def test_help_of_what_needs_no_model_loads_no_torch(pipeline):
     help_then_print = f"""
 import contextlib, sys
