@@ -6,11 +6,9 @@ A pipeline passes a TrainingJob; everything that is particular to a task or to M
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +28,7 @@ from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpo
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import EvaluationSkipped, TrainingStopped, WorkersFailed
 from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainState, gather, step_seed, train
-from mixmae.training.mailbox import Message, open_mailbox, reading
+from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
 
@@ -39,7 +37,8 @@ class Tracker(Protocol):
     """Where rank 0 logs to."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-    def log_image(self, image: Image.Image, key: str, step: int) -> None: ...
+    def log_panel(self, image: Image.Image, step: int) -> None: ...
+    def sync(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -88,7 +87,7 @@ class TrainingJob(Protocol):
         """A picture of held-out images and the metrics that come with it, on rank 0 alone; None: nothing to draw."""
 
     def open_tracker(self) -> Tracker:
-        """The tracker of rank 0."""
+        """The tracker of rank 0. None of its methods raises or waits for a server: it must not stop training."""
 
     def describe(self) -> dict[str, Any]:
         """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
@@ -169,7 +168,7 @@ def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return _run_worker(**settings)
     except Exception as error:
         line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_first_line(error)}"
-        ray.get(settings["mailbox"].put.remote(("failed", line)))
+        deliver(settings["mailbox"], ("failed", line))
         raise
 
 
@@ -254,16 +253,10 @@ class _WorkerEvents:
     ) -> None:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
-        # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
-        self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
+        self._tracker = job.open_tracker() if rank == 0 else None
         self._reported_skip = False
         self._num_left_out = 0
         self.references: Mapping[str, float] = {}
-
-    @property
-    def _tracker(self) -> Tracker | None:
-        """Of rank 0, else None."""
-        return None if self._opening is None else self._opening.result()
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if self._tracker is None:
@@ -282,10 +275,7 @@ class _WorkerEvents:
         if metrics:
             self._tracker.log_metrics(curve_names(metrics), step)
         if image is not None:
-            self._tracker.log_image(image, "reconstruction", step)
-            png = io.BytesIO()
-            image.save(png, format="PNG")
-            self._mailbox.put.remote(("panel", (step, png.getvalue())))
+            self._tracker.log_panel(image, step)
         return {**measured, **metrics}
 
     def measure(self, step: int) -> dict[str, float]:
@@ -341,6 +331,8 @@ class _WorkerEvents:
         if self._rank != 0:
             ray.train.report({"step": state.step}, checkpoint_dir_name=name)
             return
+        assert self._tracker is not None
+        self._tracker.sync()
         with tempfile.TemporaryDirectory(prefix="mixmae_checkpoint_") as parent:
             local = Path(parent) / name
             described = self._job.describe() | {"position": vars(state)}
@@ -357,7 +349,7 @@ class _WorkerEvents:
         if self._tracker is not None:
             self._tracker.close()
             # An actor takes one caller's messages in order: once this one is there, all are.
-            ray.get(self._mailbox.put.remote(("closed", None)))
+            deliver(self._mailbox, ("closed", None))
 
 
 def _entries(broken: Sequence[BrokenImage]) -> list[dict[str, Any]]:
