@@ -123,7 +123,8 @@ class Sender:
         self._queue: deque[tuple[Entry, int]] = deque()
         self._kept: dict[Path, str] = {}
         self._is_checked = False  # whether the store has said that it has the run
-        self._trouble: TrackingError | None = None
+        self.trouble: TrackingError | None = None
+        """Why the last try failed, until one succeeds."""
         self._failures = 0
         self._progress_at = time.monotonic()
         self._tried, self._closing, self._stopped = threading.Event(), threading.Event(), threading.Event()
@@ -145,7 +146,7 @@ class Sender:
         Raises: TrackingError if MLflow has never had the run and answers otherwise than it should.
         """
         self._tried.wait(START_SQLITE_S if self._sent.uri.startswith("sqlite:") else START_S)
-        trouble = self._trouble
+        trouble = self.trouble
         if self.ref is None and trouble is not None and not isinstance(trouble, StoreAway):
             self._stopped.set()
             raise trouble
@@ -178,7 +179,7 @@ class Sender:
             return None
         return (
             f"MLflow at {self._sent.uri} lacks {backlog(self._folder)} points and the end of the run: {JOURNAL} keeps "
-            f"them, and the same command sends them once it answers.{f' ({self._trouble})' if self._trouble else ''}"
+            f"them, and the same command sends them once it answers.{f' ({self.trouble})' if self.trouble else ''}"
         )
 
     def _work(self) -> None:
@@ -190,7 +191,7 @@ class Sender:
                 continue
             if self._failures > 1:
                 _say(f"note: MLflow at {self._sent.uri} answers again")
-            self._failures, self._trouble = 0, None
+            self._failures, self.trouble = 0, None
             self._tried.set()
             if is_more:
                 self._progress_at = time.monotonic()
@@ -201,11 +202,11 @@ class Sender:
 
     def _fail(self, error: Exception) -> None:
         """Note that a try has failed, and wait for the next one."""
-        self._trouble = error if isinstance(error, TrackingError) else explain(self._sent.uri, error)
+        self.trouble = error if isinstance(error, TrackingError) else explain(self._sent.uri, error)
         self._failures += 1
         self._is_checked = False
         if self._failures == 2 and not self._closing.is_set():  # of a single failure nobody has to know
-            _say(f"note: MLflow is away, training goes on without it: {self._trouble}")
+            _say(f"note: MLflow is away, training goes on without it: {self.trouble}")
         self._tried.set()
         self._closing.wait(min(MAX_PAUSE_S, 2.0 ** min(self._failures, 10) / 2))
         if self._closing.is_set():
