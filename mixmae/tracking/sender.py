@@ -23,6 +23,7 @@ from PIL import Image
 from mixmae.machine import settle_environment
 from mixmae.tracking.journal import (
     JOURNAL,
+    SENT,
     Entry,
     Journal,
     Reader,
@@ -88,7 +89,7 @@ def send_rest(folders: Iterable[Path], uri: str | None = None) -> str | None:
         if uri is not None and sent.run is None:
             Sent(uri=uri).write(folder)
         elif not sent.uri:
-            continue
+            return f"{folder / SENT} is missing or damaged: give --mlflow-uri, and all of the run is sent there."
         if left := Sender(folder).close():
             return left
     return None

@@ -65,8 +65,6 @@ def test_mlflow_stands_still_dies_and_comes_back(photos, tmp_path, mlflow_db):
         again = run("demo", "--output", output, *arguments, cwd=tmp_path)
         assert again.returncode == 0, again.stdout + again.stderr
         assert "MLflow was behind; it has got" in again.stdout
-        last = run("demo", "--output", output, *arguments, cwd=tmp_path)
-        assert "MLflow was behind" not in last.stdout
 
         client = MlflowClient(tracking_uri=server.address)
         (experiment,) = client.search_experiments(filter_string="name = 'mixmae-pretrain'")
