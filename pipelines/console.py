@@ -59,8 +59,6 @@ class ProgressView:
             self.record(content)
         elif kind == "evaluation":
             self.evaluation(content)
-        elif kind == "panel":
-            folder.keep_panel(*content)
         elif kind == "broken":
             for entry in folder.add_broken(content)[:3]:
                 self.line(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")

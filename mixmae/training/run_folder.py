@@ -6,6 +6,8 @@ progress.json, restarts.jsonl   how far it is, and how often workers failed (mix
 checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
 panels/step_N.png       pictures of held-out images
+metrics.jsonl           the journal of all that is logged (mixmae.tracking.journal)
+metrics.sent            how much of it MLflow has
 evaluations.jsonl       metrics of each evaluation, with the step; a step that was trained again is there again
 probe.png               curves of the probe, in pretraining
 broken_images.jsonl     the ledger: images that could not be decoded
@@ -90,11 +92,6 @@ class RunFolder:
             lines.write(json.dumps(metrics) + "\n")
         by_step = {entry["step"]: entry for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
         return [by_step[step] for step in sorted(by_step)]
-
-    def keep_panel(self, step: int, png: bytes) -> None:
-        """Write the panel drawn after a step."""
-        (self.path / "panels").mkdir(exist_ok=True)
-        (self.path / "panels" / f"step_{step:07d}.png").write_bytes(png)
 
     def last_panel(self) -> Path | None:
         """The newest panel's file."""

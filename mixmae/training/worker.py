@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -56,7 +54,7 @@ from mixmae.training.loop import (
     step_seed,
     train,
 )
-from mixmae.training.mailbox import Message, open_mailbox, reading
+from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.saving import CheckpointWriter
 from mixmae.training.schedule import RunLength
@@ -71,7 +69,8 @@ class Tracker(Protocol):
     """Where rank 0 logs to."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-    def log_image(self, image: Image.Image, key: str, step: int) -> None: ...
+    def log_panel(self, image: Image.Image, step: int) -> None: ...
+    def sync(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -120,7 +119,7 @@ class TrainingJob(Protocol):
         """A picture of held-out images and the metrics that come with it, on rank 0 alone; None: nothing to draw."""
 
     def open_tracker(self) -> Tracker:
-        """The tracker of rank 0."""
+        """The tracker of rank 0. None of its methods raises or waits for a server: it must not stop training."""
 
     def describe(self) -> dict[str, Any]:
         """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
@@ -236,8 +235,7 @@ def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return _run_worker(**settings)
     except Exception as error:
         line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_innermost(error)}"
-        with contextlib.suppress(Exception):
-            ray.get(settings["mailbox"].put.remote(("failed", line)), timeout=5)
+        deliver(settings["mailbox"], ("failed", line))
         raise
 
 
@@ -390,8 +388,7 @@ class _WorkerEvents:
     ) -> None:
         self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
-        # MLflow takes seconds to import: in the meantime the untrained model is evaluated.
-        self._opening = ThreadPoolExecutor(1).submit(job.open_tracker) if rank == 0 else None
+        self._tracker = job.open_tracker() if rank == 0 else None
         self._reported_skip = False
         self._num_left_out = 0
         self._is_stopping = self._wants_checkpoint = self.has_checkpoint = False
@@ -415,7 +412,7 @@ class _WorkerEvents:
 
     def failed(self, line: str) -> None:
         """Send the reason of this worker's end, from any rank, and see that it arrives."""
-        ray.get(self._mailbox.put.remote(("failed", f"rank {self._rank}: {line}")), timeout=10)
+        deliver(self._mailbox, ("failed", f"rank {self._rank}: {line}"))
 
     def beat(self) -> None:
         self.watchdog.beat()
@@ -431,11 +428,6 @@ class _WorkerEvents:
         if self._rank == 0 and self._is_stopping and not store.check([_STOP_KEY]):
             store.set(_STOP_KEY, str(step + 1))
         return "stop" if store.check([_STOP_KEY]) and step >= int(store.get(_STOP_KEY)) else ""
-
-    @property
-    def _tracker(self) -> Tracker | None:
-        """Of rank 0, else None."""
-        return None if self._opening is None else self._opening.result()
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
         if _MAY_BE_PREEMPTED:  # all workers ask together
@@ -462,10 +454,7 @@ class _WorkerEvents:
         if metrics:
             self._tracker.log_metrics(curve_names(metrics), step)
         if image is not None:
-            self._tracker.log_image(image, "reconstruction", step)
-            png = io.BytesIO()
-            image.save(png, format="PNG")
-            self._mailbox.put.remote(("panel", (step, png.getvalue())))
+            self._tracker.log_panel(image, step)
         return {**measured, **metrics}
 
     def measure(self, step: int) -> dict[str, float]:
@@ -521,6 +510,8 @@ class _WorkerEvents:
         self.has_checkpoint = True
         metrics = {**state.metrics, "step": state.step}
         if self._rank == 0:
+            assert self._tracker is not None
+            self._tracker.sync()  # what was logged up to this step outlives the step
             described = self._job.describe() | {"position": copy.deepcopy(vars(state))}
             with self.watchdog.paused():
                 pause_s = self.writer.save(
@@ -530,8 +521,7 @@ class _WorkerEvents:
                     average=self._average,
                     state=described,
                 )
-            if self._tracker is not None:
-                self._tracker.log_metrics({"perf/checkpoint_pause_s": pause_s}, state.step)
+            self._tracker.log_metrics({"perf/checkpoint_pause_s": pause_s}, state.step)
             self._mailbox.put.remote(("saved", state.step))
         ray.train.report(metrics if self._rank == 0 else {"step": state.step})
 
@@ -547,10 +537,8 @@ class _WorkerEvents:
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
-        if self._rank == 0:
-            with contextlib.suppress(Exception):
-                # An actor takes one caller's messages in order: once this one is there, all are.
-                ray.get(self._mailbox.put.remote(("closed", None)), timeout=10)
+            # An actor takes one caller's messages in order: once this one is there, all are.
+            deliver(self._mailbox, ("closed", None))
 
 
 def _entries(broken: Sequence[BrokenImage]) -> list[dict[str, Any]]:
