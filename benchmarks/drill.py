@@ -53,10 +53,13 @@ class FaultyJob(PretrainJob):
     steps: tuple[int, ...] = ()
     marks: str = ""
 
+    def build_model(self) -> torch.nn.Module:
+        if self.kind == "hang":
+            watchdog.LEAST_S = 8.0  # before the worker makes its watchdog
+        return super().build_model()
+
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Any]]:
-        if self.kind == "hang":
-            watchdog.LEAST_S = 8.0
         if self.kind == "disk":
             _fail_to_write(self)
         with super().open_batches(rank=rank, num_workers=num_workers, start_step=start_step) as batches:
@@ -157,9 +160,11 @@ class Child:
 
     def wait(self) -> int:
         """Returns: its exit status."""
-        status = self.process.wait(LIMIT_S)
-        self.reader.join(10)
-        return status
+        try:
+            return self.process.wait(LIMIT_S)
+        finally:
+            self.process.kill()  # nothing, if it has ended
+            self.reader.join(10)
 
     def wait_for(self, pattern: str) -> None:
         """Wait until a line has been printed."""
