@@ -26,7 +26,7 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import RunConfig, completed, differences, to_json
+from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
@@ -43,6 +43,7 @@ from mixmae.tracking import (
     start_sending,
     unsent,
 )
+from mixmae.training.checkpoint import list_checkpoints, step_of, verify
 from mixmae.training.failures import TrainingStopped, WorkersFailed
 from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
@@ -82,6 +83,10 @@ class RunArguments:
     """MLflow experiment."""
     run_name: str | None = None
     """Name of the MLflow run. Default: the output folder's name."""
+    from_step: int | None = None
+    """Go back to the checkpoint of this step, which must be kept still, and train on from there, perhaps with another
+    --optim.base-lr, --optim.clip-grad-norm, --optim.weight-decay, --loop.warmup-epochs or length. MLflow gets a run of
+    its own for it; what came after the step is put aside."""
     ray_address: str | None = None
     """Ray cluster. Default: RAY_ADDRESS (set by `ray job submit`), else one on this machine for this run."""
     max_failures: int = 3
@@ -207,7 +212,9 @@ class Run:
             "workers": self.arguments.workers,
             "gpu": int(self.use_gpu),
         }
-        spec = self._spec(params, {**job.tags, **(tags or {})}, None if parent_run_id else job.account)
+        branch_tags = {f"branch.{name}": str(value) for name, value in (self.record.branch or {}).items()}
+        all_tags = {**job.tags, **(tags or {}), **branch_tags}
+        spec = self._spec(params, all_tags, None if parent_run_id else job.account)
         known = self.before.mlflow if self.before else None
         if known is not None and self.arguments.mlflow_uri is None:
             self.uri = known.uri
@@ -410,9 +417,13 @@ def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, *
     folder = output_folder(arguments, recipe)
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
     before = _run_before(folder, record, arguments)
-    if before is None or before.status != "finished":
+    if before is None or before.status != "finished" or arguments.from_step is not None:
         hold = inside or take(folder.path).hold
         before = _run_before(folder, record, arguments)  # who had the lock may have written since
+    if arguments.from_step is not None:
+        before = go_back(folder, before, record, arguments.from_step)
+    if before is not None:
+        record = replace(record, branch=before.branch)
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
         _send_rest(folder, arguments.mlflow_uri)
@@ -430,8 +441,31 @@ def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -
         raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
     if before is not None:
         before = replace(before, config=completed(before.config, arguments.config))
-    refuse_changes(before, record, folder.path)
+    refuse_changes(before, record, folder.path, BRANCHABLE if arguments.from_step is not None else frozenset())
     return before
+
+
+def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: int) -> RunRecord:
+    """Put aside what a run did after a step, so that it goes on from there, as another run in MLflow.
+
+    Returns: the run's record as if it had been interrupted then; the same as before if it has gone back already.
+    Raises: ValueError if there is no such run, or no whole checkpoint of this step.
+    """
+    if before is None:
+        raise ValueError(f"{folder.path} holds no run to go back in: correct --output, or leave --from-step out.")
+    if before.branch and before.branch["step"] == step and not differences(before.config, now.config):
+        return before
+    kept = list_checkpoints(folder.path / "checkpoints")
+    if step not in map(step_of, kept):
+        there = ", ".join(str(step_of(path)) for path in reversed(kept)) or "none"
+        raise ValueError(f"there is no checkpoint of step {step} in {folder.path}: --from-step may be one of {there}.")
+    verify(next(path for path in kept if step_of(path) == step))
+    aside = folder.put_aside(step)
+    print(f"going back to step {step}; what came after it is in {aside}")
+    branch = {"step": step, "run_id": before.mlflow.run_id if before.mlflow else ""}
+    record = replace(before, status="running", config=now.config, branch=branch, mlflow=None, metrics={}, reason="")
+    folder.write(record.to_json())
+    return record
 
 
 def _send_rest(folder: RunFolder, uri: str | None) -> None:
@@ -444,11 +478,16 @@ def _send_rest(folder: RunFolder, uri: str | None) -> None:
     print(f"note: {left or f'MLflow was behind; it has got {count} points and the end of the run now.'}", flush=True)
 
 
-def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:
-    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now."""
+def refuse_changes(
+    before: RunRecord | None, now: RunRecord, path: Path, may_change: frozenset[str] = frozenset()
+) -> None:
+    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now.
+
+    Args: may_change: fields of the config that may differ, beside those that always may.
+    """
     if before is None:
         return
-    changed = differences(before.config, now.config)
+    changed = [change for change in differences(before.config, now.config) if change.split()[0] not in may_change]
     if before.data and now.data and before.data.digest != now.data.digest and not _digests_differ_in_kind(before, now):
         changed.append(f"data was {before.data.name} ({before.data.digest}) and is {now.data.name}")
     digests = [record.pretrained.digest if record.pretrained else None for record in (before, now)]

@@ -213,6 +213,19 @@ RESUMABLE = frozenset(
 not what is computed."""
 
 
+BRANCHABLE = frozenset(
+    {
+        "optim.base_lr",
+        "optim.clip_grad_norm",
+        "optim.weight_decay",
+        "loop.warmup_epochs",
+        "loop.epochs",
+        "loop.steps",
+    }
+)
+"""Fields that may differ, besides, when a run goes back to an earlier checkpoint (--from-step)."""
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two configs (as from `to_json`) differ and a continued run must not."""
     if not prefix:  # fields that the encoder of an earlier version did not have get their defaults

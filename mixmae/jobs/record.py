@@ -88,6 +88,8 @@ class RunRecord:
     """Of a finished run: those of its last log and evaluation, and the final ones."""
     reason: str = ""
     """Why it was stopped, or failed."""
+    branch: Mapping[str, Any] | None = None
+    """Where it went back to last, with --from-step: the `step`, and the `run_id` in MLflow of what it left."""
 
     @property
     def is_begun(self) -> bool:

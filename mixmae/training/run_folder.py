@@ -19,9 +19,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, upgraded
+from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, read_state, step_of, upgraded
 from mixmae.training.lock import LOCK_FILE
-from mixmae.writing import recover, write_json
+from mixmae.writing import recover, write_json, write_text
 
 RUN_FILE = "run.json"
 
@@ -92,6 +92,25 @@ class RunFolder:
             lines.write(json.dumps(metrics) + "\n")
         by_step = {entry["step"]: entry for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
         return [by_step[step] for step in sorted(by_step)]
+
+    def put_aside(self, step: int) -> Path:
+        """Move what belongs to steps after this one, and the journal, to a folder of their own; returns it."""
+        number = sum(1 for _ in self.path.glob("left_*"))
+        aside = self.path / f"left_{number}_at_step_{step}"
+        (aside / "checkpoints").mkdir(parents=True)
+        for checkpoint in list_checkpoints(self.path / "checkpoints"):
+            if step_of(checkpoint) > step:
+                checkpoint.rename(aside / "checkpoints" / checkpoint.name)
+        if self.best.is_dir() and read_state(self.best)["position"]["step"] > step:
+            self.best.rename(aside / "best")
+        for name in ("metrics.jsonl", "metrics.sent", "progress.json"):
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
+        evaluations = self.path / "evaluations.jsonl"
+        if evaluations.exists():
+            lines = evaluations.read_text(encoding="utf-8").splitlines()
+            write_text(evaluations, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        return aside
 
     def last_panel(self) -> Path | None:
         """The newest panel's file."""
