@@ -65,7 +65,7 @@ class Job:
     @property
     def ref(self) -> RunRef | None:
         """The MLflow run, or None as long as there is none."""
-        return self.run or run_of(self.folder)
+        return run_of(self.folder) or self.run
 
     @property
     def sources(self) -> dict[str, Source]:

@@ -15,6 +15,7 @@ here imports mlflow, uses the network or waits for another process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -68,11 +69,8 @@ class Journal:
 
     def sync(self) -> None:
         """See that a power cut cannot take what was added."""
-        try:
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
-        except OSError:
-            pass  # add has told, or will
+        with contextlib.suppress(OSError), self.path.open("ab") as file:  # add has told, or will
+            os.fsync(file.fileno())
 
 
 class Reader:
@@ -87,11 +85,7 @@ class Reader:
     def read(self, max_entries: int | None = None) -> list[tuple[Entry, int]]:
         """The next entries without points that were there before, each with the offset of its line's end."""
         found: list[tuple[Entry, int]] = []
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return found
-        with file:
+        with contextlib.suppress(OSError), self._path.open("rb") as file:  # not there yet, or not now
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n") or (max_entries is not None and len(found) >= max_entries):

@@ -99,9 +99,11 @@ def connect(uri: str) -> Any:
     settle_environment()
     from mlflow import MlflowClient
 
-    # The first use of a sqlite file prints a page of schema migrations, and a locked one a page of traceback.
+    # The first use of a sqlite file prints a page of schema migrations, a locked one a page of traceback, and a server
+    # that is away a line per try.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     for variable, value in {**SHORT, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}.items():
         os.environ.setdefault(variable, value)
     if uri.startswith("sqlite:///"):

@@ -98,9 +98,8 @@ def interrupt(
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint in Ray Train's list, which a restart reads and which comes after the files."""
-    listed = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return listed.is_file() and "step_" in listed.read_text(encoding="utf-8")
+    """Whether a run has a checkpoint, which appears when it is whole."""
+    return any((run / "checkpoints").glob("step_*"))
 
 
 @pytest.fixture(scope="session")

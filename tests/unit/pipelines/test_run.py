@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import to_json
-from mixmae.jobs.record import RunRecord
-from mixmae.tracking import RunRef
+from mixmae.jobs.record import RunRecord, read_record
+from mixmae.tracking import RunRef, backlog, end_later, start_sending
 from mixmae.training import cluster
 from mixmae.training.checkpoint import list_checkpoints, save_checkpoint, step_of
 from mixmae.training.lock import release_all
@@ -20,6 +21,7 @@ from mixmae.training.run_folder import RunFolder
 from pipelines.pretrain import Arguments
 from pipelines.recipes import PRETRAIN_RECIPES
 from pipelines.run import begin, with_workers
+from tests.mlflow_server import free_port
 
 
 def test_a_folder_that_has_grown_is_packed_anew(tmp_path):
@@ -56,6 +58,30 @@ def test_workers_that_were_asked_for_stay_or_are_refused(monkeypatch):
     assert with_workers(arguments(batch_size=16, workers=2)).workers == 2
     with pytest.raises(ValueError, match="shared equally by 3 workers"):
         with_workers(arguments(batch_size=16, workers=3))
+
+
+@pytest.mark.timeout(120)
+def test_a_finished_run_started_again_gives_mlflow_what_it_lacks(tmp_path, mlflow_db, capsys, monkeypatch):
+    """MLflow was away from the start to the end; then the user names another store."""
+    monkeypatch.setattr("mixmae.tracking.sender.CLOSE_S", 5)
+    folder, given = RunFolder(tmp_path / "run"), replace(arguments(batch_size=16), output=tmp_path / "run")
+    folder.write(RunRecord(status="finished", recipe="demo", config=to_json(given.config), checkpoint="/c").to_json())
+    spec = {"experiment": "e", "name": "run", "params": {}, "tags": {}}
+    sending = start_sending(folder.path, f"http://127.0.0.1:{free_port()}", spec, continues=False)
+    end_later(folder.path, None, status="FINISHED", metrics={"final/loss": 0.5}, step=9)
+    assert "lacks 1 points" in (sending.close() or "")
+    assert begin(given, "demo") is None
+    assert "lacks 1 points and the end of the run: metrics.jsonl keeps them" in capsys.readouterr().out
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
+    other = replace(given, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for text in ("MLflow was behind; it has got 1 points", "This run is finished: /c"):
+        assert begin(other, "demo") is None
+        assert text in capsys.readouterr().out
+    assert backlog(folder.path) == 0
+    record = read_record(folder)
+    assert record is not None
+    assert record.mlflow is not None  # run.json was written before there was one
+    assert (record.status, record.mlflow.uri) == ("finished", other.mlflow_uri)
 
 
 class TestGoingBack:
