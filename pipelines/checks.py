@@ -314,9 +314,8 @@ def check_output(output: Path, answer: Callable[[Path, str], dict[str, str]]) ->
         count, first = len(unseen), f"{unseen[0]}: {troubles[unseen[0]] or 'what it wrote is not there'}"
         remedy = "mount one file system under the same path on all nodes, and name a folder of it by --output"
         return fail("output", f"{file.parent} is not shared by {count} of {len(troubles)} nodes ({first})", remedy)
-    found = (
-        f"{file.parent}, written and read{f' on {len(troubles)} nodes' if troubles else ''}, {free / GB:.1f} GB free"
-    )
+    where = f" on {len(troubles)} node{'s' * (len(troubles) != 1)}" if troubles else ""
+    found = f"{file.parent}, written and read{where}, {free / GB:.1f} GB free"
     if free < LEAST_FREE_DISK:
         return warn("output", found, "make room: checkpoints of the paper's models have 0.3 to 3 GB")
     return ok("output", found)
