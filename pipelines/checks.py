@@ -176,6 +176,18 @@ def check_gpus(device: Device) -> Finding:
     return ok("GPUs", "none: training on cores")
 
 
+def check_workers(workers: int, device: Device) -> Finding:
+    """Whether this machine has a GPU, or without GPUs a core, for each worker."""
+    import torch
+
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    room = gpus or usable_cores()
+    found = f"{workers} for {room} {'GPU' if gpus else 'core'}{'s' * (room != 1)}"
+    if workers > room:
+        return fail("workers", found, f"lower --workers to {room} or less")
+    return ok("workers", found)
+
+
 def check_shared_memory() -> Finding:
     """Room for Ray's object store."""
     place = Path("/dev/shm")
