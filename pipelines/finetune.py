@@ -23,7 +23,6 @@ from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.record import read_begun
-from mixmae.tracking import tag_run
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES
 from pipelines.run import Run, RunArguments, begin, output_folder, with_workers
@@ -88,11 +87,11 @@ def prepare(
 
 def track(run: Run, job: JobT) -> JobT:
     """Open the MLflow run; it and the pretraining run point at each other where both are in one store."""
-    job = run.track(job)
+    origin = None
     if job.pretrained and job.pretrained.run_id:
         mark = "finetuned" if job.stage == "finetune" else job.stage
-        tag_run(job.ref.uri, job.pretrained.run_id, f"{mark}.{job.ref.run_id}", run.folder.path.name)
-    return job
+        origin = {"run_id": job.pretrained.run_id, "mark": mark}
+    return run.track(job, origin=origin)
 
 
 def train_classifier(run: Run, job: ClassificationJob) -> int:
@@ -105,14 +104,14 @@ def train_classifier(run: Run, job: ClassificationJob) -> int:
     )
     done = run.train(job)
     if done is None:
-        return 130
+        return run.exit_status
     metrics = done.metrics
     print(
         f"Finished in {done.seconds:.0f} s: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%}, "
         f"loss {metrics['final/loss']:.4f} (validation)\n"
         f"best        {run.folder.best}  top-1 {metrics['best/top1']:.2%} at step {metrics['best/step']:.0f}\n"
         f"checkpoint  {done.checkpoint}\n"
-        f"MLflow UI   {job.ref.ui_command}"
+        f"{run.ui_line}"
     )
     run.print_broken()
     return 0

@@ -26,7 +26,7 @@ from mixmae.jobs.record import read_begun
 from mixmae.metrics import UNKNOWN, top_k_accuracy
 from mixmae.probing.fit import LinearProbeConfig, train_probe
 from mixmae.probing.linear import LinearProbe
-from mixmae.tracking import MlflowTracker, finish_run
+from mixmae.tracking import JournalTracker
 from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.loop import step_seed
 from pipelines import finetune
@@ -91,17 +91,16 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
     except KeyboardInterrupt:
         status = "KILLED"
         print("\nInterrupted. The same command begins again.", flush=True)
-        return 130
+        return run.exit_status
     finally:
-        with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
-            tags = {"checkpoint": str(run.folder.best)} if metrics else {}
-            finish_run(job.ref, status=status, tags=tags, metrics=metrics)
-    run.write(status="finished", checkpoint=str(run.folder.best), metrics=metrics)
+        tags = {"checkpoint": str(run.folder.best)} if metrics else {}
+        run.end(status, tags=tags, metrics=metrics, step=job.length.total_steps)
+    run.write(status="finished", mlflow=job.ref, checkpoint=str(run.folder.best), metrics=metrics)
     print(
         f"Finished: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%} (validation), "
         f"{metrics['train/top1']:.2%} of the training images\n"
         f"classifier  {run.folder.best}\n"
-        f"MLflow UI   {job.ref.ui_command}"
+        f"{run.ui_line}"
     )
     return 0
 
@@ -137,7 +136,7 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     )
     curves = train_probe(model.head, features, labels, probe, validation=(judged, classes))
     print(f"the layer trained {config.loop.epochs:g} epochs in {time.monotonic() - start:.1f} s", flush=True)
-    with contextlib.closing(MlflowTracker(job.ref, system_metrics=False)) as tracker:
+    with contextlib.closing(JournalTracker(job.folder, system_metrics=False)) as tracker:
         for epoch, values in enumerate(zip(curves.loss, curves.train_top1, curves.val_top1, strict=True), start=1):
             names = ("train/loss", "train/top1", BEST_METRIC)
             tracker.log_metrics(dict(zip(names, values, strict=True)), step=round(epoch * job.length.steps_per_epoch))

@@ -4,7 +4,8 @@ Ray Data streams the images, Ray Train runs the workers, MLflow keeps the record
 
     python pipelines/pretrain.py RECIPE [--data PATH] [--output FOLDER] [--workers N] [any field of the recipe]
 
-The same command again continues a run that was interrupted, and does nothing for one that is finished.
+The same command again continues a run that was interrupted, and of one that is finished it only sends MLflow what it
+lacks.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     print(run.headline(job))
     done = run.train(job)
     if done is None:
-        return 130
+        return run.exit_status
     metrics = done.metrics
     heldout_loss = metrics.get("final/heldout_loss")
     print(
@@ -56,7 +57,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         f"held-out {'not measured' if heldout_loss is None else f'{heldout_loss:.4f}'}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"panel       {run.folder.last_panel()}\n"
-        f"MLflow UI   {job.ref.ui_command}"
+        f"{run.ui_line}"
     )
     run.print_broken()
     if "final/knn_top1" in metrics:

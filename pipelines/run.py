@@ -3,7 +3,7 @@
     run = begin(arguments, recipe)        # the folder is the run's; None: the run is finished
     job = run.record_data(job)            # the training set is recorded, or refused if it is not that of before
     run.join_cluster(job)
-    job = run.track(job)                  # MLflow's run is open
+    job = run.track(job)                  # the journal is open, and MLflow's run, if MLflow is there
     done = run.train(job)                 # the workers train, the record is closed
 
 What is trained is the job's: see mixmae.jobs.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -25,11 +26,24 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import RunConfig, differences, to_json
+from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
-from mixmae.tracking import RunRef, create_run, finish_run, log_file, preload, reopen_run, resolve_uri
+from mixmae.tracking import (
+    Journal,
+    RunRef,
+    Sender,
+    backlog,
+    create_run,
+    preload,
+    reopen_run,
+    resolve_uri,
+    send_rest,
+    start_sending,
+    unsent,
+)
+from mixmae.training.checkpoint import list_checkpoints, step_of, verify
 from mixmae.training.failures import TrainingStopped, WorkersFailed
 from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
@@ -69,6 +83,10 @@ class RunArguments:
     """MLflow experiment."""
     run_name: str | None = None
     """Name of the MLflow run. Default: the output folder's name."""
+    from_step: int | None = None
+    """Go back to the checkpoint of this step, which must be kept still, and train on from there, perhaps with another
+    --optim.base-lr, --optim.clip-grad-norm, --optim.weight-decay, --loop.warmup-epochs or length. MLflow gets a run of
+    its own for it; what came after the step is put aside."""
     ray_address: str | None = None
     """Ray cluster. Default: RAY_ADDRESS (set by `ray job submit`), else one on this machine for this run."""
     max_failures: int = 3
@@ -128,6 +146,10 @@ class Run:
     use_gpu: bool = False
     runs_at_once: int = 1
     """Runs that share the machine."""
+    exit_status: int = 130
+    """Of the process, if the run was interrupted."""
+    sender: Sender | None = None
+    """What takes the journal to MLflow, while the run is tracked."""
 
     @property
     def data_folder(self) -> Path:
@@ -137,7 +159,7 @@ class Run:
     @property
     def is_continued(self) -> bool:
         """Whether steps of it may have been trained before."""
-        return self.before is not None and self.before.mlflow is not None
+        return self.before is not None
 
     def record_data(self, job: JobT) -> JobT:
         """Record the training set and the classes; returns the job with the data as they were recorded at first.
@@ -168,11 +190,21 @@ class Run:
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
-    def track(self, job: JobT, *, tags: Mapping[str, str] | None = None, parent_run_id: str | None = None) -> JobT:
-        """Open the MLflow run: the interrupted run's own, or a new one with all that is known before training.
+    def track(
+        self,
+        job: JobT,
+        *,
+        tags: Mapping[str, str] | None = None,
+        parent_run_id: str | None = None,
+        origin: Mapping[str, str] | None = None,
+    ) -> JobT:
+        """Open the journal and the MLflow run: the interrupted run's own, or a new one with all that is known by now.
 
-        Args: tags: beside the job's own.
-        Returns: the job that logs to it.   Raises: TrackingError.
+        MLflow may be away: the journal keeps what is logged, and the run is made once it answers.
+
+        Args: tags: beside the job's own.  origin: as create_run takes it.
+        Returns: the job that logs to it.
+        Raises: TrackingError if MLflow has never had the run and answers otherwise than it should.
         """
         params = {
             **job.params,
@@ -180,34 +212,48 @@ class Run:
             "workers": self.arguments.workers,
             "gpu": int(self.use_gpu),
         }
-        return replace(job, run=self.open(params, {**job.tags, **(tags or {})}, parent_run_id, job.account))
+        branch_tags = {f"branch.{name}": str(value) for name, value in (self.record.branch or {}).items()}
+        all_tags = {**job.tags, **(tags or {}), **branch_tags}
+        spec = self._spec(params, all_tags, None if parent_run_id else job.account)
+        known = self.before.mlflow if self.before else None
+        if known is not None and self.arguments.mlflow_uri is None:
+            self.uri = known.uri
+        self.sender = start_sending(
+            self.folder.path,
+            self.uri,
+            {**spec, "parent_run_id": parent_run_id, "origin": origin},
+            continues=self.is_continued,
+            known=known,
+        )
+        ref = self.sender.opened()
+        self.write(status="running", mlflow=ref)
+        return replace(job, run=ref)
 
-    def open(
-        self,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        parent_run_id: str | None = None,
-        met: Account | None = None,
-    ) -> RunRef:
-        """The MLflow run, and a record that it is under way.   Args: met: in the data; a trial's are its sweep's."""
+    def open(self, params: Mapping[str, Any], tags: Mapping[str, str], met: Account) -> RunRef:
+        """The MLflow run of a sweep, which logs to it directly, and a record that it is under way.
+
+        Args: met: in the data.   Raises: TrackingError, also if MLflow is away.
+        """
+        ref = self._reopen() or create_run(uri=self.uri, **self._spec(params, tags, met))
+        self.write(status="running", mlflow=ref)
+        return ref
+
+    def _spec(self, params: Mapping[str, Any], tags: Mapping[str, str], met: Account | None) -> dict[str, Any]:
+        """What create_run takes."""
         data = self.record.data
         assert data is not None, "record_data comes first"
-        ref = self._reopen() or create_run(
-            uri=self.uri,
-            experiment=self.arguments.experiment,
-            name=self.name,
-            params=params,
-            tags={
+        return {
+            "experiment": self.arguments.experiment,
+            "name": self.name,
+            "params": params,
+            "tags": {
                 **tags,
                 "output": str(self.folder.path),
                 **{f"version.{name}": number for name, number in versions().items()},
             },
-            dataset={"name": data.name, "digest": data.digest, "source": data.source},
-            parent_run_id=parent_run_id,
-            tables={"data": _table(met)} if met and parent_run_id is None else {},
-        )
-        self.write(status="running", mlflow=ref)
-        return ref
+            "dataset": {"name": data.name, "digest": data.digest, "source": data.source},
+            "tables": {"data": _table(met)} if met else {},
+        }
 
     @property
     def name(self) -> str:
@@ -238,13 +284,13 @@ class Run:
         """Train to the end and close the record.
 
         Args: callbacks: of Ray Train.
-        Returns: how it ended, or None after Ctrl-C.
+        Returns: how it ended, or None after SIGINT or SIGTERM, with `exit_status`.
         Raises: TrainingStopped, WorkersFailed.
         """
         from mixmae.training.worker import fit
 
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
-        status, tags, metrics = "FAILED", {}, {}
+        status, tags, metrics, step = "FAILED", {}, {}, 0
         progress = ProgressFile(folder.path, job.length.total_steps)
         try:
             with ProgressView(job.length.total_steps) as view:
@@ -253,9 +299,9 @@ class Run:
                     view.receive(message, folder)
                     self._keep(message, progress)
                     if message[0] == "evaluation":
-                        evaluations = folder.add_evaluation(message[1])
-                        with contextlib.suppress(Exception):  # a picture less, or a store that is away
-                            job.draw_curves(evaluations)
+                        job.draw_curves(folder.add_evaluation(message[1]))
+                        for picture, title in job.pictures.items():
+                            self._sender.keep(folder.path / picture, title)
 
                 state, checkpoint = fit(
                     job,
@@ -268,10 +314,13 @@ class Run:
                     runs_at_once=self.runs_at_once,
                     on_message=receive,
                     callbacks=callbacks,
+                    may_write=partial(holds, *self.hold),
                 )
-            status, tags, metrics = "FINISHED", {"checkpoint": checkpoint}, job.final_metrics(state)
-        except KeyboardInterrupt:
+            status, tags, step = "FINISHED", {"checkpoint": checkpoint}, state.step
+            metrics = job.final_metrics(state)
+        except KeyboardInterrupt as interruption:
             status = "KILLED"
+            self.exit_status = getattr(interruption, "exit_status", self.exit_status)
             print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
             return None
         except (TrainingStopped, WorkersFailed) as error:
@@ -279,11 +328,8 @@ class Run:
                 self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
             raise
         finally:
-            with contextlib.suppress(Exception):  # the store's trouble must not hide the run's
-                if folder.broken():
-                    log_file(job.ref, folder.ledger)
-                finish_run(job.ref, status=status, tags=tags, metrics=metrics)
-        self.write(status="finished", checkpoint=checkpoint, metrics={**state.metrics, **metrics})
+            self.end(status, tags=tags, metrics=metrics, step=step, pictures=job.pictures)
+        self.write(status="finished", mlflow=job.ref, checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
 
     def _keep(self, message: Message, progress: ProgressFile) -> None:
@@ -291,6 +337,45 @@ class Run:
         with contextlib.suppress(OSError):  # training goes on without
             if holds(*self.hold):
                 progress.receive(*message)
+
+    @property
+    def _sender(self) -> Sender:
+        assert self.sender is not None, "track comes first"
+        return self.sender
+
+    def end(
+        self,
+        status: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+        pictures: Mapping[str, str] | None = None,
+    ) -> None:
+        """Put the end of the run in the journal, and wait for seconds while MLflow gets the rest of it.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            metrics: the run's result, points at `step`.
+            pictures: titles of files in the folder.
+        """
+        journal = Journal(self.folder.path)
+        files: dict[str, str | None] = {self.folder.ledger.name: None, **(pictures or {})}
+        for name, title in files.items():
+            if (self.folder.path / name).exists():
+                journal.add(file=name, title=title)
+        if metrics:
+            journal.add_points(metrics, step)
+        journal.add(status=status, tags=dict(tags or {}))
+        journal.sync()
+        if left := self._sender.close():
+            print(f"note: {left}", flush=True)
+
+    @property
+    def ui_line(self) -> str:
+        """How to open the run in a browser."""
+        ref = self._sender.ref
+        return f"MLflow UI   {ref.ui_command if ref else 'once MLflow has the run, see the note'}"
 
     def headline(self, job: Job) -> str:
         """What is trained, for how many steps, on what, where to."""
@@ -300,7 +385,7 @@ class Run:
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
             f"data {job.account.line}\n"
-            f"output {self.folder.path}\nMLflow {job.ref.uri}"
+            f"output {self.folder.path}\nMLflow {self.uri}"
         )
 
     def print_broken(self) -> None:
@@ -326,17 +411,22 @@ def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, *
 
     Args: inside: the sweep's lock, of a trial.  known: fields of the RunRecord beside recipe and config, which a
         continued run must have alike.
-    Returns: the run, or None if it is finished, which is printed.
+    Returns: the run, or None if it is finished, which is printed; then MLflow gets what it does not have of it.
     Raises: ValueError if the folder holds another run, or none to resume; LockError if another process runs it.
     """
     folder = output_folder(arguments, recipe)
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
     before = _run_before(folder, record, arguments)
-    if before is None or before.status != "finished":
+    if before is None or before.status != "finished" or arguments.from_step is not None:
         hold = inside or take(folder.path).hold
         before = _run_before(folder, record, arguments)  # who had the lock may have written since
+    if arguments.from_step is not None:
+        before = go_back(folder, before, record, arguments.from_step)
+    if before is not None:
+        record = replace(record, branch=before.branch)
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
+        _send_rest(folder, arguments.mlflow_uri)
         return None
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
@@ -349,15 +439,55 @@ def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -
     before = read_begun(folder)
     if before is None and arguments.resume:
         raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
-    refuse_changes(before, record, folder.path)
+    if before is not None:
+        before = replace(before, config=completed(before.config, arguments.config))
+    refuse_changes(before, record, folder.path, BRANCHABLE if arguments.from_step is not None else frozenset())
     return before
 
 
-def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:
-    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now."""
+def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: int) -> RunRecord:
+    """Put aside what a run did after a step, so that it goes on from there, as another run in MLflow.
+
+    Returns: the run's record as if it had been interrupted then; the same as before if it has gone back already.
+    Raises: ValueError if there is no such run, or no whole checkpoint of this step.
+    """
+    if before is None:
+        raise ValueError(f"{folder.path} holds no run to go back in: correct --output, or leave --from-step out.")
+    if before.branch and before.branch["step"] == step and not differences(before.config, now.config):
+        return before
+    kept = list_checkpoints(folder.path / "checkpoints")
+    if step not in map(step_of, kept):
+        there = ", ".join(str(step_of(path)) for path in reversed(kept)) or "none"
+        raise ValueError(f"there is no checkpoint of step {step} in {folder.path}: --from-step may be one of {there}.")
+    verify(next(path for path in kept if step_of(path) == step))
+    aside = folder.put_aside(step)
+    print(f"going back to step {step}; what came after it is in {aside}")
+    branch = {"step": step, "run_id": before.mlflow.run_id if before.mlflow else ""}
+    record = replace(before, status="running", config=now.config, branch=branch, mlflow=None, metrics={}, reason="")
+    folder.write(record.to_json())
+    return record
+
+
+def _send_rest(folder: RunFolder, uri: str | None) -> None:
+    """Give MLflow what it lacks of a finished run, or of the trials of a finished sweep, and say what came of it."""
+    behind = [path for path in (folder.path, *sorted(folder.path.glob("trials/*"))) if unsent(path)]
+    if not behind:
+        return
+    count = sum(map(backlog, behind))
+    left = send_rest(behind, None if uri is None else resolve_uri(uri, folder.path.parent))
+    print(f"note: {left or f'MLflow was behind; it has got {count} points and the end of the run now.'}", flush=True)
+
+
+def refuse_changes(
+    before: RunRecord | None, now: RunRecord, path: Path, may_change: frozenset[str] = frozenset()
+) -> None:
+    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now.
+
+    Args: may_change: fields of the config that may differ, beside those that always may.
+    """
     if before is None:
         return
-    changed = differences(before.config, now.config)
+    changed = [change for change in differences(before.config, now.config) if change.split()[0] not in may_change]
     if before.data and now.data and before.data.digest != now.data.digest and not _digests_differ_in_kind(before, now):
         changed.append(f"data was {before.data.name} ({before.data.digest}) and is {now.data.name}")
     digests = [record.pretrained.digest if record.pretrained else None for record in (before, now)]

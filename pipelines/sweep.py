@@ -12,6 +12,7 @@ continues from its checkpoint, and one whose workers failed is tried once more.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import sys
@@ -95,7 +96,8 @@ def sweep(arguments: Arguments, name: str) -> int:
         make_tuner(shared, slots).fit()
     except KeyboardInterrupt:
         close_children(output.path)
-        finish_run(parent, status="KILLED")
+        with contextlib.suppress(Exception):  # MLflow may be away; the same command sets it running again
+            finish_run(parent, status="KILLED")
         print("\nInterrupted. The same command continues.", flush=True)
         return 130
     return conclude(run, shared, start, links)

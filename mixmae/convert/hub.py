@@ -14,7 +14,7 @@ from mixmae.convert.models import encoder_state, first_conv
 from mixmae.convert.write import save_tensors
 from mixmae.encoders.build import config_to_json, size_name
 from mixmae.flops import count_macs, count_parameters
-from mixmae.tracking import RunRef, metric_history
+from mixmae.tracking import RunRef, metric_history, points
 from mixmae.training.checkpoint import MODEL_FILE
 from mixmae.training.run_folder import RUN_FILE, RunFolder
 
@@ -52,7 +52,7 @@ def write_hub(item: Export, path: Path) -> str:
         },
         METADATA_KEY: item.metadata.to_json(),
     }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     pictures = ""
     if item.run_folder is not None:
         panel = RunFolder(item.run_folder).last_panel()
@@ -61,25 +61,25 @@ def write_hub(item: Export, path: Path) -> str:
             pictures += "\n![reconstructions of held-out images](panel.png)\n"
         if draw_curve(item.run_folder, path / "loss.png"):
             pictures += "\n![loss by step](loss.png)\n"
-    (path / "README.md").write_text(model_card(item, pictures))
+    (path / "README.md").write_text(model_card(item, pictures), encoding="utf-8")
     return ""
 
 
 def draw_curve(run_folder: Path, path: Path) -> bool:
-    """Draw the losses of a run by step, as a PNG.   Returns: False, with nothing drawn, if MLflow has none of them."""
-    content = json.loads((run_folder / RUN_FILE).read_text())
-    if "mlflow" not in content:
-        return False
-    curves = {label: metric_history(RunRef(**content["mlflow"]), key) for key, label in CURVES.items()}
+    """Draw the losses of a run by step, as a PNG.   Returns: False, with nothing drawn, if there are none."""
+    curves = {label: points(run_folder, key) for key, label in CURVES.items()}
+    content = json.loads((run_folder / RUN_FILE).read_text(encoding="utf-8"))
+    if not any(curves.values()) and "mlflow" in content:  # a run that is older than journals
+        curves = {label: metric_history(RunRef(**content["mlflow"]), key) for key, label in CURVES.items()}
     if not any(curves.values()):
         return False
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for label, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else "")
+    for label, curve in curves.items():
+        if curve:
+            axes.plot(*zip(*curve, strict=True), label=label, marker="." if len(curve) < 20 else "")
     axes.legend()
     figure.savefig(path, dpi=120)
     return True

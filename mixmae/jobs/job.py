@@ -27,7 +27,7 @@ from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, to_json
 from mixmae.jobs.record import DataRecord, versions
 from mixmae.step import StepOutput
-from mixmae.tracking import MlflowTracker, RunRef
+from mixmae.tracking import JournalTracker, RunRef, run_of
 from mixmae.training.loop import Batch, LoopConfig, TrainState
 from mixmae.training.optim import OptimConfig
 from mixmae.training.schedule import RunLength
@@ -60,13 +60,12 @@ class Job:
     folder: Path
     """Of the run."""
     run: RunRef | None = None
-    """The MLflow run; None until it is opened."""
+    """The MLflow run; None if MLflow was away when training began."""
 
     @property
-    def ref(self) -> RunRef:
-        """The MLflow run, once it is open."""
-        assert self.run is not None, "open the MLflow run first"
-        return self.run
+    def ref(self) -> RunRef | None:
+        """The MLflow run, or None as long as there is none."""
+        return self.run or run_of(self.folder)
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -147,10 +146,15 @@ class Job:
         return {}
 
     def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
-        """Draw the curves of the run, in the driver, after each evaluation.
+        """Draw the curves of the run, its `pictures`, in the driver, after each evaluation.
 
         Args: evaluations: the metrics of all so far, each with its `step`.
         """
+
+    @property
+    def pictures(self) -> Mapping[str, str]:
+        """What draw_curves draws: the titles in MLflow of files in the run's folder."""
+        return {}
 
     def left_out(self, *, rank: int) -> Sequence[BrokenRecord]:
         return []
@@ -177,14 +181,15 @@ class Job:
         with contextlib.closing(stream):
             yield iter(stream)
 
-    def open_tracker(self) -> MlflowTracker:
-        return MlflowTracker(self.ref)
+    def open_tracker(self) -> JournalTracker:
+        return JournalTracker(self.folder)
 
     def describe(self) -> dict[str, Any]:
-        """What every checkpoint has beside the position: config, MLflow run, data, versions."""
+        """What every checkpoint has beside the position: config, data, versions and, if there is one, MLflow run."""
+        ref = self.ref
         return {
             "config": to_json(self.config),
-            "mlflow": vars(self.ref),
+            **({} if ref is None else {"mlflow": vars(ref)}),
             "data": vars(self.data),
             "versions": versions(),
         }

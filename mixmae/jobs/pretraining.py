@@ -27,8 +27,8 @@ from mixmae.mixing import cyclic_partners
 from mixmae.panels import reconstruction_panel
 from mixmae.probing.online import draw_probe
 from mixmae.step import StepOutput
-from mixmae.tracking import log_file
 from mixmae.training.loop import TrainState, step_seed
+from mixmae.writing import writing
 
 PANEL_IMAGES = 6
 """Images that a panel shows: in mixes of each K other ones, as many as these make, but at least one."""
@@ -97,12 +97,14 @@ class PretrainJob(Job):
         return self.probe.measure_untrained(model, self.config, rank=rank, num_workers=num_workers)
 
     def draw_curves(self, evaluations: Sequence[Mapping[str, float]]) -> None:
-        """probe.png, in the run's folder and in MLflow, whose own charts do not put the references beside a curve."""
-        if self.probe is None:
-            return
-        path = self.folder / "probe.png"
-        draw_probe(evaluations, path)
-        log_file(self.ref, path, title="kNN and linear probe beside the untrained encoder")
+        """probe.png: MLflow's own charts do not put the references beside a curve."""
+        if self.probe is not None:
+            with writing(self.folder / "probe.png") as partial:  # it may be on its way to MLflow
+                draw_probe(evaluations, partial)
+
+    @property
+    def pictures(self) -> Mapping[str, str]:
+        return {"probe.png": "kNN and linear probe beside the untrained encoder"} if self.probe is not None else {}
 
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         """Some mixes of held-out images with their reconstructions, and heldout/loss; nothing without such images."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from mixmae.data.shards.plan import DEFAULT_SET, built_in
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.config import RunConfig
-from mixmae.tracking import RunRef
+from mixmae.tracking import RunRef, run_of
 from mixmae.training.run_folder import RunFolder
 
 
@@ -88,6 +88,8 @@ class RunRecord:
     """Of a finished run: those of its last log and evaluation, and the final ones."""
     reason: str = ""
     """Why it was stopped, or failed."""
+    branch: Mapping[str, Any] | None = None
+    """Where it went back to last, with --from-step: the `step`, and the `run_id` in MLflow of what it left."""
 
     @property
     def is_begun(self) -> bool:
@@ -114,7 +116,11 @@ class RunRecord:
 def read_record(folder: RunFolder) -> RunRecord | None:
     """The record in a folder, or None in a new one.   Raises: as RunFolder.read."""
     content = folder.read()
-    return None if content is None else RunRecord.from_json(content)
+    if content is None:
+        return None
+    record = RunRecord.from_json(content)
+    # Where MLflow was away at first, its run is younger than the record.
+    return replace(record, mlflow=run_of(folder.path) or record.mlflow) if record.is_begun else record
 
 
 def read_begun(folder: RunFolder) -> RunRecord | None:

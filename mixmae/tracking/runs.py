@@ -1,12 +1,8 @@
-"""Runs in MLflow: created and ended by the driver alone.
-
-Rank 0 of the workers logs to a run by its id, so that a restarted worker continues the same curves.
-"""
+"""Runs in MLflow: created and ended by the driver alone."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from mixmae.machine import settle_environment
-from mixmae.tracking.store import RunRef, TrackingError, connect, link_in_note
+from mixmae.tracking.store import RunRef, StoreAway, TrackingError, connect, explain, is_gone, link_in_note
 
+KEY_TAG = "journal"
+"""The tag by which create_run finds a run again whose creation it was not told of."""
 MAX_PARAM_CHARS = 6000
 """MLflow's limit for the value of a parameter."""
 
@@ -30,6 +28,9 @@ def create_run(
     dataset: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
     tables: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType({}),
+    origin: Mapping[str, str] | None = None,
+    key: str | None = None,
+    start_time: int | None = None,
 ) -> RunRef:
     """Start a run with its parameters, tags and data set; it stays RUNNING until `finish_run`.
 
@@ -37,24 +38,30 @@ def create_run(
         params: a nested mapping; it is logged flat, keys joined by dots, numbers as numbers.
         dataset: name, digest and source of the training set.
         tables: columns of tables that the run's page shows, by their names.
-    Raises: TrackingError if the store cannot be reached within about ten seconds.
+        origin: `run_id` of a run that this one starts from, if the store has it, and the `mark` that it is tagged with.
+        key: of this run alone; the same call with the same key finishes the run that an earlier one has begun.
+        start_time: in ms since 1970; None: now.
+    Raises: StoreAway if the store gives no answer, TrackingError if it gives another one than it should.
     """
-    # A server that is away is reported within seconds, not after the minutes of MLflow's default retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     settle_environment()
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    client = connect(uri)
     try:
+        client = connect(uri)
         experiment_id = _experiment_id(client, experiment, uri)
         run_tags = {"mlflow.source.type": "JOB", **tags}
         if commit := git_commit():
-            run_tags["mlflow.source.git.commit"] = commit
+            run_tags.setdefault("mlflow.source.git.commit", commit)
         if parent_run_id is not None:
             run_tags["mlflow.parentRunId"] = parent_run_id
-        run_id = client.create_run(experiment_id, run_name=name, tags=run_tags).info.run_id
+        if key is not None:
+            run_tags[KEY_TAG] = key
+        run_id = _run_of_key(client, experiment_id, key)
+        if run_id is None:
+            run = client.create_run(experiment_id, run_name=name, tags=run_tags, start_time=start_time)
+            run_id = _run_of_key(client, experiment_id, key) or run.info.run_id
         flat = flatten(params)
         client.log_batch(run_id, params=[Param(key, _param_text(value)) for key, value in flat.items()])
         if dataset is not None:
@@ -66,14 +73,14 @@ def create_run(
             )
             client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
         client.log_text(run_id, json.dumps(params, indent=2, default=str) + "\n", "config.json")
+        kept = {artifact.path for artifact in client.list_artifacts(run_id)} if tables else set()
         for title, columns in tables.items():
-            client.log_table(run_id, {key: list(values) for key, values in columns.items()}, f"{title}.json")
-    except (MlflowException, OSError) as error:
-        first_line = str(error).splitlines()[0][:300]
-        raise TrackingError(
-            f"The MLflow store {uri} cannot be used ({first_line}): start the server, correct --mlflow-uri, or leave "
-            "it out to log to a local sqlite file."
-        ) from error
+            if f"{title}.json" not in kept:  # MLflow adds rows to a table that is there
+                client.log_table(run_id, {column: list(values) for column, values in columns.items()}, f"{title}.json")
+        if origin is not None:
+            tag_run(uri, origin["run_id"], f"{origin['mark']}.{run_id}", name)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise explain(uri, error) from error
     return RunRef(uri=uri, experiment_id=experiment_id, run_id=run_id)
 
 
@@ -94,24 +101,33 @@ def finish_run(
 
 
 def reopen_run(run: RunRef) -> bool:
-    """Set an interrupted run RUNNING again.   Returns: False if the store no longer has it."""
-    from mlflow.exceptions import MlflowException
+    """Set an interrupted run RUNNING again.
 
+    Returns: False if the store has answered that it no longer has the run.
+    Raises: StoreAway if it gives no answer, which is not the same.
+    """
     try:
         connect(run.uri).update_run(run.run_id, status="RUNNING")
-    except MlflowException:
-        return False
+    except Exception as error:
+        if is_gone(error):
+            return False
+        raise explain(run.uri, error) from error
     return True
 
 
 def tag_run(uri: str, run_id: str, key: str, value: str) -> RunRef | None:
-    """Tag a run that another program made.   Returns: where it is, or None if the store does not have it."""
-    from mlflow.exceptions import MlflowException
+    """Tag a run that another program made.
 
+    Returns: where it is, or None if the store does not have it.   Raises: StoreAway.
+    """
+    client = connect(uri)
     try:
-        connect(uri).set_tag(run_id, key, value)
-        return RunRef(uri=uri, experiment_id=connect(uri).get_run(run_id).info.experiment_id, run_id=run_id)
-    except MlflowException:
+        client.set_tag(run_id, key, value)
+        return RunRef(uri=uri, experiment_id=client.get_run(run_id).info.experiment_id, run_id=run_id)
+    except Exception as error:
+        trouble = explain(uri, error)
+        if isinstance(trouble, StoreAway):
+            raise trouble from error
         return None
 
 
@@ -164,13 +180,37 @@ def git_commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     return done.stdout.strip()
 
 
 def _param_text(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+
+
+def _run_of_key(client: Any, experiment_id: str, key: str | None) -> str | None:
+    """The run with this key, if there is one.
+
+    Where several are, since a server that stood still has in the end done all that it was asked, the first one is kept.
+    """
+    if key is None:
+        return None
+    runs = client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{key}'")
+    first, *others = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id)) or [None]
+    for other in others:
+        client.delete_run(other.info.run_id)
+    return None if first is None else first.info.run_id
+
+
+def drop_twins(run: RunRef, key: str) -> None:
+    """Delete other runs with the key of this one: a server that stood still may make them minutes later."""
+    client = connect(run.uri)
+    for twin in client.search_runs([run.experiment_id], f"tags.{KEY_TAG} = '{key}'"):
+        if twin.info.run_id != run.run_id:
+            client.delete_run(twin.info.run_id)
 
 
 def _experiment_id(client: Any, name: str, uri: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mixmae.machine import settle_environment
 
@@ -18,8 +19,16 @@ TRAINING_SIDE = "workflowType=machine_learning"
 """Query of a link that makes MLflow 3 open its pages for model training, not those for language models."""
 
 
+SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""A server that is away is noticed within seconds, not after the minutes of MLflow's usual retries."""
+
+
 class TrackingError(ValueError):
     """The tracking server cannot be used; the message says why and what to do."""
+
+
+class StoreAway(TrackingError):
+    """The store gives no answer now: what was asked may be so or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +60,18 @@ class RunRef:
 def resolve_uri(uri: str | None, folder: Path) -> str:
     """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in `folder` (absolute).
 
-    Raises: TrackingError for a file store, which MLflow no longer writes, and for a relative sqlite path, which would
-        be another file in every worker.
+    Raises: TrackingError for a file store, which MLflow no longer writes, for a relative sqlite path, which would be
+        another file in every worker, and for a folder whose path is another one as part of an address.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        path = str(folder.resolve())
+        if "?" in path or unquote(path) != path:
+            raise TrackingError(
+                f"MLflow cannot keep its file in {path}, because a question mark, and % before two hex digits, mean "
+                "something else in its addresses: choose another --output, or give --mlflow-uri."
+            )
+        return f"sqlite:///{path}/mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raise TrackingError(f"{uri} is a relative path: give sqlite://// and the absolute path of the file.")
     if "://" not in uri or uri.startswith("file:"):
@@ -84,13 +99,44 @@ def connect(uri: str) -> Any:
     settle_environment()
     from mlflow import MlflowClient
 
-    # The first use of a sqlite file prints a page of schema migrations.
+    # The first use of a sqlite file prints a page of schema migrations, and a locked one a page of traceback.
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    for variable, value in {**SHORT, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}.items():
+        os.environ.setdefault(variable, value)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+def explain(uri: str, error: Exception) -> TrackingError:
+    """What an error of MLflow's client means: StoreAway if the same call may succeed later, else what to correct.
+
+    Away are a server that refuses the connection, takes too long or answers 429 or 5xx, and a locked sqlite file. A
+    name that nobody resolves, a certificate, any other 4xx, an answer that is not MLflow's, and a sqlite file that
+    cannot be opened are the user's to correct.
+    """
+    from mlflow.exceptions import MlflowException
+
+    text = str(error)
+    first_line = (text.strip().splitlines() or [type(error).__name__])[0][:300]
+    if uri.startswith("sqlite:"):
+        away = "locked" in text
+    elif any(sign in text for sign in ("NameResolutionError", "SSLError", "Invalid url", "valid JSON format")):
+        away = False
+    else:
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+        away = status >= 500 or status in (408, 429)
+    return (StoreAway if away else TrackingError)(
+        f"The MLflow store {uri} cannot be used ({first_line}): start the server, correct --mlflow-uri, or leave it "
+        "out to log to a local sqlite file."
+    )
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether the store has answered that it does not have a run, or has it among the deleted ones."""
+    code = getattr(error, "error_code", None)
+    return code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and "'active' state" in str(error))
 
 
 def link_in_note(run: RunRef, name: str, title: str) -> None:

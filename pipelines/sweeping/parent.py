@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +18,14 @@ from mixmae.jobs.record import read_record
 from mixmae.tracking import (
     NOTE_TAG,
     RunRef,
+    end_later,
     finish_run,
     log_file,
     log_table,
     model_link,
     register_model,
     save_view,
+    send_rest,
     tag_run,
 )
 from mixmae.training.run_folder import RunFolder, weights_of
@@ -92,19 +93,12 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
     remarks = verdict(ended, metric, reference, shared.job.num_judged) if winner else ""
     files = write_results(shared, ended, winner, reference)
     links |= {file.stem.replace("_", " "): parent.file_link(file.name) for file in files if file.suffix == ".png"}
-    for file in files:
-        log_file(parent, file)
-    for number, result in enumerate(ended, start=1):
-        if result.is_ranked:
-            tag_run(parent.uri, result.run_id, "rank", str(number))
-    if complete:  # once: MLflow adds rows to a table that is there
-        log_table(parent, rows_of(ended), "results")
     tags = {NOTE_TAG: write_note(ended, metric, parent, links, reference, remarks)}
     if winner is not None:
         tags |= {"best.trial": winner.trial, "best.run_id": winner.run_id}
         tags |= {f"best.{name.rpartition('.')[2]}": str(value) for name, value in winner.values.items()}
     numbers = dict(winner.metrics) if winner else {}
-    finish_run(parent, status="FINISHED" if complete else "FAILED", tags=tags, metrics=numbers)
+    left = publish(shared, ended, files, tags, numbers, complete)
 
     print_table(ended)
     print(f"{len(ended)} trials in {elapsed_since(start)}")
@@ -117,7 +111,9 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
         f"results     {', '.join(str(file) for file in files)}\nMLflow UI   {parent.ui_command}\n"
         f"            then Model training > {run.arguments.experiment} > {run.name}"
     )
-    if complete and shared.arguments.register_model is not None:
+    if left is not None:
+        print(f"note: {left}", flush=True)
+    if complete and left is None and shared.arguments.register_model is not None:
         name = shared.arguments.register_model
         version = register(shared, ended[0].run_id, name)
         links[f"model {name}, version {version}"] = model_link(name, version)
@@ -126,9 +122,40 @@ def conclude(run: Run, shared: Sweep, start: float, links: dict[str, str]) -> in
         print(f"{num_failed} trials failed. The same command tries them again.")
     elif winner is None:
         print("No trial finished: give more --hours or other values, and another --output.")
-    if complete:
+    if complete and left is None:
         run.write(status="finished", checkpoint=str(folder / "best"), metrics=numbers)
     return 0 if complete else 1
+
+
+def publish(
+    shared: Sweep,
+    ended: Sequence[TrialResult],
+    files: Sequence[Path],
+    tags: Mapping[str, str],
+    numbers: Mapping[str, float],
+    complete: bool,
+) -> str | None:
+    """Give MLflow what it lacks of the trials, and the sweep's results, and end the sweep's run.
+
+    Args: ended: ranked.
+    Returns: None, or where MLflow is away a line on what to do.
+    """
+    parent = shared.run
+    try:
+        if left := send_rest(trial_folder(shared.folder, result.trial) for result in ended):
+            return left
+        for file in files:
+            log_file(parent, file)
+        for number, result in enumerate(ended, start=1):
+            if result.is_ranked and result.run_id:
+                tag_run(parent.uri, result.run_id, "rank", str(number))
+        finish_run(parent, status="FINISHED" if complete else "FAILED", tags=tags, metrics=numbers)
+        if complete:  # once and last: MLflow adds rows to a table that is there
+            log_table(parent, rows_of(ended), "results")
+    except Exception as error:  # the store's trouble must not hide the results
+        reason = str(error).partition("\n")[0][:300]
+        return f"MLflow has not got the results of the sweep ({reason}): the same command sends them once it answers."
+    return None
 
 
 def find_reference(shared: Sweep, ended: Sequence[TrialResult]) -> Reference | None:
@@ -191,9 +218,11 @@ def register(shared: Sweep, run_id: str, name: str) -> str:
 
 
 def close_children(folder: Path) -> None:
-    """Mark the trials under way as interrupted in MLflow.   Args: folder: of the sweep."""
-    for path in (folder / "trials").glob("*"):
+    """Mark the trials under way as interrupted in MLflow, if it answers.   Args: folder: of the sweep."""
+    stopped: list[Path] = []
+    for path in sorted((folder / "trials").glob("*")):
         record = read_record(RunFolder(path))
-        if record is not None and record.status == "running" and record.mlflow is not None:
-            with contextlib.suppress(Exception):
-                finish_run(record.mlflow, status="KILLED")
+        if record is not None and record.status == "running":
+            end_later(path, record.mlflow, status="KILLED")
+            stopped.append(path)
+    send_rest(stopped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
-from mixmae.tracking import RunRef, finish_run, metric_history
+from mixmae.tracking import RunRef, end_later, metric_history, points
 from mixmae.training.checkpoint import read_state
 from mixmae.training.failures import TrainingStopped
 from mixmae.training.lock import Hold
@@ -130,7 +129,7 @@ def last_line(error: object) -> str:
 
 
 def result_of(shared: Sweep, trial: Any) -> TrialResult:
-    """How a trial ended, from Tune and from its folder; the MLflow run of a halted one is ended."""
+    """How a trial ended, from Tune and from its folder; of a halted one the end is put in its journal."""
     last = trial.last_result or {}
     folder = RunFolder(trial_folder(shared.folder, trial.trial_id))
     record = read_record(folder)
@@ -143,10 +142,9 @@ def result_of(shared: Sweep, trial: Any) -> TrialResult:
         best = read_state(folder.best)["metrics"]
         metrics |= {name.replace("val/", "best/"): value for name, value in best.items()}
     metrics = {name: float(value) for name, value in metrics.items() if name.startswith(("final/", "best/"))}
-    if ref is not None and status in ("halted", "stopped"):
-        with contextlib.suppress(Exception):  # the store's trouble must not hide the results
-            ended = "FINISHED" if status == "halted" else "FAILED"
-            finish_run(ref, status=ended, tags={status: reason}, metrics=metrics)
+    if record is not None and record.is_begun and status in ("halted", "stopped"):
+        ended, step = "FINISHED" if status == "halted" else "FAILED", int(last.get("step", 0))
+        end_later(folder.path, ref, status=ended, tags={status: reason}, metrics=metrics, step=step)
     config = set_fields(shared.arguments.config, shared.fields_of(trial.config["values"]))
     return TrialResult(
         trial=trial.trial_id,
@@ -169,13 +167,14 @@ def _ending(space: Space, trial: Any, record: RunRecord | None) -> tuple[str, st
         return "finished", ""
     if trial.status == "ERROR":
         return "failed", last_line(trial.get_error())
-    if record is None or record.mlflow is None:
+    if record is None or not record.is_begun:
         return "not run", ""
     return "halted", f"after epoch {(trial.last_result or {}).get('epoch', 0):.2f}"
 
 
 def curve(shared: Sweep, result: TrialResult) -> list[tuple[int, float]]:
     """The points (step, value) of the metric that the trials are ranked by."""
-    if not result.run_id:
-        return []
-    return metric_history(replace(shared.run, run_id=result.run_id), shared.space.metric)
+    found = points(trial_folder(shared.folder, result.trial), shared.space.metric)
+    if not found and result.run_id:  # a trial that is older than journals
+        return metric_history(replace(shared.run, run_id=result.run_id), shared.space.metric)
+    return found

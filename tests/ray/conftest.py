@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +18,7 @@ import torch
 from PIL import Image
 
 from mixmae.encoders.swin import SwinConfig
+from tests.mlflow_server import environment, serve_mlflow
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,20 +34,8 @@ TINY = [
 """The demo recipe with ENCODER, cut down to seconds."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def command(*arguments: object, pipeline: str = "pretrain") -> list[str]:
     return [sys.executable, str(ROOT / "pipelines" / f"{pipeline}.py"), *map(str, arguments)]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-    # The server starts seven more processes for jobs that nothing here asks for.
-    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | extra
 
 
 def run(
@@ -79,7 +64,7 @@ class Finished:
 
     @property
     def state(self) -> dict:
-        return json.loads((self.output / "run.json").read_text())
+        return json.loads((self.output / "run.json").read_text(encoding="utf-8"))
 
     @property
     def checkpoint(self) -> Path:
@@ -115,7 +100,7 @@ def interrupt(
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has a checkpoint in Ray Train's list, which a restart reads and which comes after the files."""
     listed = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return listed.is_file() and "step_" in listed.read_text()
+    return listed.is_file() and "step_" in listed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -141,37 +126,3 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
     with serve_mlflow(f"sqlite:///{folder}/mlflow.db", folder) as address:
         yield address
-
-
-@contextlib.contextmanager
-def serve_mlflow(store: str, folder: Path) -> Iterator[str]:
-    """A real tracking server; its log and new artifacts go to `folder`.   Yields: its address."""
-    port = free_port()
-    log = (folder / "server.log").open("w")
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts"),
-        ],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment(),
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.5)
-        else:
-            pytest.fail("the MLflow server did not come up: " + (folder / "server.log").read_text())
-        yield address
-    finally:
-        # The server has children of its own: end its process group, which is nobody else's.
-        os.killpg(server.pid, 15)
-        server.wait(timeout=30)
-        log.close()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.conftest import ROOT, TINY, environment, free_port
+from tests.mlflow_server import environment, free_port
+from tests.ray.conftest import ROOT, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(540)]
 

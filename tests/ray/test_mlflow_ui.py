@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ray.conftest import ROOT, TINY, environment, run, serve_mlflow
+from tests.mlflow_server import environment, serve_mlflow
+from tests.ray.conftest import ROOT, TINY, run
 from tests.ray.sweeps import SHORT, sweep_command
 
 CHROMIUM = shutil.which("chromium")

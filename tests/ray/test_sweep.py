@@ -17,7 +17,8 @@ import torch
 from mixmae.convert import Preprocessing, read_weights, save_encoder
 from mixmae.encoders.swin import SwinEncoder
 from mixmae.training.run_folder import weights_of
-from tests.ray.conftest import ENCODER, ROOT, TINY, environment, has_checkpoint, interrupt, run
+from tests.mlflow_server import environment
+from tests.ray.conftest import ENCODER, ROOT, TINY, has_checkpoint, interrupt, run
 from tests.ray.sweeps import SHORT, sweep_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -69,8 +69,8 @@ def no_cluster(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)  # the default output is below the working directory
     monkeypatch.setattr(cluster, "connect", refuse)
-    for module in (run, knn):
-        monkeypatch.setattr(module, "create_run", refuse)
+    for module, name in ((run, "create_run"), (run, "start_sending"), (knn, "create_run")):
+        monkeypatch.setattr(module, name, refuse)
 
 
 @pytest.fixture

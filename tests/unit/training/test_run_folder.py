@@ -38,7 +38,8 @@ def test_the_last_panel_is_the_newest(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.last_panel() is None
     for step in (2, 10):
-        folder.keep_panel(step, b"png")
+        (folder.path / "panels").mkdir(exist_ok=True)
+        (folder.path / "panels" / f"step_{step:07d}.png").write_bytes(b"png")
     assert folder.last_panel() == tmp_path / "panels" / "step_0000010.png"
 
 
