@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ray.conftest import ROOT, environment, free_port
+from tests.mlflow_server import free_port
+from tests.ray.conftest import ROOT, environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(590)]
 
