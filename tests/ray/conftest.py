@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mixmae.encoders.swin import SwinConfig
+from mixmae.training.checkpoint import list_checkpoints
 from tests.mlflow_server import environment, serve_mlflow
 
 ROOT = Path(__file__).parents[2]
@@ -98,9 +99,8 @@ def interrupt(
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint in Ray Train's list, which a restart reads and which comes after the files."""
-    listed = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return listed.is_file() and "step_" in listed.read_text(encoding="utf-8")
+    """Whether a run has a checkpoint on the disk."""
+    return bool(list_checkpoints(run / "checkpoints"))
 
 
 @pytest.fixture(scope="session")
