@@ -176,6 +176,18 @@ def check_gpus(device: Device) -> Finding:
     return ok("GPUs", "none: training on cores")
 
 
+def check_workers(workers: int, device: Device) -> Finding:
+    """Whether this machine has a GPU, or without GPUs a core, for each worker."""
+    import torch
+
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    room = gpus or usable_cores()
+    found = f"{workers} for {room} {'GPU' if gpus else 'core'}{'s' * (room != 1)}"
+    if workers > room:
+        return fail("workers", found, f"lower --workers to {room} or less")
+    return ok("workers", found)
+
+
 def check_shared_memory() -> Finding:
     """Room for Ray's object store."""
     place = Path("/dev/shm")
@@ -314,9 +326,8 @@ def check_output(output: Path, answer: Callable[[Path, str], dict[str, str]]) ->
         count, first = len(unseen), f"{unseen[0]}: {troubles[unseen[0]] or 'what it wrote is not there'}"
         remedy = "mount one file system under the same path on all nodes, and name a folder of it by --output"
         return fail("output", f"{file.parent} is not shared by {count} of {len(troubles)} nodes ({first})", remedy)
-    found = (
-        f"{file.parent}, written and read{f' on {len(troubles)} nodes' if troubles else ''}, {free / GB:.1f} GB free"
-    )
+    where = f" on {len(troubles)} node{'s' * (len(troubles) != 1)}" if troubles else ""
+    found = f"{file.parent}, written and read{where}, {free / GB:.1f} GB free"
     if free < LEAST_FREE_DISK:
         return warn("output", found, "make room: checkpoints of the paper's models have 0.3 to 3 GB")
     return ok("output", found)

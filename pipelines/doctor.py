@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.data.shards.plan import built_in
-from mixmae.machine import Device, usable_cores
+from mixmae.machine import Device
 from mixmae.tracking import TrackingError, resolve_uri
-from pipelines.checks import Finding, answer_mark, check_node, check_output, fail, ok, warn
+from pipelines.checks import Finding, answer_mark, check_node, check_output, check_workers, fail, ok, warn
 from pipelines.command import command
 
 ANSWER_S = 120.0
@@ -64,15 +64,8 @@ def examine(arguments: Arguments) -> Iterator[Finding]:
         return
     yield from check_node(arguments.device, uri, data)
     yield check_output(arguments.output, lambda file, content: {})
-    if arguments.workers and arguments.device != "gpu":
-        yield check_workers(arguments.workers, usable_cores())
-
-
-def check_workers(workers: int, cores: int) -> Finding:
-    """Whether a machine has a core for each worker."""
-    if workers > cores:
-        return fail("workers", f"{workers} for {cores} cores", f"lower --workers to {cores} or less")
-    return ok("workers", f"{workers} for {cores} cores")
+    if arguments.workers:
+        yield check_workers(arguments.workers, arguments.device)
 
 
 class NodeDoctor:

@@ -8,7 +8,6 @@ or killed, and the run's own command continues it; 5 there is no run.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from mixmae.tracking import backlog
 from mixmae.training.checkpoint_files import checkpoints_of, look_at
 from mixmae.training.lock import is_running, read_owner
 from mixmae.training.progress import RESTARTS_FILE, read_lines, read_progress
@@ -77,15 +77,6 @@ def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
             break
     found["checkpoints"] = [{**asdict(item), "path": str(item.path)} for item in looked]
     return found
-
-
-def backlog(folder: Path) -> int:
-    """How many points of the run's curves are not in MLflow yet."""
-    try:
-        journal = importlib.import_module("mixmae.tracking.journal")
-    except ImportError:  # this version sends them at once
-        return 0
-    return int(journal.backlog(folder))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ With a running average of the weights also average.pt. state.json has the SHA-25
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from mixmae.training.checkpoint_files import sha256_of, state_sha256, step_of
 from mixmae.training.ema import WeightAverage
 from mixmae.writing import flush, writing
 
@@ -81,9 +81,9 @@ def write_parts(directory: Path, parts: Mapping[str, dict[str, Any]], state: dic
                 safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
             else:
                 torch.save(part, folder / name)
-        files = {name: _sha256(folder / name) for name in parts}
+        files = {name: sha256_of(folder / name) for name in parts}
         content = state | {"files": files}
-        text = json.dumps(content | {"state_sha256": _state_sha256(content)}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(content | {"state_sha256": state_sha256(content)}, indent=2, sort_keys=True) + "\n"
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
         for name in (*parts, STATE_FILE):
             flush(folder / name)
@@ -97,11 +97,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The finished steps that a checkpoint's name says."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 def verify(directory: str | os.PathLike[str]) -> None:
     """Compare every file with the digest that was taken when it was written; earlier versions took none.
 
@@ -111,23 +106,13 @@ def verify(directory: str | os.PathLike[str]) -> None:
     content = _read_json(folder)
     if "files" not in content:
         return
-    if content.get("state_sha256") != _state_sha256({k: v for k, v in content.items() if k != "state_sha256"}):
+    if content.get("state_sha256") != state_sha256(content):
         raise DamagedCheckpoint(f"{folder / STATE_FILE} is not what was written: use another checkpoint.")
     for name, digest in content["files"].items():
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
-        if _sha256(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise DamagedCheckpoint(f"{folder / name} is not what was written: use another checkpoint.")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _state_sha256(content: Mapping[str, Any]) -> str:
-    stored = json.loads(json.dumps(content))  # as it is read back
-    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,23 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((path for path in run.glob("checkpoints/step_*") if path.is_dir()), reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The finished steps that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def sha256_of(file: Path) -> str:
+    """The digest of a file's bytes."""
+    with file.open("rb", buffering=0) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def state_sha256(content: Mapping[str, Any]) -> str:
+    """The digest of a state.json, of all that it holds but its own digest."""
+    stored = json.loads(json.dumps({name: value for name, value in content.items() if name != "state_sha256"}))
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()  # of what is read back
+
+
 def look_at(checkpoint: Path, *, verify: bool) -> CheckpointFiles:
     """Look whether a checkpoint's files are whole.
 
@@ -43,6 +61,8 @@ def look_at(checkpoint: Path, *, verify: bool) -> CheckpointFiles:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         step, digests = int(state["position"]["step"]), state.get("files")
+        if state.get("state_sha256", state_sha256(state)) != state_sha256(state):
+            problem = "state.json is not what was written"
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         problem = f"state.json is missing or damaged ({type(error).__name__})"
     expected = digests if isinstance(digests, Mapping) else dict.fromkeys(["model.safetensors", "optimizer.pt"])
@@ -62,9 +82,7 @@ def _problem_of(file: Path, digest: str | None) -> str:
     if not file.is_file():
         return f"{file.name} is missing"
     if digest is not None:
-        with file.open("rb") as content:
-            is_same = hashlib.file_digest(content, "sha256").hexdigest() == digest
-        return "" if is_same else f"{file.name} is not what was written"
+        return "" if sha256_of(file) == digest else f"{file.name} is not what was written"
     is_whole = {".safetensors": _is_whole_safetensors, ".pt": zipfile.is_zipfile}.get(file.suffix)
     return f"{file.name} is cut short" if is_whole and not is_whole(file) else ""
 

@@ -36,6 +36,9 @@ machine's clock."""
 NEVER = "-" * len("2026-01-01T00:00:00.000Z")
 """A time that has not come, as long as one that has."""
 
+ENDED = -1.0
+"""In the place of a start time: the process is over, and only nobody has asked yet how it ended."""
+
 
 class LockError(ValueError):
     """The folder is another run's; the message says whose, and what to do."""
@@ -83,7 +86,8 @@ class Owner:
     @property
     def is_alive(self) -> bool:
         """Whether the process lives, if it is one of this machine's."""
-        return _started_ticks(self.pid) == self.started_ticks
+        ticks = _started_ticks(self.pid)
+        return _is_hidden(self.pid) if ticks is None else ticks == self.started_ticks
 
     @property
     def age_s(self) -> float:
@@ -303,20 +307,29 @@ def _this_process(generation: int) -> Owner:
 
 
 def _started_ticks(pid: int) -> float | None:
-    """When a process was started, in a unit of its own; None if it does not run any more."""
+    """When a process was started, in a unit of its own; ENDED for a zombie, None if it cannot be seen."""
     if Path("/proc/self/stat").exists():
         try:
             state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return None
-        return None if state in "ZX" else float(rest[18])
+        return ENDED if state in "ZX" else float(rest[18])
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return ENDED if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.Error:
         return None
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is such a process, of another user, that this one may not look at (/proc with hidepid)."""
+    try:
+        os.kill(pid, 0)  # the signal 0 does nothing
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
 
 
 def _pid_space() -> str:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mixmae.encoders.swin import SwinConfig
+from mixmae.training.checkpoint import list_checkpoints
 from tests.mlflow_server import environment, serve_mlflow
 
 ROOT = Path(__file__).parents[2]
@@ -98,8 +99,8 @@ def interrupt(
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint, which appears when it is whole."""
-    return any((run / "checkpoints").glob("step_*"))
+    """Whether a run has a checkpoint on the disk."""
+    return bool(list_checkpoints(run / "checkpoints"))
 
 
 @pytest.fixture(scope="session")

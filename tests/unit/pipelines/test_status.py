@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -47,10 +46,10 @@ def folder(tmp_path) -> Path:
     progress = ProgressFile(tmp_path, 400)
     progress.receive("started", 0)
     progress.receive("progress", {"step": 1, **PROGRESS})
-    progress.receive("failed", "rank 1: RuntimeError: no memory")
     progress.receive("failed", "rank 0: RuntimeError: its neighbour is gone")
-    progress.receive("started", 50)
-    progress.receive("started", 60)
+    progress.receive("restart", "rank 1: RuntimeError: no memory")
+    progress.receive("started", 100)
+    progress.receive("restart", "rank 0: its process died")
     progress.receive("progress", {"step": 61, **PROGRESS})
     time.sleep(0.01)
     progress.receive("progress", {"step": 101, **PROGRESS})
@@ -62,10 +61,8 @@ def keep_checkpoint(run: Path, step: int, *, digests: bool = True) -> Path:
     path, model = run / "checkpoints" / f"step_{step:07d}", nn.Linear(30, 30)
     optimizer = torch.optim.AdamW(model.parameters())
     save_checkpoint(path, model=model, optimizer=optimizer, state={"position": {"step": step}})
-    state = json.loads((path / "state.json").read_text())
-    names = ("model.safetensors", "optimizer.pt")
-    files = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
-    write_json(path / "state.json", {**state, "files": files} if digests else {"position": state["position"]})
+    if not digests:
+        write_json(path / "state.json", {"position": {"step": step}})
     return path
 
 
@@ -82,8 +79,8 @@ def test_a_killed_run(folder, capsys):
     assert "step        101 of 400 (25%), epoch 1.50, loss 0.5000, 100 images/s, waiting for data 3%, at " in text
     assert "checkpoint  step_0000100, 0.0 MB: all files have their lengths (--verify reads the bytes)\n" in text
     assert "restarts    2\n" in text
-    assert ", from step 50: rank 1: RuntimeError: no memory\n" in text
-    assert ", from step 60: a worker's process died\n" in text
+    assert ", from step 100: rank 1: RuntimeError: no memory\n" in text
+    assert ", from step 100: rank 0: its process died\n" in text
     assert "data        2 broken images replaced of 1616 seen (0.12%, 1.0% may be); 2 in broken_images.jsonl" in text
     assert "MLflow      0 points are not sent yet; http://mlflow:5000, run abc\n" in text
     assert "more checkpoints" in text
@@ -159,6 +156,12 @@ def test_one_bit_is_found_by_reading_all(folder, capsys, name):
     assert "step_0000050, 0.0 MB: verified" in text
 
 
+def test_a_state_that_was_changed_is_found_at_once(folder, capsys):
+    file = folder / "checkpoints" / "step_0000100" / "state.json"
+    file.write_text(file.read_text().replace('"step": 100', '"step": 99'))
+    assert "step_0000100, 0.0 MB: DAMAGED, state.json is not what was written" in ask(folder, capsys)[1]
+
+
 def test_checkpoints_of_earlier_versions_have_no_digests(folder, capsys):
     keep_checkpoint(folder, 150, digests=False)
     for flags in ([], ["--verify"]):
@@ -176,7 +179,7 @@ def test_json_has_the_same(folder, capsys):
     assert found["exit_status"] == code == 4
     assert found["progress"]["step"] == 101
     assert found["progress"]["eta_s"] == pytest.approx(0.01 / 40 * 299, abs=0.5)
-    assert [item["step"] for item in found["restarts"]] == [50, 60]
+    assert [item["step"] for item in found["restarts"]] == [100, 100]
     assert found["checkpoints"][0]["step"] == 100
     assert found["mlflow"]["backlog"] == 0
 

@@ -70,7 +70,6 @@ def holder() -> Iterator[type[Holder]]:
         return made[-1]
 
     yield make
-    release_all()
     for one in made:
         with contextlib.suppress(ProcessLookupError):
             one.process.send_signal(signal.SIGCONT)
@@ -83,6 +82,12 @@ def edit(folder: Path, **changes: object) -> None:
     file = folder / LOCK_FILE
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def give_back() -> Iterator[None]:
+    yield
+    release_all()
 
 
 def test_a_living_owner_is_named_and_left_alone(tmp_path, holder):
@@ -140,6 +145,19 @@ def test_a_pid_that_is_another_process_by_now_is_not_the_owner(tmp_path):
     edit(tmp_path, pid=os.getpid(), started_ticks=1.0, released=read_owner(tmp_path).heartbeat)
     edit(tmp_path, released="-" * 24)
     assert not read_owner(tmp_path).is_released
+    assert take(tmp_path, watch_s=50).hold.generation == 2
+
+
+def test_a_process_of_another_user_that_proc_hides_is_alive(tmp_path, monkeypatch):
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    take(tmp_path).release()
+    edit(tmp_path, pid=2**22 + 1, released="-" * 24)  # above the largest pid: /proc does not have it
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(LockError, match="is in use by"):
+        take(tmp_path, watch_s=50)
+    monkeypatch.undo()
     assert take(tmp_path, watch_s=50).hold.generation == 2
 
 
