@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 RECIPE ?= demo
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup pretrain finetune sweep test test-all lint format bench ui screenshots clean
+.PHONY: help setup pretrain finetune sweep test test-all lint format bench drill ui screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -55,6 +55,9 @@ format: $(READY)  ## apply the style
 
 bench: $(READY)  ## how fast images come in, beside the peers and the decoder's limit (about 5 minutes, on quiet cores)
 	$(BIN)/python benchmarks/ingest.py $(ARGS)
+
+drill: $(READY)  ## break a small run in every way we know, and see whether it ends with the same weights (about 20 minutes)
+	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 ui: $(READY)  ## open MLflow's pages of the runs under runs/
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db

@@ -218,7 +218,7 @@ def check_settings(file: Path) -> None:
     """Keep the recipes beside the results, which are of no use beside those of others.   Raises: ValueError."""
     recipes = {"pretrain": to_json(demo()), "finetune": to_json(demo_finetune()), "steps": list(STEPS.items())}
     text = json.dumps(recipes, indent=1)
-    if file.exists() and file.read_text() != text:
+    if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"{file.parent} has results of other recipes: give another --output, or delete the folder.")
     write_text(file, text)
 
@@ -227,13 +227,13 @@ def read_results(table: Path) -> dict[Row, float]:
     """Top-1 of the runs that have been made."""
     if not table.exists():
         return {}
-    with table.open() as file:
+    with table.open(encoding="utf-8") as file:
         return {(a, b, c, d): float(value) for a, b, c, d, value in list(csv.reader(file))[1:]}
 
 
 def write_results(table: Path, results: dict[Row, float]) -> None:
     """Write all of them."""
-    with writing(table) as unfinished, unfinished.open("w", newline="") as file:
+    with writing(table) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "pretrained_on", "labels_per_class", "seed", "top1"])
         writer.writerows([*row, value] for row, value in results.items())

@@ -134,7 +134,7 @@ class Meter:
         own = store = 0.0
         for process in self.processes():
             try:
-                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
             except OSError:
                 continue
             shares = {line.split(":")[0]: float(line.split()[1]) / 1e3 for line in lines}

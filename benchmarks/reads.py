@@ -51,7 +51,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def bytes_from_disk() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     return next(int(line.split(":")[1]) for line in lines if line.startswith("read_bytes"))
 
 

@@ -59,7 +59,8 @@ def settle_environment() -> None:
     - A variable of EMPTY_IS_UNSET that is empty counts as one that is not set. (In others, such as
       CUDA_VISIBLE_DEVICES, where it means no GPU, and http_proxy, it has a meaning.)
     - A user whom the system does not know, as in a container that runs under any number, gets a name: USER.
-    - Where there is no home folder, HOME is a folder below the one for temporary files: MLflow and Ray need one.
+    - Where there is no home folder, HOME is a folder below the one for temporary files: MLflow and Ray need one. Where
+      it cannot be written, Matplotlib gets one there: it would print a paragraph.
 
     Raises: ValueError if there is no place for such a folder.
     """
@@ -69,8 +70,12 @@ def settle_environment() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # the second from Python 3.13 on
         os.environ["USER"] = f"user{_user_id()}"
-    if home_folder() is None:
+    home = home_folder()
+    if home is None:
         os.environ["HOME"] = str(own_temporary_folder())
+    elif not os.access(home, os.W_OK):
+        with contextlib.suppress(ValueError):
+            os.environ.setdefault("MPLCONFIGDIR", str(own_temporary_folder() / "matplotlib"))
 
 
 def home_folder() -> Path | None:

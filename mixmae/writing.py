@@ -28,17 +28,43 @@ def writing(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        if target.is_dir() and partial.is_dir():
-            _remove(target)  # a folder cannot be replaced at once, a file can
-        partial.replace(target)
+        if target.is_dir() and partial.is_dir():  # a folder cannot be replaced at once, a file can
+            aside = _aside(target)
+            _remove(aside)
+            target.replace(aside)
+            partial.replace(target)
+            _remove(aside)
+        else:
+            partial.replace(target)
     finally:
         _remove(partial)
+
+
+def recover(target: Path) -> Path:
+    """Put back a folder that was being replaced when its writer died; returns the target."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.replace(target)
+    return target
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".previous.{target.name}")
+
+
+def flush(path: Path) -> None:
+    """Have what was written to a file, or to the list of names of a folder, on the disk.   Raises: OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(target: Path, text: str) -> None:
     """Write a text file as `writing` does."""
     with writing(target) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, content: Any, *, indent: int = 2) -> None:

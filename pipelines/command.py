@@ -16,6 +16,7 @@ import tyro
 
 from mixmae.machine import ray_folder, settle_environment
 from mixmae.training.failures import TrainingStopped, WorkersFailed
+from mixmae.training.lock import release_all
 from pipelines.console import fail
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 ArgumentsT = TypeVar("ArgumentsT")
 
+TRY_AGAIN = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
+"""Exit status of a run whose workers failed more often than they may: a scheduler may start the command again. 1: it
+would fail again; 2: the command line is wrong; 128 + N: signal N ended it, and the same command continues."""
 FORMER_FLAGS = {"--loop.panel-every-epochs": "--loop.evaluate-every-epochs", "--resize-share": "--crop-pct"}
 """Flags that were renamed, by their names in earlier versions, which are still understood."""
 
@@ -43,8 +47,8 @@ def command(
         program: name of the file.  about: the file's docstring, shown by --help.
     Returns: the exit status.   Raises: SystemExit, after the sentence was printed.
     """
-    _settle()
-    arguments = _parse(arguments_type, sys.argv[1:] if argv is None else argv, prog=program, description=about)
+    argv = _settle(argv)
+    arguments = _parse(arguments_type, argv, prog=program, description=about)
     return _run(lambda: action(arguments))
 
 
@@ -64,10 +68,9 @@ def recipe_command(
         gets the recipe's name.
     Returns, Raises: as command.
     """
-    _settle()
+    argv = _settle(argv)
     from pipelines.recipes import find_recipe, list_recipes  # they bring torch, which not every pipeline needs
 
-    argv = sys.argv[1:] if argv is None else argv
     usage = f"usage: python pipelines/{program} {kind.upper()} [options]\n\n{kind}s:\n{list_recipes(recipes)}\n"
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{about}\n{usage}\n{kind.upper()} --help lists the options and fields.")
@@ -90,15 +93,23 @@ def recipe_command(
     return _run(lambda: action(arguments, recipe.__name__))
 
 
-def _settle() -> None:
-    """See that the environment and the terminal are none that a command fails by."""
+def _settle(argv: list[str] | None) -> list[str]:
+    """See that the environment, the locale and the terminal are none that a command fails by.
+
+    Args, Returns: the command line; None: the process's own.
+    """
+    # Arrow, Ray and MLflow take names of files for UTF-8: in another locale begin again, in Python's UTF-8 mode.
+    if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in a locale of ASCII alone, other letters are shown as \xe9
+        if isinstance(stream, io.TextIOWrapper):  # what cannot be printed, such as names not in UTF-8, is escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         settle_environment()
     except ValueError as error:
         fail(error)
+    return sys.argv[1:] if argv is None else argv
 
 
 def _refuse_unused_size(argv: list[str], config: RunConfig) -> None:
@@ -138,7 +149,10 @@ def _run(action: Callable[[], int]) -> int:
     except WorkersFailed as error:
         fail(
             f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "
-            f"dashboard or {ray_folder()}/session_latest). The same command continues from the last checkpoint."
+            f"dashboard or {ray_folder()}/session_latest). The same command continues from the last checkpoint.",
+            code=TRY_AGAIN,
         )
     except (ValueError, OSError, TrainingStopped) as error:
         fail(error)
+    finally:
+        release_all()

@@ -277,13 +277,13 @@ def _mean_and_std(shares: Sequence[float]) -> str:
 def _read(table: Path) -> list[Result]:
     if not table.is_file():
         return []
-    with table.open() as file:
+    with table.open(encoding="utf-8") as file:
         kinds = {"arm": str, "seed": int, "steps": int}
         return [Result(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
 def _write(table: Path, results: Sequence[Result]) -> None:
-    with writing(table) as unfinished, unfinished.open("w", newline="") as file:
+    with writing(table) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(vars(results[0])))
         writer.writeheader()
         writer.writerows(vars(result) for result in results)

@@ -69,6 +69,8 @@ class ProgressView:
             self.line(f"left out of the evaluation: {name_broken([BrokenRecord(**entry) for entry in content])}")
         elif kind == "failed":
             self.line(f"worker failed, {content}")
+        elif kind == "restart":
+            self.line(f"starting new workers, from the last checkpoint, after {content}")
         elif kind == "note":
             self.line(f"note: {content}")
         elif kind == "started" and content > 0:

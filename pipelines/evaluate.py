@@ -149,7 +149,10 @@ def write_results(folder: Path, classifier: Classifier, logits: Tensor, labels: 
     accuracy, measured = top_k_accuracy(logits, labels), calibration(logits, labels)
     table, confusions = per_class_accuracy(logits, labels), confusion_matrix(logits, labels)
     known = labels != UNKNOWN
-    with writing(folder / "classes.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with (
+        writing(folder / "classes.csv") as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["class", "name", "images", "top1", "top5", "most_taken_for"])
         for label in range(classifier.num_classes):

@@ -104,7 +104,7 @@ def train_classifier(run: Run, job: ClassificationJob) -> int:
     )
     done = run.train(job)
     if done is None:
-        return 130
+        return run.exit_status
     metrics = done.metrics
     print(
         f"Finished in {done.seconds:.0f} s: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%}, "

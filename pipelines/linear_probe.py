@@ -91,7 +91,7 @@ def probe_cached(arguments: Arguments, recipe: str) -> int:
     except KeyboardInterrupt:
         status = "KILLED"
         print("\nInterrupted. The same command begins again.", flush=True)
-        return 130
+        return run.exit_status
     finally:
         tags = {"checkpoint": str(run.folder.best)} if metrics else {}
         run.end(status, tags=tags, metrics=metrics, step=job.length.total_steps)

@@ -46,6 +46,8 @@ class Arguments:
     """Images per batch."""
     crop_pct: float | None = None
     """Side of the images' central crop over that of the resized image. Default: the run's; 0.875 for files."""
+    weights_key: str | None = None
+    """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     device: Device = "auto"
     """Where the model runs; auto takes a GPU if there is one."""
 
@@ -53,7 +55,11 @@ class Arguments:
 def predict(arguments: Arguments) -> int:
     """Classify the images and write the table and the picture.   Returns: the process's exit status."""
     classifier = load_classifier(
-        arguments.model, device=arguments.device, crop_pct=arguments.crop_pct, batch_size=arguments.batch_size
+        arguments.model,
+        device=arguments.device,
+        crop_pct=arguments.crop_pct,
+        batch_size=arguments.batch_size,
+        key=arguments.weights_key,
     )
     sources = [open_source(arguments.images, split) for split in list_splits(arguments.images)]
     for source in sources:
@@ -65,7 +71,10 @@ def predict(arguments: Arguments) -> int:
     shown_per_source = SHEET_SIDE**2 // len(sources)
     broken: list[BrokenRecord] = []
     count = 0
-    with writing(folder / "predictions.csv") as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with (
+        writing(folder / "predictions.csv") as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["file", "class", "probability", "top5", "problem"])
         for source in sources:

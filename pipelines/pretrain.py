@@ -49,7 +49,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
     print(run.headline(job))
     done = run.train(job)
     if done is None:
-        return 130
+        return run.exit_status
     metrics = done.metrics
     heldout_loss = metrics.get("final/heldout_loss")
     print(

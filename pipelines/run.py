@@ -11,11 +11,13 @@ What is trained is the job's: see mixmae.jobs.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,7 +26,7 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import RunConfig, differences, to_json
+from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
@@ -41,7 +43,11 @@ from mixmae.tracking import (
     start_sending,
     unsent,
 )
+from mixmae.training.checkpoint import list_checkpoints, step_of, verify
+from mixmae.training.failures import TrainingStopped, WorkersFailed
+from mixmae.training.lock import Hold, LockError, holds, take
 from mixmae.training.loop import TrainState
+from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder
 from pipelines.console import ProgressView
 
@@ -77,6 +83,10 @@ class RunArguments:
     """MLflow experiment."""
     run_name: str | None = None
     """Name of the MLflow run. Default: the output folder's name."""
+    from_step: int | None = None
+    """Go back to the checkpoint of this step, which must be kept still, and train on from there, perhaps with another
+    --optim.base-lr, --optim.clip-grad-norm, --optim.weight-decay, --loop.warmup-epochs or length. MLflow gets a run of
+    its own for it; what came after the step is put aside."""
     ray_address: str | None = None
     """Ray cluster. Default: RAY_ADDRESS (set by `ray job submit`), else one on this machine for this run."""
     max_failures: int = 3
@@ -131,9 +141,13 @@ class Run:
     """The record of this one."""
     uri: str
     """MLflow's store."""
+    hold: Hold
+    """The lock that the run is inside of: its folder's, or of a trial its sweep's."""
     use_gpu: bool = False
     runs_at_once: int = 1
     """Runs that share the machine."""
+    exit_status: int = 130
+    """Of the process, if the run was interrupted."""
     sender: Sender | None = None
     """What takes the journal to MLflow, while the run is tracked."""
 
@@ -198,7 +212,9 @@ class Run:
             "workers": self.arguments.workers,
             "gpu": int(self.use_gpu),
         }
-        spec = self._spec(params, {**job.tags, **(tags or {})}, None if parent_run_id else job.account)
+        branch_tags = {f"branch.{name}": str(value) for name, value in (self.record.branch or {}).items()}
+        all_tags = {**job.tags, **(tags or {}), **branch_tags}
+        spec = self._spec(params, all_tags, None if parent_run_id else job.account)
         known = self.before.mlflow if self.before else None
         if known is not None and self.arguments.mlflow_uri is None:
             self.uri = known.uri
@@ -255,7 +271,12 @@ class Run:
         return None
 
     def write(self, **changes: Any) -> None:
-        """Write the record with changed fields.   Raises: ValueError if the folder cannot be written."""
+        """Write the record with changed fields.
+
+        Raises: LockError if the folder is another run's by now; ValueError if it cannot be written.
+        """
+        if not holds(*self.hold):
+            raise LockError(f"{self.hold.folder} was taken over by another run: this one leaves it alone.")
         self.record = replace(self.record, **changes)
         self.folder.write(self.record.to_json())
 
@@ -263,18 +284,20 @@ class Run:
         """Train to the end and close the record.
 
         Args: callbacks: of Ray Train.
-        Returns: how it ended, or None after Ctrl-C.
+        Returns: how it ended, or None after SIGINT or SIGTERM, with `exit_status`.
         Raises: TrainingStopped, WorkersFailed.
         """
         from mixmae.training.worker import fit
 
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
         status, tags, metrics, step = "FAILED", {}, {}, 0
+        progress = ProgressFile(folder.path, job.length.total_steps)
         try:
             with ProgressView(job.length.total_steps) as view:
 
                 def receive(message: Message) -> None:
                     view.receive(message, folder)
+                    self._keep(message, progress)
                     if message[0] == "evaluation":
                         job.draw_curves(folder.add_evaluation(message[1]))
                         for picture, title in job.pictures.items():
@@ -291,17 +314,29 @@ class Run:
                     runs_at_once=self.runs_at_once,
                     on_message=receive,
                     callbacks=callbacks,
+                    may_write=partial(holds, *self.hold),
                 )
             status, tags, step = "FINISHED", {"checkpoint": checkpoint}, state.step
             metrics = job.final_metrics(state)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             status = "KILLED"
+            self.exit_status = getattr(interruption, "exit_status", self.exit_status)
             print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
             return None
+        except (TrainingStopped, WorkersFailed) as error:
+            with contextlib.suppress(Exception):  # a full disk, a lost lock: what stopped the run is what to tell
+                self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
+            raise
         finally:
             self.end(status, tags=tags, metrics=metrics, step=step, pictures=job.pictures)
         self.write(status="finished", mlflow=job.ref, checkpoint=checkpoint, metrics={**state.metrics, **metrics})
         return Finished(state=state, checkpoint=checkpoint, metrics=metrics, seconds=time.monotonic() - start)
+
+    def _keep(self, message: Message, progress: ProgressFile) -> None:
+        """Write what pipelines/status.py reads, unless the folder is another run's by now."""
+        with contextlib.suppress(OSError):  # training goes on without
+            if holds(*self.hold):
+                progress.receive(*message)
 
     @property
     def _sender(self) -> Sender:
@@ -371,19 +406,24 @@ class Finished:
     seconds: float
 
 
-def begin(arguments: RunArguments, recipe: str, **known: Any) -> Run | None:
-    """Take the output folder for a run, new or continued.
+def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, **known: Any) -> Run | None:
+    """Take the output folder for a run, new or continued, until the command ends (pipelines/command.py).
 
-    Args: known: fields of the RunRecord beside recipe and config, which a continued run must have alike.
+    Args: inside: the sweep's lock, of a trial.  known: fields of the RunRecord beside recipe and config, which a
+        continued run must have alike.
     Returns: the run, or None if it is finished, which is printed; then MLflow gets what it does not have of it.
-    Raises: ValueError if the folder holds another run, or none to resume.
+    Raises: ValueError if the folder holds another run, or none to resume; LockError if another process runs it.
     """
     folder = output_folder(arguments, recipe)
-    before = read_begun(folder)
-    if before is None and arguments.resume:
-        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
-    refuse_changes(before, record, folder.path)
+    before = _run_before(folder, record, arguments)
+    if before is None or before.status != "finished" or arguments.from_step is not None:
+        hold = inside or take(folder.path).hold
+        before = _run_before(folder, record, arguments)  # who had the lock may have written since
+    if arguments.from_step is not None:
+        before = go_back(folder, before, record, arguments.from_step)
+    if before is not None:
+        record = replace(record, branch=before.branch)
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
         _send_rest(folder, arguments.mlflow_uri)
@@ -391,7 +431,41 @@ def begin(arguments: RunArguments, recipe: str, **known: Any) -> Run | None:
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
         folder.write(record.to_json())
-    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri)
+    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri, hold=hold)
+
+
+def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -> RunRecord | None:
+    """The run in the folder, which is the same as `record`; None if it has none that was begun.   Raises: as begin."""
+    before = read_begun(folder)
+    if before is None and arguments.resume:
+        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+    if before is not None:
+        before = replace(before, config=completed(before.config, arguments.config))
+    refuse_changes(before, record, folder.path, BRANCHABLE if arguments.from_step is not None else frozenset())
+    return before
+
+
+def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: int) -> RunRecord:
+    """Put aside what a run did after a step, so that it goes on from there, as another run in MLflow.
+
+    Returns: the run's record as if it had been interrupted then; the same as before if it has gone back already.
+    Raises: ValueError if there is no such run, or no whole checkpoint of this step.
+    """
+    if before is None:
+        raise ValueError(f"{folder.path} holds no run to go back in: correct --output, or leave --from-step out.")
+    if before.branch and before.branch["step"] == step and not differences(before.config, now.config):
+        return before
+    kept = list_checkpoints(folder.path / "checkpoints")
+    if step not in map(step_of, kept):
+        there = ", ".join(str(step_of(path)) for path in reversed(kept)) or "none"
+        raise ValueError(f"there is no checkpoint of step {step} in {folder.path}: --from-step may be one of {there}.")
+    verify(next(path for path in kept if step_of(path) == step))
+    aside = folder.put_aside(step)
+    print(f"going back to step {step}; what came after it is in {aside}")
+    branch = {"step": step, "run_id": before.mlflow.run_id if before.mlflow else ""}
+    record = replace(before, status="running", config=now.config, branch=branch, mlflow=None, metrics={}, reason="")
+    folder.write(record.to_json())
+    return record
 
 
 def _send_rest(folder: RunFolder, uri: str | None) -> None:
@@ -404,11 +478,16 @@ def _send_rest(folder: RunFolder, uri: str | None) -> None:
     print(f"note: {left or f'MLflow was behind; it has got {count} points and the end of the run now.'}", flush=True)
 
 
-def refuse_changes(before: RunRecord | None, now: RunRecord, path: Path) -> None:
-    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now."""
+def refuse_changes(
+    before: RunRecord | None, now: RunRecord, path: Path, may_change: frozenset[str] = frozenset()
+) -> None:
+    """Raise ValueError if a run that was begun would be continued as another one, as far as is known now.
+
+    Args: may_change: fields of the config that may differ, beside those that always may.
+    """
     if before is None:
         return
-    changed = differences(before.config, now.config)
+    changed = [change for change in differences(before.config, now.config) if change.split()[0] not in may_change]
     if before.data and now.data and before.data.digest != now.data.digest and not _digests_differ_in_kind(before, now):
         changed.append(f"data was {before.data.name} ({before.data.digest}) and is {now.data.name}")
     digests = [record.pretrained.digest if record.pretrained else None for record in (before, now)]

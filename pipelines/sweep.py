@@ -89,6 +89,7 @@ def sweep(arguments: Arguments, name: str) -> int:
         reference=reference,
         run=parent,
         use_gpu=use_gpu,
+        hold=run.hold,
     )
     start = time.monotonic()
     try:

@@ -261,5 +261,5 @@ def checkpoint_of(model: nn.Module, base: Path) -> Path:
     checkpoint = base / "runs" / "photos" / "checkpoints" / "step_0000001"
     config = {"encoder": config_to_json(model.encoder.config), "augment": {"image_size": model.encoder.image_size[0]}}  # type: ignore[union-attr, arg-type]
     save_checkpoint(checkpoint, model=model, optimizer=None, state={"config": config, "position": {"step": 1}})
-    (checkpoint.parents[1] / "run.json").write_text("{}")
+    (checkpoint.parents[1] / "run.json").write_text("{}", encoding="utf-8")
     return checkpoint

@@ -127,7 +127,10 @@ def _load_torch(file: Path) -> Any:
 def _read_parts(index: Path) -> dict[str, Any]:
     """Read weights that are spread over several files.   Args: index: JSON, from names of tensors to those of files."""
     try:
-        parts = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        parts = [
+            index.parent / name
+            for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if not _head(index).startswith(b"{"):
             _refuse_others(index)

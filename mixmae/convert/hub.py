@@ -52,7 +52,7 @@ def write_hub(item: Export, path: Path) -> str:
         },
         METADATA_KEY: item.metadata.to_json(),
     }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     pictures = ""
     if item.run_folder is not None:
         panel = RunFolder(item.run_folder).last_panel()
@@ -61,14 +61,14 @@ def write_hub(item: Export, path: Path) -> str:
             pictures += "\n![reconstructions of held-out images](panel.png)\n"
         if draw_curve(item.run_folder, path / "loss.png"):
             pictures += "\n![loss by step](loss.png)\n"
-    (path / "README.md").write_text(model_card(item, pictures))
+    (path / "README.md").write_text(model_card(item, pictures), encoding="utf-8")
     return ""
 
 
 def draw_curve(run_folder: Path, path: Path) -> bool:
     """Draw the losses of a run by step, as a PNG.   Returns: False, with nothing drawn, if there are none."""
     curves = {label: points(run_folder, key) for key, label in CURVES.items()}
-    content = json.loads((run_folder / RUN_FILE).read_text())
+    content = json.loads((run_folder / RUN_FILE).read_text(encoding="utf-8"))
     if not any(curves.values()) and "mlflow" in content:  # a run that is older than journals
         curves = {label: metric_history(RunRef(**content["mlflow"]), key) for key, label in CURVES.items()}
     if not any(curves.values()):

@@ -22,7 +22,7 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             continue
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
             found = fields_of(content) if isinstance(content, Mapping) else {}
         except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(

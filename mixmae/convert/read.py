@@ -136,7 +136,7 @@ def _encoder_config(
 
 def _run_metadata(folder: Path, state: StateDict) -> EncoderMetadata:
     """Read the metadata of a run's checkpoint from its state.json.   Raises: ValueError if it is incomplete."""
-    content = json.loads((folder / STATE_FILE).read_text())
+    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     source = {
         "format": "checkpoint of a run",
         "name": folder.name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -202,12 +202,28 @@ RESUMABLE = frozenset(
         "loop.log_every_steps",
         "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",
+        "loop.checkpoint_every_minutes",
+        "loop.max_bad_steps",
         "loop.max_broken_fraction",
-        "loop.micro_batch_size",
+        "loop.max_loss",
+        "loop.micro_batch_size",  # unless the encoder drops paths: they are drawn for each micro-batch
     }
 )
 """Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
 not what is computed."""
+
+
+BRANCHABLE = frozenset(
+    {
+        "optim.base_lr",
+        "optim.clip_grad_norm",
+        "optim.weight_decay",
+        "loop.warmup_epochs",
+        "loop.epochs",
+        "loop.steps",
+    }
+)
+"""Fields that may differ, besides, when a run goes back to an earlier checkpoint (--from-step)."""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -221,18 +237,36 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             found += differences(old, new, f"{name}.")
         elif old != new and name not in RESUMABLE and not name.startswith(("stream.", "probe")):
             found.append(f"{name} was {old} and is {new}")
+    if not prefix and now["encoder"].get("drop_path"):
+        sizes = [config.get("loop", {}).get("micro_batch_size") for config in (before, now)]
+        if sizes[0] != sizes[1]:
+            found.append(f"loop.micro_batch_size was {sizes[0]} and is {sizes[1]}, which would drop other paths")
     return found
+
+
+def completed(before: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The config of an earlier version, with the defaults of fields that it did not have.
+
+    Args: before: as from `to_json`.  config: of the same kind.
+    """
+    content = dict(before)
+    for part in (config.loop, config.optim, config.augment):
+        name = next(field.name for field in fields(config) if getattr(config, field.name) is part)
+        if name in content:
+            content[name] = {**_plain(asdict(type(part)())), **content[name]}
+    return content
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as JSON values (tuples become lists); the encoder's and the method's have their type."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    content = plain(asdict(config))
+    content = _plain(asdict(config))
     if isinstance(config, PretrainConfig):
         content["method"] = {"type": type(config.method).__name__, **content["method"]}
     return content | {"encoder": config_to_json(config.encoder)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import nn
 
 from mixmae.data.blocks import local_batches
 from mixmae.data.order import Plan
 from mixmae.jobs.job import Job
-from mixmae.training.loop import TrainState, step_seed, train
+from mixmae.training.loop import Silent, TrainState, step_seed, train
 from mixmae.training.optim import build_optimizer
 
 
@@ -47,17 +44,7 @@ def train_in_process(job: Job, model: nn.Module) -> TrainState:
         state=state,
         config=job.loop,
         length=job.length,
-        events=_Silent(),
+        events=Silent(),
         device=torch.device("cpu"),
     )
     return state
-
-
-class _Silent:
-    """The loop's Events: nothing is logged, drawn or saved."""
-
-    def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None: ...
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        return {}
-
-    def save(self, state: TrainState) -> None: ...

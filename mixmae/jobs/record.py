@@ -64,8 +64,9 @@ class Pretrained:
 class RunRecord:
     """What run.json holds; fields that a run does not have are None or empty, and not in the file."""
 
-    status: Literal["preparing", "running", "finished", "stopped"]
-    """preparing: it has not trained yet, and its folder may be used anew. stopped: training could not go on."""
+    status: Literal["preparing", "running", "finished", "stopped", "failed"]
+    """preparing: it has not trained yet, and its folder may be used anew. stopped: training could not go on. failed:
+    its workers did, too often. A run that was interrupted, or killed, still says running: see mixmae.training.lock."""
     recipe: str = ""
     """Name of the recipe, of a sweep that of the space."""
     config: Mapping[str, Any]
@@ -86,7 +87,9 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of a finished run: those of its last log and evaluation, and the final ones."""
     reason: str = ""
-    """Why it was stopped."""
+    """Why it was stopped, or failed."""
+    branch: Mapping[str, Any] | None = None
+    """Where it went back to last, with --from-step: the `step`, and the `run_id` in MLflow of what it left."""
 
     @property
     def is_begun(self) -> bool:

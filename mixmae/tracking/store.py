@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mixmae.machine import settle_environment
 
@@ -59,12 +60,18 @@ class RunRef:
 def resolve_uri(uri: str | None, folder: Path) -> str:
     """The tracking URI to use: the given one, else MLFLOW_TRACKING_URI, else a sqlite file in `folder` (absolute).
 
-    Raises: TrackingError for a file store, which MLflow no longer writes, and for a relative sqlite path, which would
-        be another file in every worker.
+    Raises: TrackingError for a file store, which MLflow no longer writes, for a relative sqlite path, which would be
+        another file in every worker, and for a folder whose path is another one as part of an address.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        path = str(folder.resolve())
+        if "?" in path or unquote(path) != path:
+            raise TrackingError(
+                f"MLflow cannot keep its file in {path}, because a question mark, and % before two hex digits, mean "
+                "something else in its addresses: choose another --output, or give --mlflow-uri."
+            )
+        return f"sqlite:///{path}/mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raise TrackingError(f"{uri} is a relative path: give sqlite://// and the absolute path of the file.")
     if "://" not in uri or uri.startswith("file:"):

@@ -1,10 +1,11 @@
 """Checkpoints: a folder with model.safetensors, optimizer.pt and state.json, complete or not there at all.
 
-With a running average of the weights also average.pt.
+With a running average of the weights also average.pt. state.json has the SHA-256 of every file, and its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from mixmae.training.ema import WeightAverage
-from mixmae.writing import writing
+from mixmae.writing import flush, writing
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -28,6 +29,10 @@ RENAMED_FIELDS = {"loop.panel_every_epochs": "loop.evaluate_every_epochs", "resi
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
 
 
 def save_checkpoint(
@@ -46,15 +51,96 @@ def save_checkpoint(
         optimizer, average: left out of the folder when None.
         state: JSON values: step, config, versions, ...
     """
-    with writing(Path(directory)) as folder:
+    write_parts(Path(directory), parts_of(model, optimizer, average), state)
+
+
+def parts_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, average: WeightAverage | None
+) -> dict[str, dict[str, Any]]:
+    """What goes into each file of a checkpoint; tensors are those of the model and the optimiser, not copies."""
+    parts: dict[str, dict[str, Any]] = {
+        MODEL_FILE: {name: value.detach() for name, value in model.state_dict().items()}
+    }
+    if optimizer is not None:
+        parts[OPTIMIZER_FILE] = optimizer.state_dict()
+    if average is not None:
+        parts[AVERAGE_FILE] = average.state_dict()
+    return parts
+
+
+def write_parts(directory: Path, parts: Mapping[str, dict[str, Any]], state: dict[str, Any]) -> None:
+    """Write a checkpoint from what parts_of gave, with the SHA-256 of each file, so that it is there or not at all.
+
+    Raises: OSError.
+    """
+    with writing(directory) as folder:
         folder.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
-        if average is not None:
-            torch.save(average.state_dict(), folder / AVERAGE_FILE)
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+        for name, part in parts.items():
+            if name == MODEL_FILE:
+                tensors = {key: tensor.cpu().contiguous() for key, tensor in part.items()}
+                safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
+            else:
+                torch.save(part, folder / name)
+        files = {name: _sha256(folder / name) for name in parts}
+        content = state | {"files": files}
+        text = json.dumps(content | {"state_sha256": _state_sha256(content)}, indent=2, sort_keys=True) + "\n"
+        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+        for name in (*parts, STATE_FILE):
+            flush(folder / name)
+        flush(folder)
+    flush(directory.parent)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder checkpoints/, the newest first."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished steps that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def verify(directory: str | os.PathLike[str]) -> None:
+    """Compare every file with the digest that was taken when it was written; earlier versions took none.
+
+    Raises: DamagedCheckpoint.
+    """
+    folder = Path(directory)
+    content = _read_json(folder)
+    if "files" not in content:
+        return
+    if content.get("state_sha256") != _state_sha256({k: v for k, v in content.items() if k != "state_sha256"}):
+        raise DamagedCheckpoint(f"{folder / STATE_FILE} is not what was written: use another checkpoint.")
+    for name, digest in content["files"].items():
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
+        if _sha256(folder / name) != digest:
+            raise DamagedCheckpoint(f"{folder / name} is not what was written: use another checkpoint.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _state_sha256(content: Mapping[str, Any]) -> str:
+    stored = json.loads(json.dumps(content))  # as it is read back
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{folder} is not a checkpoint: it has no {STATE_FILE}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}): use an older checkpoint.") from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path} is damaged (it is no JSON object): use an older checkpoint.")
+    return content
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -62,13 +148,9 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises: CheckpointError if the folder is not a checkpoint.
     """
-    path = Path(directory) / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a checkpoint: it has no {STATE_FILE}.")
-    try:
-        state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint.") from error
+    state = _read_json(Path(directory))
+    for name in ("files", "state_sha256"):  # for `verify`
+        state.pop(name, None)
     return state | ({"config": upgraded(state["config"])} if "config" in state else {})
 
 
@@ -103,21 +185,29 @@ def load_checkpoint(
     folder = Path(directory)
     state = read_state(folder)
     wanted = {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, AVERAGE_FILE: average}
+    loaded: dict[str, Any] = {}
     for name in (name for name, part in wanted.items() if part is not None):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
-    tensors = safetensors.torch.load_file(folder / MODEL_FILE)
-    difference = _difference(model.state_dict(), tensors)
+            raise DamagedCheckpoint(f"{folder} has no {name}: the checkpoint is incomplete, use another one.")
+        try:
+            if name == MODEL_FILE:
+                loaded[name] = safetensors.torch.load_file(folder / name)
+            else:
+                loaded[name] = torch.load(folder / name, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and safetensors raise whatever they like on damaged bytes
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DamagedCheckpoint(f"{folder / name} is damaged ({reason}): use another checkpoint.") from error
+    difference = _difference(model.state_dict(), loaded[MODEL_FILE])
     if difference:
         raise CheckpointError(
             f"{folder} was made with another model ({difference}): continue it with the config it was made with "
             "(state.json beside it has it), or choose a new --output."
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(loaded[MODEL_FILE])
     if optimizer is not None:
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+        optimizer.load_state_dict(loaded[OPTIMIZER_FILE])
     if average is not None:
-        average.load_state_dict(torch.load(folder / AVERAGE_FILE, map_location="cpu", weights_only=True))
+        average.load_state_dict(loaded[AVERAGE_FILE])
     return state
 
 

@@ -102,6 +102,7 @@ def connect(
             raise ClusterError(str(error)) from error
         try:
             ray.init(
+                address="local",  # whatever clusters there are, or were, on this machine
                 num_cpus=num_cpus,
                 resources=dict(slots or {}),
                 include_dashboard=dashboard,

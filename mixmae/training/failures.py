@@ -11,3 +11,13 @@ class WorkersFailed(RuntimeError):
 
 class EvaluationSkipped(RuntimeError):
     """Raised by `evaluate` on every rank to skip this evaluation; training continues and the reason is logged once."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended a run; the same command continues it."""
+
+    def __init__(self, number: int) -> None:
+        """Args: number: of the signal."""
+        super().__init__(f"signal {number}")
+        self.exit_status = 128 + number
+        """As a shell reports a program that a signal has ended: 130 for SIGINT, 143 for SIGTERM."""

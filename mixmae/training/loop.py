@@ -53,11 +53,16 @@ class LoopConfig:
     """Epochs between evaluations; at least four per run."""
     checkpoint_every_epochs: float = 1.0
     """Epochs between checkpoints; at least four per run."""
+    checkpoint_every_minutes: float | None = 30
+    """Minutes after which a log step makes a checkpoint, too; None: only epochs count."""
     max_broken_fraction: float = 0.01
     """Share of images that may fail to decode before the run stops; judged after 1,000 images, or one epoch of a
     smaller set. Where hardly any image decodes, a run stops after 64 images."""
     max_loss: float | None = None
     """Stop as diverged when the mean loss since the last log is above it; None: only on NaN or infinity."""
+    max_bad_steps: int = 10
+    """A step whose gradient is not finite is left out and counted. After so many in a row the run goes back to its last
+    checkpoint; the second time at the same step it stops."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "log_every_steps", "evaluate_every_epochs", "checkpoint_every_epochs")
@@ -70,6 +75,12 @@ class LoopConfig:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count in epochs.")
+        if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
+            raise ValueError(
+                f"checkpoint_every_minutes is {self.checkpoint_every_minutes}: it must be above 0, or None."
+            )
+        if self.max_bad_steps < 1:
+            raise ValueError(f"max_bad_steps is {self.max_bad_steps}: it must be at least 1.")
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction is {self.max_broken_fraction}: it must lie between 0 and 1.")
 
@@ -121,6 +132,27 @@ class Events(Protocol):
     def save(self, state: TrainState) -> None:
         """Write a checkpoint."""
 
+    def asked(self, step: int) -> Literal["", "save", "stop"]:
+        """What somebody asks for after `step` finished steps, the same on every worker: a checkpoint, or one and the
+        end."""
+
+    def beat(self) -> None:
+        """A sign of life: a batch has come, or a step is done."""
+
+
+class Silent:
+    """Events of which nothing comes: the base of those that need only some."""
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None: ...
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        return {}
+
+    def save(self, state: TrainState) -> None: ...
+    def asked(self, step: int) -> Literal["", "save", "stop"]:
+        return ""
+
+    def beat(self) -> None: ...
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -136,6 +168,10 @@ class TrainState:
     """The last logged averages, and the metrics of the last evaluation."""
     references: dict[str, float] = field(default_factory=dict)
     """What was measured before the first step for later evaluations to be compared with, under reference/."""
+    skipped_steps: int = 0
+    """Steps that were left out so far, because their gradient was not finite."""
+    pending: dict[str, Any] = field(default_factory=dict)
+    """What was counted since the last log: sums and counts of all workers, and broken images."""
 
 
 StepFunction = Callable[[nn.Module, Any, torch.Generator, int], StepOutput]
@@ -178,10 +214,11 @@ def train(
         length: steps of the run and of its warmup.
         events: told of progress; it evaluates and saves.
         device: where the model is.
-    Returns: the state after the last step.
-    Raises: TrainingStopped, on all workers alike, if the loss or the gradient is not finite, the loss is above
-        config.max_loss, or too many images are broken: hardly any of the first EARLY_IMAGES decodes, or of a run that
-        is shorter, or more than config.max_broken_fraction are broken.
+    Returns: the state after the last step, or where `events` asked for the end.
+    Raises: TrainingStopped, on all workers alike, if the loss is above config.max_loss, or too many images are broken:
+        hardly any of the first EARLY_IMAGES decodes, or of a run that is shorter, or more than
+        config.max_broken_fraction are broken. Diverged, likewise, after config.max_bad_steps steps in a row whose
+        gradient is not finite.
     """
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = config.share(num_workers=num_workers, rank=rank)
@@ -190,14 +227,23 @@ def train(
     checkpoint_every = length.every(config.checkpoint_every_epochs)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
-    averages = _Averages(device)
-    broken: list[BrokenImage] = []
+    averages = _Averages(device, state.pending.get("averages"))
+    broken: list[BrokenImage] = [Broken(**item) for item in state.pending.get("broken", ()) if rank == 0]
+    state.pending = {}
+    health = _Health(device)
     # From where this process trains on: images that were whole before may have gone since.
-    first_step, broken_before = state.step, state.broken_images
+    first_step, saved_step, broken_before = state.step, state.step, state.broken_images
     early_step = first_step + math.ceil(EARLY_IMAGES / config.batch_size)
-    since_log, wait_s, logged_at_step = time.perf_counter(), 0.0, state.step
+    since_log, wait_s, logged_at_step, saved_at = time.perf_counter(), 0.0, state.step, time.monotonic()
     model.train()
     while state.step < length.total_steps:
+        asked = events.asked(state.step) if state.step > first_step else ""
+        if asked and saved_step != state.step:
+            state.pending = {"averages": averages.state(), "broken": _as_dicts(gather(broken))}
+            events.save(state)
+            saved_step, saved_at = state.step, time.monotonic()
+        if asked == "stop":
+            return state
         lr = learning_rate(state.step, peak=peak_lr, length=length)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -206,6 +252,7 @@ def train(
             batch = next(batches)
             wait_s += time.perf_counter() - fetch_start
             broken.extend(batch.broken)
+            events.beat()
 
             # The same generator for all micro-batches and workers: they share the step's group map.
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
@@ -223,8 +270,10 @@ def train(
 
         norm = _clip(model, clip_grad_norm)
         averages.add({"grad_norm": norm})
-        optimizer.step()
+        health.update(norm)
+        health.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+        events.beat()
         if average is not None:
             average.update(bare)
         state.step += 1
@@ -233,6 +282,8 @@ def train(
 
         seen = (state.step - first_step) * config.batch_size
         logs = state.step % config.log_every_steps == 0 or finished or state.step == 1
+        if device.type == "cpu" or logs:  # on a GPU the host would wait for the step
+            health.refuse(config.max_bad_steps, state.step, batch, first_sample)
         if state.step == early_step and not logs:
             logs = config.is_hopeless(state.broken_images - broken_before + len(gather(broken)), seen)
         if logs:
@@ -248,7 +299,8 @@ def train(
                 "step_s": seconds / steps,
             }
             state.broken_images += len(found)
-            record["broken_images"] = state.broken_images
+            state.skipped_steps += health.take_skipped()
+            record |= {"broken_images": state.broken_images, "skipped_steps": state.skipped_steps}
             state.metrics = record
             events.log(state.step, record, found)
             example = f", for example {found[0].where}: {found[0].reason}" if found else ""
@@ -262,9 +314,11 @@ def train(
         if state.step % evaluate_every == 0 or finished:
             state.metrics |= events.evaluate(state.step)
             model.train()
-        if state.step % checkpoint_every == 0 or finished:
-            _refuse_bad_weights(norm, state.step)
+        is_late = logs and _is_late(config.checkpoint_every_minutes, saved_at, device)
+        if state.step % checkpoint_every == 0 or is_late or finished:
+            state.pending = {} if logs else {"averages": averages.state(), "broken": _as_dicts(gather(broken))}
             events.save(state)
+            saved_step, saved_at = state.step, time.monotonic()
         since_log += time.perf_counter() - pause_start  # throughput is of training, not of evaluating and saving
     return state
 
@@ -280,13 +334,70 @@ DIVERGED = (
 )
 
 
-def _refuse_bad_weights(norm: Tensor, step: int) -> None:
-    """Stop before weights that are not finite are saved: a gradient that is not finite makes them so, for good.
+class Diverged(RuntimeError):
+    """The gradient was not finite for several steps in a row; the weights are those before the first of them."""
 
-    Args: norm: of the last step's gradient, the same on all workers.
-    """
-    if not norm.isfinite():
-        raise TrainingStopped(f"The norm of the gradient is {norm.item()} at step {step}: {DIVERGED}")
+    def __init__(self, first_step: int, step: int, batch: Batch, first_sample: int) -> None:
+        """Args: first_step, step: finished steps before the first bad step and after the last.
+        batch, first_sample: this worker's last micro-batch, and the index of its first image in the global batch.
+        """
+        super().__init__(f"The gradient was not finite in the steps {first_step + 1} to {step}")
+        self.first_step, self.step, self.batch, self.first_sample = first_step, step, batch, first_sample
+
+
+class _Health:
+    """Leaves out steps whose gradient is not finite, without a host that waits for a GPU. The same on all workers,
+    because the gradient's norm is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_bad = torch.zeros((), device=device)
+        self._in_row = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+
+    def update(self, norm: Tensor) -> None:
+        """Judge a step by the norm of its gradient."""
+        self._is_bad = (~norm.isfinite()).to(torch.float32)
+        self._in_row = (self._in_row + 1) * self._is_bad
+        self._skipped += self._is_bad
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimiser's step, if the gradient is finite."""
+        if all(group.get("fused") for group in optimizer.param_groups):
+            # The fused kernel looks at these attributes, as torch's GradScaler sets them, on the device.
+            optimizer.found_inf, optimizer.grad_scale = self._is_bad, None  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not self._is_bad.item():
+            optimizer.step()
+
+    def take_skipped(self) -> int:
+        """Steps left out since the last call."""
+        skipped = int(self._skipped.item())
+        self._skipped.zero_()
+        return skipped
+
+    def refuse(self, limit: int, step: int, batch: Batch, first_sample: int) -> None:
+        """Raise Diverged after too many bad steps in a row.   Args: step: finished ones; the others as of Diverged."""
+        in_row = int(self._in_row.item())
+        if in_row >= limit:
+            raise Diverged(step - in_row, step, batch, first_sample)
+
+
+def _is_late(minutes: float | None, saved_at: float, device: torch.device) -> bool:
+    """Whether the last checkpoint is so old; the mean over the workers, so that they agree."""
+    return minutes is not None and _mean(time.monotonic() - saved_at, device) >= 60 * minutes
+
+
+@dataclass
+class Broken:
+    """An image that could not be decoded, as it was kept in a checkpoint."""
+
+    row: int
+    where: str
+    reason: str
+
+
+def _as_dicts(broken: Sequence[BrokenImage]) -> list[dict[str, Any]]:
+    return [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
 
 
 def _refuse_hopeless(broken: int, seen: int, config: LoopConfig, example: str) -> None:
@@ -302,7 +413,7 @@ def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLengt
     """Stop a run that has diverged or that mostly sees substitutes. All inputs are the same on every worker."""
     loss = state.metrics["loss"]
     largest = float("inf") if config.max_loss is None else config.max_loss
-    if loss != loss or abs(loss) == float("inf") or loss > largest:
+    if loss > largest:  # where no step of a log interval was finite, there is no mean: Diverged will tell
         raise TrainingStopped(f"The loss is {loss} at step {state.step}: {DIVERGED}")
     # Wait for enough images to judge: a thousand, or one epoch of a smaller set.
     enough = state.images_seen >= min(1000, length.steps_per_epoch * config.batch_size)
@@ -316,28 +427,43 @@ def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLengt
 
 
 class _Averages:
-    """Sums of scalars on the device; nothing is copied to the CPU before `reduce`."""
+    """Means of scalars over steps and workers, without those that are not finite; nothing is copied to the CPU before
+    `reduce`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, state: Mapping[str, tuple[float, float]] | None = None) -> None:
+        """Args: state: of another process's `state`, at the same step."""
         self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        num_workers = dist.get_world_size() if dist.is_initialized() else 1
+        shares = {name: [part / num_workers for part in parts] for name, parts in (state or {}).items()}
+        self._sums = {name: torch.tensor(part, dtype=torch.float64, device=device) for name, part in shares.items()}
+        """(2,) float64: sum and count."""
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            total = self._sums.get(name)
-            self._sums[name] = value.detach().double() if total is None else total + value.detach()
-            self._counts[name] = self._counts.get(name, 0) + 1
+            number = value.detach().double()
+            is_finite = number.isfinite()
+            # where, and not a product: 0 times infinity is no number
+            part = torch.stack([torch.where(is_finite, number, 0.0), is_finite.double()]).to(self._device)
+            before = self._sums.get(name)
+            self._sums[name] = part if before is None else before + part
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """Sum and count of all workers; every worker calls it."""
+        totals = self._totals() if self._sums else torch.empty(0, 2)
+        return {name: (total, count) for name, (total, count) in zip(sorted(self._sums), totals.tolist(), strict=True)}
 
     def reduce(self) -> dict[str, float]:
         """Means over steps and workers; the sums start anew."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name].to(self._device) / self._counts[name] for name in names])
+        names, totals = sorted(self._sums), self._totals()
+        self._sums = {}
+        return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+    def _totals(self) -> Tensor:
+        """(names, 2) over all workers."""
+        totals = torch.stack([self._sums[name] for name in sorted(self._sums)])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, means.tolist(), strict=True))
+            dist.all_reduce(totals)
+        return totals
 
 
 def _mean(value: float, device: torch.device) -> float:

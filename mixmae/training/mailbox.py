@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Message = tuple[str, Any]
 """(kind, content): ("progress", dict), ("broken", list of dict), ("evaluation", dict), ("left_out", list of dict:
 broken images of the evaluations), ("note", one line), ("saved", step), ("started", step that training starts from),
-("failed", one line; the worker group restarts if it may)."""
+("failed", one line), ("restart", one line; from the driver: a new worker group is started)."""
 
 
 @ray.remote
@@ -26,10 +26,19 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._is_stopping = False
 
     def put(self, message: Message) -> None:
         """Add a message; those of one caller stay in order."""
         self._messages.put(message)
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and to end."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether they were asked to."""
+        return self._is_stopping
 
     def take(self) -> list[Message]:
         """All messages since the last call."""
@@ -53,12 +62,15 @@ def deliver(mailbox: Any, message: Message, timeout_s: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[None]:
+def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: float = 0.5) -> Iterator[set[str]]:
     """Hand the mailbox's messages to `on_message` from a thread while the context is open, the last ones at its end.
 
     What `on_message` cannot do, such as write to a full disk, is printed once per kind of error; the messages go on.
+
+    Yields: the kinds of the messages that have come.
     """
     done = threading.Event()
+    heard: set[str] = set()
     told: set[type[Exception]] = set()
 
     def read() -> None:
@@ -70,6 +82,7 @@ def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: flo
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 continue
             for message in messages:
+                heard.add(message[0])
                 try:
                     on_message(message)
                 except Exception as error:
@@ -80,7 +93,7 @@ def reading(mailbox: Any, on_message: Callable[[Message], None], interval_s: flo
     thread = threading.Thread(target=read, name="messages", daemon=True)
     thread.start()
     try:
-        yield
+        yield heard
     finally:
         done.set()
         thread.join(timeout=60)

@@ -6,17 +6,21 @@ A pipeline passes a TrainingJob; everything that is particular to a task or to M
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-import tempfile
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from PIL import Image
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from torch import nn
@@ -24,13 +28,41 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixmae.machine import threads_per_process
 from mixmae.step import StepOutput
-from mixmae.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from mixmae.training.budget import FailureBudget
+from mixmae.training.checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    step_of,
+    verify,
+)
+from mixmae.training.diverged import write_diverged
 from mixmae.training.ema import WeightAverage
-from mixmae.training.failures import EvaluationSkipped, TrainingStopped, WorkersFailed
-from mixmae.training.loop import Batch, BrokenImage, LoopConfig, TrainState, gather, step_seed, train
+from mixmae.training.failures import EvaluationSkipped, Interrupted, TrainingStopped
+from mixmae.training.interrupt import signals
+from mixmae.training.loop import (
+    DIVERGED,
+    Batch,
+    BrokenImage,
+    Diverged,
+    LoopConfig,
+    TrainState,
+    gather,
+    step_seed,
+    train,
+)
 from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
 from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.saving import CheckpointWriter
 from mixmae.training.schedule import RunLength
+from mixmae.training.watchdog import Watchdog
+
+_LISTEN_S = 0.5
+_STOP_KEY = "mixmae/stop"
+_MAY_BE_PREEMPTED = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 
 
 class Tracker(Protocol):
@@ -93,6 +125,10 @@ class TrainingJob(Protocol):
         """What goes into every checkpoint's state.json beside the position: config, data, run id, versions."""
 
 
+def _always() -> bool:
+    return True
+
+
 def fit(
     job: TrainingJob,
     *,
@@ -105,17 +141,20 @@ def fit(
     runs_at_once: int = 1,
     on_message: Callable[[Message], None],
     callbacks: Sequence[Any] = (),
+    may_write: Callable[[], bool] = _always,
 ) -> tuple[TrainState, str]:
-    """Train to the end on a worker group, restarting it from the last checkpoint when a worker dies.
+    """Train to the end on a worker group, starting a new one from the last checkpoint when it fails.
 
     Args:
-        folder, name: checkpoints go to folder/name/; the same pair again continues from the last one there.
-        max_failures: restarts of the worker group before giving up.
+        folder, name: checkpoints go to folder/name/; the same pair again continues from the newest one there that is
+            whole. What Ray keeps for itself goes to folder/.ray, and is deleted at the end.
+        max_failures: restarts without a new checkpoint between them before giving up (budget.py).
         runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
+        may_write: asked by rank 0 before it writes a checkpoint; pickled.
     Returns: the final state and the path of the last checkpoint.
-    Raises: TrainingStopped when training cannot go on; KeyboardInterrupt after Ctrl-C; WorkersFailed.
+    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -123,56 +162,91 @@ def fit(
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    mailbox = open_mailbox()
+    checkpoints, scratch = folder / name, folder / ".ray"
+    budget = FailureBudget(max_failures)
+    settings = {
+        "job": job,
+        "checkpoints": checkpoints,
+        "keep": checkpoints_to_keep,
+        "runs_at_once": runs_at_once,
+        "may_write": may_write,
+    }
+    with signals() as asked_to_stop:
+        while True:
+            mailbox = open_mailbox()
+            causes: list[str] = []
+
+            def receive(message: Message, causes: list[str] = causes) -> None:
+                if message[0] == "failed":
+                    causes.append(message[1])
+                on_message(message)
+
+            shutil.rmtree(scratch, ignore_errors=True)  # an earlier one's snapshot must not be found
+            trainer = _trainer(settings | {"mailbox": mailbox}, scratch, num_workers, use_gpu, callbacks)
+            try:
+                with reading(mailbox, receive) as heard:
+                    outcome = asked_to_stop.run(trainer.fit, mailbox, heard).return_value
+                break
+            except ray.train.TrainingFailedError as error:
+                cause = causes[0] if causes else _cause(error)
+                step = next(map(step_of, list_checkpoints(checkpoints)), -1)
+                wait = budget.spend(step, cause)
+                on_message(("restart", f"{cause}; starting again in {wait:.0f} s" if wait >= 5 else cause))
+                asked_to_stop.sleep(wait)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if outcome["stopped"]:
+        raise TrainingStopped(outcome["stopped"])
+    state = TrainState(**outcome["state"])
+    if state.step < job.length.total_steps:
+        raise Interrupted(asked_to_stop.signal)
+    return state, outcome["checkpoint"]
+
+
+def _trainer(
+    settings: dict[str, Any], scratch: Path, num_workers: int, use_gpu: bool, callbacks: Sequence[Any]
+) -> _Trainer:
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
-    trainer = _Trainer(
+    return _Trainer(
         run_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "mailbox": mailbox, "runs_at_once": runs_at_once},
+        train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=name,
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints_to_keep),
+            name=f"{time.time_ns():x}",
+            storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(max_failures=0),  # budget.py counts otherwise
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
         ),
     )
-    with reading(mailbox, on_message):
-        try:
-            result = trainer.fit()
-        except SystemExit as stop:  # how Ray Train ends the driver after Ctrl-C
-            raise KeyboardInterrupt from stop
-        except ray.train.TrainingFailedError as error:
-            raise WorkersFailed(_cause(error)) from error
-    outcome = result.return_value  # type: ignore[attr-defined]
-    if outcome is None:  # Ctrl-C again: the controller was told to stop and came back without a result
-        raise KeyboardInterrupt
-    if outcome["stopped"]:
-        raise TrainingStopped(outcome["stopped"])
-    assert result.checkpoint is not None, "a finished run has saved its last step"
-    return TrainState(**outcome["state"]), result.checkpoint.path
 
 
 def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker process runs.
 
-    Returns: {"state": the final TrainState as a dict, "stopped": why training could not go on, or None}. A stop is a
-    result and not an exception because Ray would restart the group after an exception, and this would not help.
+    Returns: {"state": the final TrainState as a dict, "checkpoint": path of the last one, "stopped": why training could
+    not go on, or None}. A stop is a result and not an exception because an exception starts the group again, and this
+    would not help.
     """
     try:
         return _run_worker(**settings)
     except Exception as error:
-        line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_first_line(error)}"
+        line = f"rank {ray.train.get_context().get_world_rank()}: {type(error).__name__}: {_innermost(error)}"
         deliver(settings["mailbox"], ("failed", line))
         raise
 
 
-def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, Any]:
+def _run_worker(
+    job: TrainingJob,
+    mailbox: Any,
+    checkpoints: Path,
+    keep: int | None,
+    runs_at_once: int,
+    may_write: Callable[[], bool],
+) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -186,47 +260,108 @@ def _run_worker(job: TrainingJob, mailbox: Any, runs_at_once: int) -> dict[str, 
     model = job.build_model().to(device)
     optimizer = build_optimizer(model, job.optim)
     average = None if job.ema_decay is None else WeightAverage(model, job.ema_decay)
-    state = TrainState()
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            saved = load_checkpoint(directory, model=model, optimizer=optimizer, average=average)
-        state = TrainState(**saved["position"])
 
     trained: nn.Module = model
     if job.loop.compile:
         model.compile()  # in place: names in checkpoints stay as they are
-    if num_workers > 1:
-        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
     with contextlib.ExitStack() as stack:
         events = _WorkerEvents(job, model, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
-        if rank == 0:
-            mailbox.put.remote(("started", state.step))
         stack.callback(events.close)
-        batches = stack.enter_context(job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step))
-        if state.step == 0:
-            untrained = events.measure(0)
-            state.references = {name: value for name, value in untrained.items() if name.startswith("reference/")}
-        events.references = state.references
-        try:
-            train(
-                model=trained,
-                optimizer=optimizer,
-                average=average,
-                peak_lr=job.optim.peak_lr(job.loop.batch_size),
-                clip_grad_norm=job.optim.clip_grad_norm,
-                step_function=job.step,
-                batches=batches,
-                state=state,
-                config=job.loop,
-                length=job.length,
-                events=events,
-                device=device,
-            )
-        except TrainingStopped as stop:
-            return {"state": vars(state), "stopped": str(stop)}
-    return {"state": vars(state), "stopped": None}
+        events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=may_write, report=events.note)
+        events.watchdog = Watchdog(checkpoints.parent / f"stacks_rank{rank}.txt", events.failed)
+        stack.callback(events.watchdog.close)
+        went_back: set[int] = set()
+        """First bad steps after which the run has gone back once."""
+        stopped = None
+        while True:
+            try:
+                state = _resume(checkpoints, model, optimizer, average, events.note, rank=rank, num_workers=num_workers)
+            except CheckpointError as error:
+                return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
+            if num_workers > 1 and trained is model:
+                trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+            events.has_checkpoint = state.step > 0
+            if rank == 0:
+                mailbox.put.remote(("started", state.step))
+            try:
+                with job.open_batches(rank=rank, num_workers=num_workers, start_step=state.step) as batches:
+                    if state.step == 0:
+                        untrained = events.measure(0)
+                        references = {key: value for key, value in untrained.items() if key.startswith("reference/")}
+                        state.references = references
+                    events.references = state.references
+                    train(
+                        model=trained,
+                        optimizer=optimizer,
+                        average=average,
+                        peak_lr=job.optim.peak_lr(job.loop.batch_size),
+                        clip_grad_norm=job.optim.clip_grad_norm,
+                        step_function=job.step,
+                        batches=batches,
+                        state=state,
+                        config=job.loop,
+                        length=job.length,
+                        events=events,
+                        device=device,
+                    )
+                break
+            except Diverged as bad:
+                with contextlib.suppress(OSError):  # then to the one before
+                    events.wait_for_checkpoint()
+                if bad.first_step not in went_back and events.has_checkpoint:
+                    went_back.add(bad.first_step)
+                    events.note(f"{bad}: going back to the last checkpoint")
+                    continue
+                dump = checkpoints.parent / "diverged"
+                write_diverged(dump / f"rank{rank}", job=job, model=model, bad=bad)
+                stopped = f"{bad}: {DIVERGED} pipelines/replay.py runs the last of them, which is kept in {dump}."
+                break
+            except TrainingStopped as stop:
+                stopped = str(stop)
+                break
+        last = events.wait_for_checkpoint()
+    return {"state": vars(state), "checkpoint": str(last or ""), "stopped": stopped}
+
+
+def _resume(
+    checkpoints: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    note: Callable[[str], None],
+    *,
+    rank: int,
+    num_workers: int,
+) -> TrainState:
+    """Load the newest checkpoint that is whole; a run without any starts anew.
+
+    Raises: CheckpointError, on all workers, if there are checkpoints but none is whole, or they are of another model.
+    """
+    chosen: list[str | None] = [None]
+    if rank == 0:
+        there = list_checkpoints(checkpoints)
+        for path in there:
+            try:
+                verify(path)
+                load_checkpoint(path, model=model, optimizer=optimizer, average=average)
+            except DamagedCheckpoint as error:
+                note(f"{error} It is passed over.")
+                continue
+            except CheckpointError:
+                pass  # every rank will say it
+            chosen = [str(path)]
+            break
+        if there and chosen == [None]:
+            chosen = [""]
+    if num_workers > 1:
+        dist.broadcast_object_list(chosen)
+    if chosen == [None]:
+        return TrainState()
+    if chosen == [""]:
+        raise DamagedCheckpoint(
+            f"none of the checkpoints in {checkpoints} is whole: put one back from a copy, or choose another --output."
+        )
+    return TrainState(**load_checkpoint(str(chosen[0]), model=model, optimizer=optimizer, average=average)["position"])
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -256,9 +391,49 @@ class _WorkerEvents:
         self._tracker = job.open_tracker() if rank == 0 else None
         self._reported_skip = False
         self._num_left_out = 0
+        self._is_stopping = self._wants_checkpoint = self.has_checkpoint = False
         self.references: Mapping[str, float] = {}
+        self.writer: CheckpointWriter
+        self.watchdog: Watchdog
+        if rank == 0:
+            threading.Thread(target=self._listen, name="listen", daemon=True).start()
+
+    def _listen(self) -> None:
+        """Learn from the mailbox when the driver asks for the end."""
+        while not self._is_stopping:
+            time.sleep(_LISTEN_S)
+            with contextlib.suppress(Exception):  # its death must not be the run's
+                self._is_stopping = ray.get(self._mailbox.is_stopping.remote(), timeout=30)
+
+    def note(self, line: str) -> None:
+        """Send a line to the driver, of rank 0."""
+        if self._rank == 0:
+            self._mailbox.put.remote(("note", line))
+
+    def failed(self, line: str) -> None:
+        """Send the reason of this worker's end, from any rank, and see that it arrives."""
+        deliver(self._mailbox, ("failed", f"rank {self._rank}: {line}"))
+
+    def beat(self) -> None:
+        self.watchdog.beat()
+
+    def asked(self, step: int) -> Literal["", "save", "stop"]:
+        if self._wants_checkpoint:
+            self._wants_checkpoint = False
+            return "save"
+        if self._num_workers == 1:
+            return "stop" if self._is_stopping else ""
+        # Rank 0 says so before its next step, and no rank ends that step without it: all see it at the same one.
+        store = dist.distributed_c10d._get_default_store()
+        if self._rank == 0 and self._is_stopping and not store.check([_STOP_KEY]):
+            store.set(_STOP_KEY, str(step + 1))
+        return "stop" if store.check([_STOP_KEY]) and step >= int(store.get(_STOP_KEY)) else ""
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[BrokenImage]) -> None:
+        if _MAY_BE_PREEMPTED:  # all workers ask together
+            self._wants_checkpoint = ray.train.get_preemption_info() is not None
+        if step == 1 and self._rank == 0:
+            self.writer.reserve(self._model, self._optimizer, self._average)
         if self._tracker is None:
             return
         self._tracker.log_metrics(curve_names(record), step)
@@ -267,6 +442,10 @@ class _WorkerEvents:
             self._mailbox.put.remote(("broken", _entries(broken)))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
+        with self.watchdog.paused():
+            return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> Mapping[str, float]:
         measured = self.measure(step)
         if self._tracker is None:
             return measured
@@ -282,7 +461,8 @@ class _WorkerEvents:
         """What all workers measure together: logged, and sent to the driver. The model is left in eval mode."""
         self._model.eval()
         try:
-            measured = self._measure_both(step)
+            with self.watchdog.paused():
+                measured = self._measure_both(step)
         except EvaluationSkipped as skipped:
             if self._rank == 0 and not self._reported_skip:
                 self._reported_skip = True
@@ -327,23 +507,32 @@ class _WorkerEvents:
         save_checkpoint(folder, model=self._model, optimizer=None, state=state)
 
     def save(self, state: TrainState) -> None:
-        name = f"step_{state.step:07d}"
+        self.has_checkpoint = True
+        metrics = {**state.metrics, "step": state.step}
+        if self._rank == 0:
+            assert self._tracker is not None
+            self._tracker.sync()  # what was logged up to this step outlives the step
+            described = self._job.describe() | {"position": copy.deepcopy(vars(state))}
+            with self.watchdog.paused():
+                pause_s = self.writer.save(
+                    step=state.step,
+                    model=self._model,
+                    optimizer=self._optimizer,
+                    average=self._average,
+                    state=described,
+                )
+            self._tracker.log_metrics({"perf/checkpoint_pause_s": pause_s}, state.step)
+            self._mailbox.put.remote(("saved", state.step))
+        ray.train.report(metrics if self._rank == 0 else {"step": state.step})
+
+    def wait_for_checkpoint(self) -> Path | None:
+        """Wait for the last checkpoint; on ranks that write none, nothing.
+
+        Raises: OSError if it could not be written, several times.
+        """
         if self._rank != 0:
-            ray.train.report({"step": state.step}, checkpoint_dir_name=name)
-            return
-        assert self._tracker is not None
-        self._tracker.sync()
-        with tempfile.TemporaryDirectory(prefix="mixmae_checkpoint_") as parent:
-            local = Path(parent) / name
-            described = self._job.describe() | {"position": vars(state)}
-            save_checkpoint(local, model=self._model, optimizer=self._optimizer, average=self._average, state=described)
-            # Ray copies the folder to the run's storage and only then lists it as the latest checkpoint.
-            ray.train.report(
-                {**state.metrics, "step": state.step},
-                checkpoint=ray.train.Checkpoint.from_directory(local),
-                checkpoint_dir_name=name,
-            )
-        self._mailbox.put.remote(("saved", state.step))
+            return None
+        return self.writer.wait()
 
     def close(self) -> None:
         if self._tracker is not None:
@@ -356,8 +545,14 @@ def _entries(broken: Sequence[BrokenImage]) -> list[dict[str, Any]]:
     return [{"row": item.row, "where": item.where, "reason": item.reason} for item in broken]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that others were raised from: Ray wraps what happens in its tasks."""
+    seen = [error]
+    while (cause := getattr(seen[-1], "cause", None) or seen[-1].__cause__) is not None and cause not in seen:
+        if not isinstance(cause, BaseException):
+            break
+        seen.append(cause)
+    return (str(seen[-1]).strip().splitlines() or [type(seen[-1]).__name__])[0][:500]
 
 
 def _cause(error: ray.train.TrainingFailedError) -> str:
@@ -365,8 +560,8 @@ def _cause(error: ray.train.TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     for rank, failure in sorted(failures.items()):
         cause = getattr(failure, "cause", None) or failure.__cause__ or failure
-        return f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}"
-    return _first_line(error)
+        return f"rank {rank}: {type(cause).__name__}: {_innermost(cause)}"
+    return _innermost(error)
 
 
 _CURVE_GROUPS = {

@@ -18,6 +18,7 @@ from mixmae.jobs.record import Pretrained, RunRecord, read_record
 from mixmae.tracking import RunRef, end_later, metric_history, points
 from mixmae.training.checkpoint import read_state
 from mixmae.training.failures import TrainingStopped
+from mixmae.training.lock import Hold
 from mixmae.training.run_folder import RunFolder
 from pipelines import finetune
 from pipelines.run import begin
@@ -68,6 +69,8 @@ class Sweep:
     run: RunRef
     """The parent."""
     use_gpu: bool
+    hold: Hold
+    """The sweep's lock, which its trials are inside of."""
 
     def fields_of(self, values: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The fields, by dotted name, that a trial does not share with the others.   Args: values: as Tune has them."""
@@ -103,7 +106,8 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
         max_failures=0,  # Tune starts the trial again, should this process die or its workers
     )
     pretrained = None if is_reference else shared.pretrained
-    run = begin(arguments, shared.space.recipe, pretrained=pretrained, trial=shared.fields_of(values))
+    fields = shared.fields_of(values)
+    run = begin(arguments, shared.space.recipe, inside=shared.hold, pretrained=pretrained, trial=fields)
     assert run is not None
     run.use_gpu, run.runs_at_once = shared.use_gpu, arguments.max_concurrent
     job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))

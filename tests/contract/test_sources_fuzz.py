@@ -55,7 +55,7 @@ words = st.one_of(
 ).filter(lambda name: name.strip() == name and name not in (".", ".."))  # fmt: skip
 suffixes = st.one_of(
     st.sampled_from([".jpg", ".jpg", ".JPEG", ".png", ".Webp", ".tif"]),
-    st.sampled_from([".heic", "", ".jpg_large", ".xml", ".zip"]),
+    st.sampled_from([".jxl", "", ".jpg_large", ".xml", ".zip"]),
 )
 image_suffixes = st.sampled_from([".jpg", ".PNG", ".webp"])
 folders = st.one_of(

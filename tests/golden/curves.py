@@ -48,7 +48,7 @@ from mixmae.jobs.record import DataRecord
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
-from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
+from mixmae.training.loop import LoopConfig, Silent, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 
 FILE = Path(__file__).with_name("curves.json")
@@ -241,7 +241,7 @@ def record(settings: Settings, shards: Path, *, nudge: float = 0.0) -> Curve:
     return events.curve
 
 
-class _Events:
+class _Events(Silent):
     """Keeps what the loop logs of each step."""
 
     def __init__(self) -> None:
@@ -250,12 +250,6 @@ class _Events:
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None:
         for name, values in self.curve.items():
             values.append(record[name])
-
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        return {}
-
-    def save(self, state: TrainState) -> None:
-        pass
 
 
 def distance(run: str, expected: Curve, found: Curve) -> float:
@@ -276,7 +270,7 @@ def distance(run: str, expected: Curve, found: Curve) -> float:
 
 def read(file: Path = FILE) -> dict[str, dict[str, Any]]:
     """The stored runs by name, each with its settings and the two lists of its curve."""
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write(file: Path, *, nudge: float = 0.0) -> None:
@@ -287,7 +281,7 @@ def write(file: Path, *, nudge: float = 0.0) -> None:
             name: {"settings": settings, "curve": record(settings, shards, nudge=nudge)}
             for name, settings in RUNS.items()
         }
-    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default"}

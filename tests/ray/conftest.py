@@ -64,7 +64,7 @@ class Finished:
 
     @property
     def state(self) -> dict:
-        return json.loads((self.output / "run.json").read_text())
+        return json.loads((self.output / "run.json").read_text(encoding="utf-8"))
 
     @property
     def checkpoint(self) -> Path:
@@ -100,7 +100,7 @@ def interrupt(
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has a checkpoint in Ray Train's list, which a restart reads and which comes after the files."""
     listed = run / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return listed.is_file() and "step_" in listed.read_text()
+    return listed.is_file() and "step_" in listed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +215,24 @@ def test_broken_images_are_left_out_of_the_evaluation_and_stop_a_run_that_has_ha
     assert "Traceback" not in done.stderr
     ledger = (tmp_path / "runs" / "stopped" / "broken_images.jsonl").read_text(encoding="utf-8")
     assert len(ledger.splitlines()) > 32
+
+
+def test_an_odd_environment(photos, tmp_path, monkeypatch):
+    """A TMPDIR too long for sockets, no home, empty variables, an ASCII locale, and paths with odd letters."""
+    data, output = tmp_path / "dät #1", tmp_path / "rüns 50% #2" / "rün %41?"
+    shutil.copytree(photos, data)
+    temporary = tmp_path / ("x" * 110)
+    temporary.mkdir()
+    for name, value in {
+        **dict.fromkeys(("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "XDG_CACHE_HOME"), ""),
+        **{"TMPDIR": str(temporary), "HOME": "/nonexistent"},
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    }.items():
+        monkeypatch.setenv(name, value)
+    flags = [*TINY, *LOOSE, "--loop.steps", "4", "--workers", "1"]
+    program = command("demo", "--data", data, "--output", output, *flags)
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert f"checkpoint  {output}/checkpoints/step_0000004" in done.stdout
+    assert (output.parent / "mlflow.db").is_file()

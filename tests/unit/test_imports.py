@@ -51,7 +51,7 @@ SOURCES = sorted(path for folder in ("mixmae", "pipelines", "tune_spaces") for p
 
 def _imported(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -99,7 +99,7 @@ def test_importing_the_library_loads_neither_ray_nor_mlflow():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("pipeline", ["stats", "make_shards"])
+@pytest.mark.parametrize("pipeline", ["stats", "make_shards", "status", "doctor"])
 def test_help_of_what_needs_no_model_loads_no_torch(pipeline):
     help_then_print = f"""
 import contextlib, sys

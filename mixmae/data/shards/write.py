@@ -160,7 +160,7 @@ def write_manifest(
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object of ours, or None if it is missing or not one."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -144,7 +144,7 @@ def _terms(location: Location) -> list[tuple[str, float]]:
 def _read_mixture(path: Path) -> list[tuple[str, float]]:
     wanted = 'a list such as ["photos", {"source": "s3://bucket/shards", "weight": 2}]'
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entries, list):
             raise TypeError
         terms: list[Any] = []

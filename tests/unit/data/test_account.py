@@ -12,12 +12,12 @@ from pipelines.stats import stats
 
 def test_splits_that_share_a_place_are_counted_once(write_files):
     folder = write_files(*(f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(10)))
-    (folder / "x.heic").write_bytes(b"x")
+    (folder / "x.jxl").write_bytes(b"x")
     met = account({split: open_source(folder, split) for split in list_splits(folder)})
     assert met.images == met.labelled == {"train": 20, "validation": 20}
     assert (met.num_classes, met.looked_at) == (2, {"image files": 40})
-    assert [(note.what, note.count) for note in met.notes] == [("files ending in .heic are left out", 1)]
-    assert met.line == ("20 train, 20 validation images; 2 classes; files ending in .heic are left out: 1 (x.heic)")
+    assert [(note.what, note.count) for note in met.notes] == [("files ending in .jxl are left out", 1)]
+    assert met.line == ("20 train, 20 validation images; 2 classes; files ending in .jxl are left out: 1 (x.jxl)")
 
 
 def test_rows_that_are_held_out_are_of_the_same_place(write_files):
@@ -30,18 +30,18 @@ def test_rows_that_are_held_out_are_of_the_same_place(write_files):
 
 def test_shards_remember_what_they_were_made_of(write_files, tmp_path):
     folder = write_files(*(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(20)), "preview.jpg")
-    (folder / "IMG.HEIC").write_bytes(b"x")
+    (folder / "IMG.CR2").write_bytes(b"x")
     lines: list[str] = []
     made = make_shards(folder, tmp_path / "out", report=lines.append)
     said = [line for line in lines if line.startswith("note: ") and "jpegtran" not in line]
     assert len(said) == 2
-    assert "IMG.HEIC" in said[0]
+    assert "IMG.CR2" in said[0]
     assert "preview.jpg" in said[1]
     manifest = json.loads((made.folder / "manifest.json").read_text())
     assert [note["count"] for note in manifest["met"]["notes"]] == [1, 1]
     met = account({split: open_source(made.folder, split) for split in list_splits(made.folder)})
     assert met.looked_at["image files"] == 41
-    assert {note.example for note in met.notes} == {"IMG.HEIC", "preview.jpg"}
+    assert {note.example for note in met.notes} == {"IMG.CR2", "preview.jpg"}
     content = stats(str(folder), tmp_path / "stats", report=lines.append)
     assert content["met"]["notes"] == manifest["met"]["notes"]
     assert "looked at 41 image files" in lines

@@ -10,7 +10,7 @@ import pytest
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.encoders.vit import ViTConfig
-from mixmae.jobs.config import FinetuneConfig, PretrainConfig, differences, to_json
+from mixmae.jobs.config import FinetuneConfig, PretrainConfig, completed, differences, to_json
 from mixmae.methods.mae import MAEConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
@@ -28,6 +28,25 @@ def test_only_what_changes_the_result_counts_as_a_difference():
     assert differences(before, now) == []
     now["optim"]["betas"] = [0.9, 0.99]
     assert differences(before, now) == ["optim.betas was [0.9, 0.95] and is [0.9, 0.99]"]
+
+
+def test_micro_batches_may_change_unless_paths_are_dropped():
+    config = PRETRAIN_RECIPES["demo"]()
+    before, now = to_json(config), to_json(replace(config, loop=replace(config.loop, micro_batch_size=8)))
+    assert not config.encoder.drop_path
+    assert differences(before, now) == []
+    for content in (before, now):
+        content["encoder"]["drop_path"] = 0.1
+    assert differences(before, now) == ["loop.micro_batch_size was None and is 8, which would drop other paths"]
+
+
+def test_fields_that_an_earlier_version_did_not_have_are_as_their_defaults():
+    config = PRETRAIN_RECIPES["demo"]()
+    before = to_json(config)
+    del before["optim"]["clip_grad_norm"], before["loop"]["max_loss"], before["augment"]["image_size"]
+    assert differences(completed(before, config), to_json(config)) == [
+        f"augment.image_size was {AugmentConfig().image_size} and is {config.augment.image_size}"
+    ]
 
 
 def test_a_run_begun_before_there_was_a_probe_goes_on():

@@ -1,14 +1,25 @@
-"""The command line that the pipelines share: flags of earlier versions, flags without an effect."""
+"""The command line that the pipelines share: flags of earlier versions, flags without an effect, odd environments."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from pipelines.command import FORMER_FLAGS, command, recipe_command
 from pipelines.finetune import Arguments
 from pipelines.recipes import FINETUNE_RECIPES
+from tests.factories import jpeg
+
+ROOT = Path(__file__).parents[3]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A locale in which Python takes names of files for ASCII."""
 
 
 def parsed(*argv: str) -> Arguments:
@@ -66,3 +77,76 @@ def test_mistakes_of_any_kind_end_with_a_sentence_and_a_status(capsys):
             command(action, Nothing, [], program="nothing.py", about="")
         assert stop.value.code == code
         assert capsys.readouterr().err in ("error: wrong\n", "error: interrupted\n")
+
+
+def stats(
+    *arguments: object, before: tuple[str, ...] = (), program: str = "stats.py", **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """stats.py, or another program.   Args: before: what starts it.  environment: changes; None: not set."""
+    changed = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [*before, sys.executable, str(ROOT / "pipelines" / program), *map(str, arguments)],
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+@pytest.fixture
+def cats(tmp_path) -> Path:
+    """A folder of one class, whose names are not of ASCII alone."""
+    folder = tmp_path / "fötos" / "kätze"
+    folder.mkdir(parents=True)
+    for row in range(3):
+        (folder / f"ü {row}.jpg").write_bytes(jpeg(row))
+    (folder / "bröken.jpg").write_bytes(b"no image")
+    return folder.parent
+
+
+def test_other_letters_in_a_locale_of_ascii(cats, tmp_path):
+    done = stats(cats, "--output", tmp_path / "stäts", **ASCII)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bröken.jpg: not an image" in done.stdout
+    assert f"written: {tmp_path / 'stäts' / 'stats.json'}" in done.stdout
+
+
+def test_what_cannot_be_printed_is_escaped(cats, tmp_path):
+    done = stats(cats, "--output", tmp_path / "stäts", PYTHONIOENCODING="ascii:strict")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"br\xf6ken.jpg: not an image" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(cats, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "stats.py"), str(cats), "--output", str(tmp_path / "stats")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.getuid() != 0, reason="needs setpriv, and root to call it")
+def test_a_user_whom_the_system_does_not_know(cats):
+    """It may also read what this Python is made of, which may be in root's own home."""
+    rights = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
+    before = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *rights)
+    if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("setpriv may not give these rights here")
+    nobody = {"HOME": None, "USER": None, "LOGNAME": None, "TMPDIR": None}
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's folder, which is for root alone
+        photos, out = shutil.copytree(cats, Path(name) / "photos"), Path(name) / "out"
+        out.mkdir()
+        for folder, mode in ((name, 0o755), (out, 0o777)):
+            os.chmod(folder, mode)
+        done = stats(photos, "--output", out / "stats", before=before, **nobody)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (out / "stats" / "stats.json").stat().st_uid == 54321
+        refused = stats(photos, "--output", Path(name) / "other", before=before, **nobody)
+        usage = stats(before=before, program="sweep.py", **nobody)  # Ray Tune wants a home when it is imported
+        assert (usage.returncode, usage.stderr) == (2, "")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "cannot write to" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import to_json
 from mixmae.jobs.record import RunRecord, read_record
-from mixmae.tracking import backlog, end_later, start_sending
+from mixmae.tracking import RunRef, backlog, end_later, start_sending
 from mixmae.training import cluster
+from mixmae.training.checkpoint import list_checkpoints, save_checkpoint, step_of
+from mixmae.training.lock import release_all
 from mixmae.training.run_folder import RunFolder
 from pipelines.pretrain import Arguments
 from pipelines.recipes import PRETRAIN_RECIPES
@@ -78,3 +82,62 @@ def test_workers_that_were_asked_for_stay_or_are_refused(monkeypatch):
     assert with_workers(arguments(batch_size=16, workers=2)).workers == 2
     with pytest.raises(ValueError, match="shared equally by 3 workers"):
         with_workers(arguments(batch_size=16, workers=3))
+
+
+class TestGoingBack:
+    """--from-step N, as far as the folder is concerned."""
+
+    @pytest.fixture
+    def given(self, tmp_path):
+        made = arguments(batch_size=16)
+        folder = RunFolder(tmp_path / "run")
+        ref = RunRef(uri="sqlite:///x.db", experiment_id="1", run_id="abc")
+        record = RunRecord(status="stopped", recipe="demo", config=to_json(made.config), mlflow=ref, reason="diverged")
+        folder.write(record.to_json())
+        for step in (10, 20, 30):
+            path = folder.path / "checkpoints" / f"step_{step:07d}"
+            save_checkpoint(path, model=nn.Linear(2, 2), optimizer=None, state={"position": {"step": step}})
+            folder.add_evaluation({"step": step, "probe/knn_top1": step / 100})
+        (folder.path / "metrics.jsonl").write_text("{}\n")
+        return replace(made, output=folder.path, mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+    def steps(self, folder):
+        return [step_of(path) for path in list_checkpoints(folder / "checkpoints")]
+
+    def test_what_came_after_is_put_aside_and_the_rate_may_change(self, given):
+        optim = replace(given.config.optim, base_lr=1e-5)
+        changed = replace(given, config=replace(given.config, optim=optim))
+        with pytest.raises(ValueError, match=r"begun with other settings \(optim.base_lr was"):
+            begin(changed, "demo")
+        for _ in range(2):  # the same command again continues and does not go back once more
+            run = begin(replace(changed, from_step=20), "demo")
+            release_all()
+            assert run.is_continued
+            assert run.record.branch == {"step": 20, "run_id": "abc"}
+            assert run.before.mlflow is None  # MLflow gets a run of its own
+            assert self.steps(given.output) == [20, 10]
+        aside = given.output / "left_0_at_step_20"
+        assert self.steps(aside) == [30]
+        assert (aside / "metrics.jsonl").exists()
+        assert [json.loads(line)["step"] for line in (given.output / "evaluations.jsonl").open()] == [10, 20]
+        assert not list(given.output.glob("left_1*"))
+        run = begin(changed, "demo")  # and without the flag
+        release_all()
+        assert run.record.branch == {"step": 20, "run_id": "abc"}
+
+    def test_what_cannot_be(self, given, tmp_path):
+        with pytest.raises(ValueError, match=r"no checkpoint of step 25 in .*: --from-step may be one of 10, 20, 30"):
+            begin(replace(given, from_step=25), "demo")
+        release_all()
+        other = replace(given.config, augment=replace(given.config.augment, image_size=96))
+        with pytest.raises(ValueError, match=r"other settings \(augment\.image_size"):
+            begin(replace(given, from_step=20, config=other), "demo")
+        with pytest.raises(ValueError, match="holds no run to go back in"):
+            begin(replace(given, from_step=20, output=tmp_path / "new"), "demo")
+        release_all()
+        weights = given.output / "checkpoints" / "step_0000020" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        with pytest.raises(ValueError, match="is not what was written"):
+            begin(replace(given, from_step=20), "demo")
+        release_all()
+        assert self.steps(given.output) == [30, 20, 10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from mixmae.step import StepOutput
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
-from mixmae.training.loop import LoopConfig, TrainState, step_seed, train
+from mixmae.training.loop import Diverged, LoopConfig, Silent, TrainState, step_seed, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import run_length
 
@@ -23,7 +24,7 @@ NUM_IMAGES = 40
 
 
 @dataclass
-class Seen:
+class Seen(Silent):
     """Events that keep what they are told."""
 
     logs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -188,38 +189,101 @@ def test_events_and_records():
     assert state.images_seen == 80
 
 
-def test_divergence_stops_with_a_sentence():
-    class Diverges(Net):
-        def forward(self, images, generator):
-            output = super().forward(images, generator)
-            return StepOutput(loss=output.loss * float("nan"))
+class BadSteps(Net):
+    """Some steps' losses, or the gradients alone behind a loss that is fine, are no numbers."""
 
-    with pytest.raises(TrainingStopped, match=r"loss is nan at step 1.*base-lr"):
-        _run(model=Diverges())
+    def __init__(self, bad: set[int], *, gradient_alone: bool = False) -> None:
+        super().__init__()
+        self.bad, self.gradient_alone, self.calls = bad, gradient_alone, 0
 
-
-def test_weights_that_are_not_finite_are_never_saved():
-    """A gradient of NaN behind a loss that is fine, at a checkpoint between two log steps."""
-
-    class Fails(Net):
-        steps = 0
-
-        def forward(self, images, generator):
-            output = super().forward(images, generator)
-            self.steps += 1
-            if self.steps == 4:  # its backward pass alone has no value
-                output.loss.register_hook(lambda gradient: gradient * float("nan"))
+    def forward(self, images, generator):
+        output = super().forward(images, generator)
+        self.calls += 1
+        if self.calls not in self.bad:
             return output
+        if self.gradient_alone:
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+            return output
+        return StepOutput(loss=output.loss * float("nan"), metrics=output.metrics)
 
-    saved = []
+
+@pytest.mark.parametrize("gradient_alone", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(gradient_alone, optimizer):
+    saved: dict[int, dict[str, Tensor]] = {}
 
     class Saves(Seen):
         def save(self, state: TrainState) -> None:
-            saved.append(state.step)
+            saved[state.step] = {name: value.clone() for name, value in model.state_dict().items()}
 
-    with pytest.raises(TrainingStopped, match=r"gradient is nan at step 4.*base-lr"):
-        _run(replace(CONFIG, log_every_steps=50, checkpoint_every_epochs=0.2), model=Fails(), events=Saves())
-    assert saved == [1, 2, 3]
+    torch.manual_seed(0)
+    model = BadSteps({4, 7}, gradient_alone=gradient_alone)
+    built = build_optimizer(model, OptimConfig(base_lr=0.3, optimizer=optimizer))
+    config = replace(CONFIG, checkpoint_every_epochs=0.2)
+    _, _, state, seen = _run(config, model=model, optimizer=built, events=Saves())
+    assert state.skipped_steps == 2
+    assert [record["skipped_steps"] for _, record in seen.logs] == [0, 0, 1, 2, 2]
+    assert all(torch.isfinite(value).all() for weights in saved.values() for value in weights.values())
+    for step in range(2, 11):
+        is_same = all(torch.equal(saved[step][name], saved[step - 1][name]) for name in saved[step])
+        assert is_same == (step in (4, 7)), step
+    assert all(record["loss"] == record["loss"] for _, record in seen.logs)
+
+
+def test_many_bad_steps_in_a_row_end_the_loop_with_the_weights_before_the_first():
+    model = BadSteps({5, 6, 7, 8, 9, 10})
+    kept = {}
+
+    class Logs(Seen):
+        def log(self, step, record, broken):
+            if step == 4:
+                kept.update({name: value.clone() for name, value in model.state_dict().items()})
+
+    with pytest.raises(Diverged, match="not finite in the steps 5 to 7") as caught:
+        _run(replace(CONFIG, max_bad_steps=3, log_every_steps=1), model=model, events=Logs())
+    assert (caught.value.first_step, caught.value.step) == (4, 7)
+    assert torch.equal(caught.value.batch.images, _images(6, 0, 8))
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_what_was_counted_since_the_last_log_survives_a_stop():
+    """A run that is asked to stop between two log steps, and continued, logs what an uninterrupted one does."""
+    timings = ("images_per_s", "data_wait_share", "step_s")
+
+    def plain(logs):
+        return [(step, {key: v for key, v in record.items() if key not in timings}) for step, record in logs]
+
+    config = replace(CONFIG, log_every_steps=4, max_broken_fraction=1.0)
+    whole_model, _, whole_state, whole = _run(config, broken_every=3)
+    states = []
+
+    class Stops(Seen):
+        def asked(self, step):
+            return "stop" if step == 6 else ""
+
+        def save(self, state):
+            states.append(json.loads(json.dumps(vars(state))))
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = build_optimizer(model, OptimConfig(base_lr=0.3))
+    _, _, state, first = _run(config, model=model, optimizer=optimizer, broken_every=3, events=Stops())
+    assert state.step == 6
+    _, _, state, second = _run(config, model=model, optimizer=optimizer, broken_every=3, state=TrainState(**states[-1]))
+    assert plain(first.logs) + plain(second.logs) == plain(whole.logs)
+    assert first.broken + second.broken == whole.broken
+    assert state.broken_images == whole_state.broken_images
+    assert all(torch.equal(value, whole_model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_is_made_when_it_is_asked_for_and_after_minutes():
+    class Asks(Seen):
+        def asked(self, step):
+            return "save" if step == 2 else ""
+
+    config = replace(CONFIG, checkpoint_every_epochs=100, log_every_steps=4)
+    assert _run(config, events=Asks())[3].saves == [2, 3, 6, 9, 10]
+    assert _run(replace(config, checkpoint_every_minutes=1e-9))[3].saves == [1, 3, 4, 6, 8, 9, 10]
 
 
 def test_the_average_follows_every_step():

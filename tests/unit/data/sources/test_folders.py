@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from mixmae.data.images.decode import READS_HEIC, decode_rgb, image_size
 from mixmae.data.source import DataError
 from mixmae.data.sources import layout_of, list_splits, open_source
 from tests.factories import all_samples
@@ -106,17 +109,17 @@ def test_a_stray_image_does_not_remove_the_classes(write_files, stray, label, no
 
 def test_what_is_left_out_is_named(write_files):
     folder = write_files(*numbered("train/a", "train/b", "val/a"), *numbered("extra", count=4), "cover.jpg")
-    for name in (".ipynb_checkpoints/x.jpg", "train/a/._1.jpg", "photo_1", "IMG_1.HEIC", "IMG_2.heic", "a.jpg_large"):
+    for name in (".ipynb_checkpoints/x.jpg", "train/a/._1.jpg", "photo_1", "IMG_1.CR2", "IMG_2.cr2", "a.jpg_large"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "train" / "empty").mkdir()
     source = open_source(folder)
     assert source.num_rows == 20
     move = "move them into train, val, or give them as a source of their own"
-    heic = "convert them to JPEG, or install pillow-heif (pip install 'mixmae[heic]'), which reads them"
+    raw = "export them as JPEG or TIFF"
     suffix = "if they are images, let them end in .jpg or .png"
     assert sorted(notes_of(source)) == [
-        f"files ending in .heic are left out: 2 (such as IMG_1.HEIC); {heic}",
+        f"files ending in .cr2 are left out: 2 (such as IMG_1.CR2); {raw}",
         f"files ending in .jpg_large are left out: 1 (a.jpg_large); {suffix}",
         f"files without a known suffix are left out: 1 (photo_1); {suffix}",
         "folders hold no image: 1 (train/empty)",
@@ -196,3 +199,25 @@ def test_bad_lists(write_files, tmp_path):
     names.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="must be text in UTF-8"):
         open_source(names)
+
+
+@pytest.mark.skipif(READS_HEIC, reason="the extra heic is installed")
+def test_photos_of_phones_without_the_extra(write_files):
+    folder = write_files("a.jpg")
+    (folder / "IMG_1.HEIC").write_bytes(b"x")
+    heic = "convert them to JPEG, or install pillow-heif (pip install 'mixmae[heic]'), which reads them"
+    assert notes_of(open_source(folder)) == [f"files ending in .heic are left out: 1 (IMG_1.HEIC); {heic}"]
+
+
+@pytest.mark.skipif(not READS_HEIC, reason="the extra heic is not installed")
+def test_photos_of_phones_with_the_extra(tmp_path):
+    import pillow_heif
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (96, 64), (200, 30, 30))
+    pillow_heif.from_pillow(photo).save(tmp_path / "IMG_1.HEIC", quality=90, exif=exif.tobytes())
+    (sample,) = all_samples(open_source(tmp_path))
+    assert decode_rgb(sample.data).shape == (96, 64, 3)
+    assert image_size(sample.data) == (96, 64)
+    assert np.abs(decode_rgb(sample.data).mean(axis=(0, 1)) - [200, 30, 30]).max() < 8

@@ -144,10 +144,9 @@ DOUBLE = bytes.fromhex("00051607000200004d6163204f5320582020202020202020") + byt
         ),
         pytest.param(
             [("0.jpg", None), ("0.cls", b"1.0"), ("1.jpg", b""), ("1.cls", b"\xff\xfe"), ("2.jpg", None),
-             ("3.cls", b"2"), ("4.heic", b"x"), ("notes", b"x"), ("5.jpg", None), ("5.jpg", None)],
+             ("3.cls", b"2"), ("4.jxl", b"x"), ("notes", b"x"), ("5.jpg", None), ("5.jpg", None)],
             [1, -1, -1, -1],
-            ["files ending in .heic are left out: 1 (4.heic); convert them to JPEG, or install pillow-heif "
-             "(pip install 'mixmae[heic]'), which reads them",
+            ["files ending in .jxl are left out: 1 (4.jxl); convert them to JPEG or PNG",
              "files without a known suffix are left out: 1 (notes); if they are images, let them end in .jpg or .png",
              "labels are left out, because their images are missing: 1 (3.cls)",
              "labels cannot be read: 1 (1.cls); a .cls holds the number or the name of a class",
