@@ -320,6 +320,8 @@ class Sender:
         for _ in range(num_entries):
             _, end = self._queue.popleft()
         self._sent = Sent(uri=self._sent.uri, run=self._sent.run, offset=end)
+        if self._stopped.is_set():  # closed while MLflow took its time: another sender may be further
+            return
         with contextlib.suppress(OSError):  # a full disk: this process knows, and another one may send it again
             self._sent.write(self._folder)
 
