@@ -1,0 +1,186 @@
+"""What Ray and checkpoints cost a run whose steps are slow: one worker under Ray beside the bare loop.
+
+    python benchmarks/overhead.py [--steps 60] [--width 96]
+
+The bare loop has its images in memory; the run of pretrain.py has its stream, its messages, MLflow's journal and its
+checkpoints. Both train the same model with the same number of threads, in turns. Then a Swin-B with its optimiser is
+saved while nothing else runs: how long training would stand still, beside a plain copy of as many bytes. The last line
+is JSON. Needs quiet cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/overhead.py`
+
+from mixmae.data.blocks import local_batches
+from mixmae.data.order import Plan
+from mixmae.data.prepare import open_for_training
+from mixmae.jobs.in_process import build_seeded
+from mixmae.jobs.pretraining import PretrainJob
+from mixmae.machine import threads_per_process
+from mixmae.tracking import points
+from mixmae.training.loop import Silent, TrainState, train
+from mixmae.training.optim import build_optimizer
+from mixmae.training.saving import CheckpointWriter
+from pipelines.command import command
+from pipelines.recipes.demo import demo
+from pipelines.recipes.mixmae_swin import mixmae_swin_base_600ep
+
+LOG_EVERY = 5
+PRETRAIN = Path(__file__).parents[1] / "pipelines" / "pretrain.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The model's size and how long it trains."""
+
+    steps: int = 60
+    """Steps of each run."""
+    width: int = 96
+    """Channels of the demo's encoder in its first stage; wide enough that computing takes nearly all of the time."""
+    rounds: int = 2
+    """Runs of each kind, in turns."""
+    swin_b: bool = True
+    """Also save a Swin-B."""
+
+
+class _Rates(Silent):
+    """Keeps the images per second of each log."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None:
+        self.rates.append(record["images_per_s"])
+
+
+def bare(job: PretrainJob) -> list[float]:
+    """Images per second of the loop alone, its batches in memory."""
+    config = job.config
+    plan = Plan(chunk_sizes=job.source.chunk_sizes, seed=0, window_rows=job.data.window_rows)
+    share = config.share(num_workers=1)
+    batches = list(local_batches(job.source, plan, config.augment, share=share, stop_step=8))
+    model, events = build_seeded(job), _Rates()
+    train(
+        model=model,
+        optimizer=build_optimizer(model, job.optim),
+        peak_lr=job.optim.peak_lr(job.loop.batch_size),
+        clip_grad_norm=job.optim.clip_grad_norm,
+        step_function=job.step,
+        batches=cycle(batches),
+        state=TrainState(),
+        config=job.loop,
+        length=job.length,
+        events=events,
+        device=torch.device("cpu"),
+    )
+    return events.rates[2:]  # the first of them warm up
+
+
+def under_ray(options: Arguments, output: Path) -> list[float]:
+    """Images per second of pretrain.py with one worker."""
+    words = [
+        *(sys.executable, str(PRETRAIN), "demo", "--output", str(output), "--workers", "1", "--probe.images", "0"),
+        *("--encoder.embed-dim", str(options.width), "--encoder.num-heads", "2", "4", "8"),
+        *("--loop.steps", str(options.steps), "--loop.log-every-steps", str(LOG_EVERY)),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [rate for _, rate in points(output, "perf/images_per_s")][2:]
+
+
+def pause() -> dict[str, float]:
+    """Seconds for which a Swin-B stands still when it is saved, the second time, and a plain copy of as many bytes."""
+    model = PretrainJob.build_model(_Config(mixmae_swin_base_600ep()))  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, mixmae_swin_base_600ep().optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), keep=1)
+        writer.reserve(model, optimizer, None)
+        pauses = []
+        for step in (1, 2, 3):
+            writer.wait()
+            time.sleep(1)
+            pauses.append(writer.save(step=step, model=model, optimizer=optimizer, average=None, state={}))
+        written = time.perf_counter()
+        last = writer.wait()
+        written = time.perf_counter() - written
+        assert last is not None
+        size = sum(path.stat().st_size for path in last.iterdir())
+    source, target = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    copies = []
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source)
+        copies.append(time.perf_counter() - start)
+    return {
+        "checkpoint_gb": round(size / 1e9, 2),
+        "pause_s": round(statistics.median(pauses), 3),
+        "plain_copy_s": round(statistics.median(copies), 3),
+        "written_in_s": round(written, 1),
+    }
+
+
+@dataclass
+class _Config:
+    """What build_model looks at."""
+
+    config: Any
+
+
+def run(options: Arguments) -> int:
+    """All legs, and the report.   Returns: the process's exit status."""
+    torch.set_num_threads(threads_per_process(1))
+    with tempfile.TemporaryDirectory() as base:
+        source, heldout = open_for_training("moths", Path(base) / "data", 60)
+        config = demo()
+        config = replace(
+            config,
+            encoder=replace(config.encoder, embed_dim=options.width, num_heads=(2, 4, 8)),
+            loop=replace(config.loop, steps=options.steps, log_every_steps=LOG_EVERY),
+            probe=replace(config.probe, images=0),
+        )
+        job = PretrainJob.of(config, source, heldout, data="moths", folder=Path(base))
+        rates: dict[str, list[float]] = {"bare": [], "ray": []}
+        for number in range(options.rounds):
+            rates["bare"] += bare(job)
+            rates["ray"] += under_ray(options, Path(base) / f"run{number}")
+            print({name: round(statistics.median(values), 1) for name, values in rates.items()}, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    report = {
+        "bare_images_per_s": round(medians["bare"], 1),
+        "ray_images_per_s": round(medians["ray"], 1),
+        "ray_per_bare": round(medians["ray"] / medians["bare"], 3),
+        **(pause() if options.swin_b else {}),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    print(json.dumps(report))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return command(run, Arguments, argv, program="overhead.py", about=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
