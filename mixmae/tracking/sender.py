@@ -185,6 +185,7 @@ class Sender:
 
     def _work(self) -> None:
         while not self._stopped.is_set():
+            is_last = self._closing.is_set()  # asked first: what is written until `close` has to be read after it
             try:
                 is_more = self._send()
             except Exception as error:
@@ -196,7 +197,7 @@ class Sender:
             self._tried.set()
             if is_more:
                 self._progress_at = time.monotonic()
-            elif self._closing.is_set():
+            elif is_last:
                 return
             else:
                 self._closing.wait(POLL_S)
