@@ -319,8 +319,9 @@ def _run_worker(
             except TrainingStopped as stop:
                 stopped = str(stop)
                 break
-        last = events.wait_for_checkpoint()
-    return {"state": vars(state), "checkpoint": str(last or ""), "stopped": stopped}
+        events.wait_for_checkpoint()
+    last = next(map(str, list_checkpoints(checkpoints)), "")
+    return {"state": vars(state), "checkpoint": last, "stopped": stopped}
 
 
 def _resume(
@@ -525,14 +526,10 @@ class _WorkerEvents:
             self._mailbox.put.remote(("saved", state.step))
         ray.train.report(metrics if self._rank == 0 else {"step": state.step})
 
-    def wait_for_checkpoint(self) -> Path | None:
-        """Wait for the last checkpoint; on ranks that write none, nothing.
-
-        Raises: OSError if it could not be written, several times.
-        """
-        if self._rank != 0:
-            return None
-        return self.writer.wait()
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written, on the rank that writes it.   Raises: OSError if it could not be."""
+        if self._rank == 0:
+            self.writer.wait()
 
     def close(self) -> None:
         if self._tracker is not None:
