@@ -527,7 +527,7 @@ class _WorkerEvents:
         ray.train.report(metrics if self._rank == 0 else {"step": state.step})
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until the last checkpoint is written, on the rank that writes it.   Raises: OSError if it could not be."""
+        """Wait until the last checkpoint is written, on the rank that writes it.   Raises: OSError if it cannot be."""
         if self._rank == 0:
             self.writer.wait()
 
