@@ -9,7 +9,7 @@ import torch
 from mixmae.convert import to_ours
 from mixmae.finetune.classification import ImageClassifier, classification_step
 from mixmae.probing.linear import LinearHead, LinearProbe
-from mixmae.training.loop import LoopConfig, TrainState, train
+from mixmae.training.loop import LoopConfig, Silent, TrainState, train
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.schedule import RunLength
 from tests.factories import noise_images, seeded, tiny_swin
@@ -67,7 +67,7 @@ def test_the_usual_loop_trains_the_head_and_nothing_else():
         state=TrainState(),
         config=LoopConfig(epochs=30, warmup_epochs=3, batch_size=8),
         length=RunLength(total_steps=30, warmup_steps=3, steps_per_epoch=1),
-        events=SimpleNamespace(log=lambda *news: None, evaluate=lambda step: {}, save=lambda state: None),
+        events=Silent(),
         device=torch.device("cpu"),
     )
     assert state.metrics["loss"] < 0.2  # over the last ten steps; log 2 = 0.69 at chance level
