@@ -330,7 +330,7 @@ def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
 
 DIVERGED = (
     "the run has diverged. Lower --optim.base-lr, lengthen --loop.warmup-epochs or set --optim.clip-grad-norm, and "
-    "start from an older checkpoint or anew."
+    "go back to an older checkpoint (--from-step) or start anew."
 )
 
 
