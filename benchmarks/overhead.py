@@ -27,14 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/overhead.py`
 
-from mixmae.data.blocks import local_batches
-from mixmae.data.order import Plan
 from mixmae.data.prepare import open_for_training
-from mixmae.jobs.in_process import build_seeded
+from mixmae.encoders.build import build_encoder
+from mixmae.jobs.in_process import batches_of, build_seeded, train_in_process
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.machine import threads_per_process
+from mixmae.methods.build import build_method
 from mixmae.tracking import points
-from mixmae.training.loop import Silent, TrainState, train
+from mixmae.training.loop import Silent
 from mixmae.training.optim import build_optimizer
 from mixmae.training.saving import CheckpointWriter
 from pipelines.command import command
@@ -71,24 +71,8 @@ class _Rates(Silent):
 
 def bare(job: PretrainJob) -> list[float]:
     """Images per second of the loop alone, its batches in memory."""
-    config = job.config
-    plan = Plan(chunk_sizes=job.source.chunk_sizes, seed=0, window_rows=job.data.window_rows)
-    share = config.share(num_workers=1)
-    batches = list(local_batches(job.source, plan, config.augment, share=share, stop_step=8))
-    model, events = build_seeded(job), _Rates()
-    train(
-        model=model,
-        optimizer=build_optimizer(model, job.optim),
-        peak_lr=job.optim.peak_lr(job.loop.batch_size),
-        clip_grad_norm=job.optim.clip_grad_norm,
-        step_function=job.step,
-        batches=cycle(batches),
-        state=TrainState(),
-        config=job.loop,
-        length=job.length,
-        events=events,
-        device=torch.device("cpu"),
-    )
+    events = _Rates()
+    train_in_process(job, build_seeded(job), events=events, batches=cycle(list(batches_of(job, 8))))
     return events.rates[2:]  # the first of them warm up
 
 
@@ -106,8 +90,9 @@ def under_ray(options: Arguments, output: Path) -> list[float]:
 
 def pause() -> dict[str, float]:
     """Seconds for which a Swin-B stands still when it is saved, the second time, and a plain copy of as many bytes."""
-    model = PretrainJob.build_model(_Config(mixmae_swin_base_600ep()))  # type: ignore[arg-type]
-    optimizer = build_optimizer(model, mixmae_swin_base_600ep().optim)
+    config = mixmae_swin_base_600ep()
+    model = build_method(build_encoder(config.sized_encoder()), config.method)
+    optimizer = build_optimizer(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -137,13 +122,6 @@ def pause() -> dict[str, float]:
         "plain_copy_s": round(statistics.median(copies), 3),
         "written_in_s": round(written, 1),
     }
-
-
-@dataclass
-class _Config:
-    """What build_model looks at."""
-
-    config: Any
 
 
 def run(options: Arguments) -> int:

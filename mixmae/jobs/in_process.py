@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
-from mixmae.data.blocks import local_batches
+from mixmae.data.blocks import ImageBatch, local_batches
 from mixmae.data.order import Plan
 from mixmae.jobs.job import Job
-from mixmae.training.loop import Silent, TrainState, step_seed, train
+from mixmae.training.loop import Batch, Events, Silent, TrainState, step_seed, train
 from mixmae.training.optim import build_optimizer
 
 
@@ -18,33 +20,42 @@ def build_seeded(job: Job) -> nn.Module:
     return job.build_model()
 
 
-def train_in_process(job: Job, model: nn.Module) -> TrainState:
-    """Train a model to the job's end, on the CPU.   Returns: the final state.
+def batches_of(job: Job, num_steps: int) -> Iterator[ImageBatch]:
+    """The batches of the job's first steps, made in this process."""
+    config = job.config
+    return local_batches(
+        job.source,
+        Plan(chunk_sizes=job.source.chunk_sizes, seed=job.loop.seed, window_rows=job.data.window_rows),
+        config.augment,
+        share=config.share(num_workers=1),
+        stop_step=num_steps,
+        channels=config.encoder.in_channels,
+    )
+
+
+def train_in_process(
+    job: Job, model: nn.Module, *, events: Events | None = None, batches: Iterator[Batch] | None = None
+) -> TrainState:
+    """Train a model to the job's end, on the CPU.
+
+    Args:    events: told of progress.  batches: in place of the job's own.
+    Returns: the final state.
 
     Images, crops and mixes are those of a run on Ray of the same seed. There is no average of weights, and nothing is
     logged, evaluated or saved.
     """
-    config, state = job.config, TrainState()
-    plan = Plan(chunk_sizes=job.source.chunk_sizes, seed=job.loop.seed, window_rows=job.data.window_rows)
-    batches = local_batches(
-        job.source,
-        plan,
-        config.augment,
-        share=config.share(num_workers=1),
-        stop_step=job.length.total_steps,
-        channels=config.encoder.in_channels,
-    )
+    state = TrainState()
     train(
         model=model,
         optimizer=build_optimizer(model, job.optim),
         peak_lr=job.optim.peak_lr(job.loop.batch_size),
         clip_grad_norm=job.optim.clip_grad_norm,
         step_function=job.step,
-        batches=batches,
+        batches=batches or batches_of(job, job.length.total_steps),
         state=state,
         config=job.loop,
         length=job.length,
-        events=Silent(),
+        events=events or Silent(),
         device=torch.device("cpu"),
     )
     return state
