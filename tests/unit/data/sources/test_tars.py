@@ -114,6 +114,10 @@ DOUBLE = bytes.fromhex("00051607000200004d6163204f5320582020202020202020") + byt
             [(f"Screenshot 2023-01-05 at 10.11.{i:02d}.png", None) for i in range(8)], [-1] * 8, [], id="dots",
         ),
         pytest.param(
+            [(name, None) for name in ("IMG.2020.01.jpg", "IMG.2020.02.jpg", "PIC.2020.01.jpg", "x.jpg", "x.2.jpg")],
+            [-1] * 5, [], id="dates and numbers, also in several names",
+        ),
+        pytest.param(
             [(f"n01/img.v1.{i:02d}{suffix}", content)
              for i in range(8) for suffix, content in ((".jpg", None), (".cls", b"%d" % (i % 4)))],
             [0, 1, 2, 3] * 2, [], id="dots and labels",
