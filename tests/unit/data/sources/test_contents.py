@@ -7,10 +7,14 @@ import pickle
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mixmae.data.blocks import eval_batches, load_block
+from mixmae.data.broken import find_broken
+from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.shards.pack import make_shards
 from mixmae.data.source import read_rows
 from mixmae.data.sources import contents, open_source
@@ -142,3 +146,18 @@ def test_what_changes_after_it_was_opened(tmp_path, make_jpeg, write_shards, kin
     ]
     assert [sample.data for sample in samples[1:]] == [make_jpeg(i) if kind == "files" else b"" for i in range(1, 8)]
     assert all(path.name in sample.where for sample in samples[: 8 if kind != "files" else 1])
+
+
+def test_the_reason_reaches_the_list_of_broken_images(write_files):
+    folder = write_files(*(f"{number}.jpg" for number in range(8)))
+    source = open_source(folder)
+    (folder / "3.jpg").write_bytes((folder / "4.jpg").read_bytes())
+    (folder / "5.jpg").unlink()
+    rows = np.arange(8)
+    block = load_block(source, AugmentConfig(image_size=16), rows, np.zeros_like(rows), seed=0)
+    expected = {3: "the file has changed since it was opened", 5: "the file cannot be read: No such file or directory"}
+    assert {record.row: record.reason for record in block.broken.values()} == expected
+    (batch,) = eval_batches(source, 16, batch_size=8)
+    assert {record.row: record.reason for record in batch.broken} == expected
+    assert batch.rows.tolist() == [0, 1, 2, 4, 6, 7]
+    assert {record.row: record.reason for record in find_broken(source, rows)} == expected
