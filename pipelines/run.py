@@ -27,6 +27,7 @@ from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
+from mixmae.jobs.estimate import PLAN_FILE, compared_with_plan
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
@@ -317,7 +318,11 @@ class Run:
                     may_write=partial(holds, *self.hold),
                 )
             status, tags, step = "FINISHED", {"checkpoint": checkpoint}, state.step
-            metrics = job.final_metrics(state)
+            metrics = job.final_metrics(state) | compared_with_plan(folder.path, state.metrics["images_per_s"])
+            if "plan/reached" in metrics:
+                print(
+                    f"planned {metrics['plan/images_per_s']:.0f} images/s, ran at {metrics['plan/reached']:.2f} of it"
+                )
         except KeyboardInterrupt as interruption:
             status = "KILLED"
             self.exit_status = getattr(interruption, "exit_status", self.exit_status)
@@ -360,7 +365,7 @@ class Run:
             pictures: titles of files in the folder.
         """
         journal = Journal(self.folder.path)
-        files: dict[str, str | None] = {self.folder.ledger.name: None, **(pictures or {})}
+        files: dict[str, str | None] = {self.folder.ledger.name: None, PLAN_FILE: None, **(pictures or {})}
         for name, title in files.items():
             if (self.folder.path / name).exists():
                 journal.add(file=name, title=title)
