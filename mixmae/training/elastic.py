@@ -79,13 +79,20 @@ class Elastic:
         use_gpu: whether each has a GPU.
         num_blocks: parts of a batch that are dealt to the workers (mixmae.share).
         note: gets one line for people.
+        clock: of seconds, for tests.
     """
 
     def __init__(
-        self, workers: WorkerRange, *, use_gpu: bool, num_blocks: int, note: Callable[[str], None] = print
+        self,
+        workers: WorkerRange,
+        *,
+        use_gpu: bool,
+        num_blocks: int,
+        note: Callable[[str], None] = print,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._workers, self._use_gpu, self._num_blocks, self._note = workers, use_gpu, num_blocks, note
-        self._growth = Growth()
+        self._workers, self._use_gpu, self._num_blocks = workers, use_gpu, num_blocks
+        self._note, self._clock, self._growth = note, clock, Growth(clock)
         self.count = workers.most
         """Workers of this start."""
         self.grows = False
@@ -105,10 +112,10 @@ class Elastic:
 
     def _wait_for_room(self, sleep: Callable[[float], None]) -> int:
         least, most = self._workers.least, self._workers.most
-        begun = since = time.monotonic()
+        begun = since = self._clock()
         seen, is_told = -1, False
         while True:
-            there, now = min(most, room(use_gpu=self._use_gpu)), time.monotonic()
+            there, now = min(most, room(use_gpu=self._use_gpu)), self._clock()
             if there != seen:
                 seen, since = there, now
             is_settled = now >= since + SETTLE_S
