@@ -224,7 +224,7 @@ RESUMABLE = frozenset(
         "loop.max_bad_steps",
         "loop.max_broken_fraction",
         "loop.max_loss",
-        "loop.micro_batch_size",  # unless the encoder drops paths: they are drawn for each micro-batch
+        "loop.micro_batch_size",  # unless something is drawn for each micro-batch: dropped paths, mixup
     }
 )
 """Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
@@ -255,10 +255,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             found += differences(old, new, f"{name}.")
         elif old != new and name not in RESUMABLE and not name.startswith(("stream.", "probe")):
             found.append(f"{name} was {old} and is {new}")
-    if not prefix and now["encoder"].get("drop_path"):
+    if not prefix:
         sizes = [config.get("loop", {}).get("micro_batch_size") for config in (before, now)]
-        if sizes[0] != sizes[1]:
-            found.append(f"loop.micro_batch_size was {sizes[0]} and is {sizes[1]}, which would drop other paths")
+        mixup = now.get("mixup", {})
+        mixes = mixup.get("probability") and (mixup.get("mixup") or mixup.get("cutmix"))
+        other = "drop other paths" if now["encoder"].get("drop_path") else "mix other images" if mixes else ""
+        if sizes[0] != sizes[1] and other:
+            found.append(f"loop.micro_batch_size was {sizes[0]} and is {sizes[1]}, which would {other}")
     return found
 
 

@@ -40,6 +40,18 @@ def test_micro_batches_may_change_unless_paths_are_dropped():
     assert differences(before, now) == ["loop.micro_batch_size was None and is 8, which would drop other paths"]
 
 
+def test_micro_batches_may_not_change_where_images_are_mixed_inside_them():
+    config = FINETUNE_RECIPES["demo_finetune"]()
+    config = replace(config, encoder=replace(config.encoder, drop_path=0.0))
+
+    def found(probability):
+        given = replace(config, mixup=replace(config.mixup, mixup=0.8, probability=probability))
+        return differences(to_json(given), to_json(replace(given, loop=replace(given.loop, micro_batch_size=8))))
+
+    assert found(0.0) == []
+    assert found(1.0) == ["loop.micro_batch_size was None and is 8, which would mix other images"]
+
+
 def test_what_stays_together_on_a_worker():
     """The images of a mix; where micro-batches draw, whole ones, if they have a size."""
     plain = PRETRAIN_RECIPES["demo"]()
