@@ -156,7 +156,7 @@ class Elastic:
 
     def _look(self, mailbox: Any) -> None:
         if not self.grows:
-            there = min(self._workers.most, room_beside(self.count, use_gpu=self._use_gpu))
+            there = max(self.count, min(self._workers.most, room_beside(self.count, use_gpu=self._use_gpu)))
             if not self._growth.wants(self._blocks_each(there) < self._blocks_each(self.count)):
                 return
             self.grows = True
