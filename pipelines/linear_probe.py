@@ -65,7 +65,7 @@ def linear_probe(arguments: Arguments, recipe: str) -> int:
 def probe_cached(arguments: Arguments, recipe: str) -> int:
     """Extract features and train the head on them.   Returns: the process's exit status."""
     config = arguments.config
-    if config.loop.steps is not None or config.ema_decay is not None or arguments.workers > 1:
+    if config.loop.steps is not None or config.ema_decay is not None or arguments.workers not in (0, 1):
         raise ValueError(
             "--cached trains whole epochs in this process: leave out --loop.steps (--loop.epochs is its length), "
             "--ema-decay and --workers, or --cached."

@@ -31,6 +31,7 @@ from mixmae.jobs.estimate import PLAN_FILE, compared_with_plan
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.machine import Device
+from mixmae.share import WorkerRange
 from mixmae.tracking import (
     Journal,
     RunRef,
@@ -71,9 +72,10 @@ class RunArguments:
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
     must be one that all nodes share."""
-    workers: int = 0
-    """Training processes. 0: one per GPU; without GPUs one per core, or fewer where the batch cannot be cut into as
-    many parts; on a cluster one, so give their number there."""
+    workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 0
+    """Training processes. 0: one per GPU; without GPUs one per core, or fewer where more would not shorten the steps;
+    on a cluster one, so give their number there. 2:8 takes as many from 2 to 8 as there is room for at each start, and
+    goes on with fewer when a node is lost and with more when one comes (docs/runtime.md)."""
     device: Device = "auto"
     """Where workers train; auto takes GPUs if the cluster has any."""
     resume: bool = False
@@ -96,32 +98,45 @@ class RunArguments:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}: it must be at least 1, or 0 to choose by the machine.")
+        if self.workers not in (0, "0"):
+            WorkerRange.parse(self.workers)
         if self.output is not None and re.match(r"[a-z0-9]+:/", str(self.output)):
             raise ValueError(f"--output is {self.output}: runs are written to a folder, on a cluster to a shared one.")
 
+    @property
+    def worker_range(self) -> WorkerRange:
+        """How many workers there may be, once with_workers has chosen where 0 was given."""
+        return WorkerRange.parse(self.workers)
+
 
 def with_workers(arguments: ArgumentsT) -> ArgumentsT:
-    """The arguments with the number of workers that was asked for, or else the largest that fits machine and batch.
+    """The arguments with the number of workers that was asked for, or else what suits machine and batch; of a range,
+    with no more than these can have.
 
     Raises: ValueError if the batch cannot be cut into as many parts.
     """
-    from mixmae.training.cluster import default_workers  # Ray takes a second to import: --help does without it
+    from mixmae.training.cluster import default_workers, is_own  # Ray takes a second to import: --help does without it
 
-    count = arguments.workers or default_workers(arguments.ray_address, arguments.device)
-    while not arguments.workers and count > 1 and not _can_share(arguments.config, count):
-        count -= 1
-    arguments.config.share(num_workers=count)
-    return replace(arguments, workers=count)
-
-
-def _can_share(config: RunConfig, num_workers: int) -> bool:
-    try:
-        config.share(num_workers=num_workers)
-    except ValueError:
-        return False
-    return True
+    config, address = arguments.config, arguments.ray_address
+    num_blocks = config.share(num_workers=1).num_blocks
+    if arguments.workers in (0, "0"):
+        each = -(-num_blocks // default_workers(address, arguments.device))
+        return replace(arguments, workers=-(-num_blocks // each))
+    asked = arguments.worker_range
+    config.share(num_workers=asked.least)
+    if not asked.is_elastic:
+        return replace(arguments, workers=asked.most)
+    here = default_workers(address, arguments.device) if is_own(address) else asked.most
+    most = max(asked.least, min(asked.most, num_blocks, here))
+    if most < asked.most:
+        why = f"this machine has room for {here}" if here < num_blocks else f"a batch has {num_blocks} parts"
+        print(f"note: --workers {asked} is taken for {WorkerRange(asked.least, most)}: {why}")
+    if config.draws_per_micro_batch and config.loop.micro_batch_size is None:
+        print(
+            "note: dropped paths, mixup and batch norm depend on how many images one worker gets, and so on the number "
+            "of workers: with --loop.micro-batch-size they do not"
+        )
+    return replace(arguments, workers=str(WorkerRange(asked.least, most)))
 
 
 def output_folder(arguments: RunArguments, recipe: str) -> RunFolder:
@@ -187,7 +202,12 @@ class Run:
         arguments = self.arguments
         with ThreadPoolExecutor(1) as meanwhile:
             meanwhile.submit(preload, self.uri)
-            self.use_gpu = join(arguments.ray_address, num_workers=arguments.workers, device=arguments.device)
+            self.use_gpu = join(
+                arguments.ray_address,
+                num_workers=arguments.worker_range.least,
+                most_workers=arguments.worker_range.most,
+                device=arguments.device,
+            )
         if self.use_gpu and arguments.config.loop.precision == "float32":
             print("note: float32 on a GPU; --loop.precision bfloat16 is about twice as fast")
 
@@ -308,7 +328,7 @@ class Run:
                     job,
                     folder=folder.path,
                     name="checkpoints",
-                    num_workers=arguments.workers,
+                    workers=arguments.worker_range,
                     use_gpu=self.use_gpu,
                     max_failures=arguments.max_failures,
                     checkpoints_to_keep=arguments.checkpoints_to_keep,
@@ -384,8 +404,8 @@ class Run:
 
     def headline(self, job: Job) -> str:
         """What is trained, for how many steps, on what, where to."""
-        doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.workers
-        workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count > 1)}"
+        doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.worker_range
+        workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count.most > 1)}"
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"

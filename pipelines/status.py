@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ import tyro
 from mixmae.tracking import backlog
 from mixmae.training.checkpoint_files import checkpoints_of, look_at
 from mixmae.training.lock import is_running, read_owner
-from mixmae.training.progress import RESTARTS_FILE, read_lines, read_progress
+from mixmae.training.progress import RESTARTS_FILE, STARTS_FILE, read_lines, read_progress
 from pipelines.command import command
 
 EXIT_STATUS = {"finished": 0, "stopped": 1, "failed": 1, "running": 3, "interrupted": 4, "no run": 5}
@@ -63,6 +63,7 @@ def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "owner": None if owner is None else {**asdict(owner), "lives": lives, "age_s": round(owner.age_s, 1)},
         "progress": progress,
         "restarts": read_lines(folder / RESTARTS_FILE),
+        "starts": read_lines(folder / STARTS_FILE),
         "broken_images": _broken(folder, record, progress),
         "mlflow": {**(record.get("mlflow") or {}), "backlog": backlog(folder)},
         "disk": {"free_bytes": shutil.disk_usage(folder).free},
@@ -141,6 +142,8 @@ def show(found: Mapping[str, Any]) -> str:
         lines.append(f"checkpoint  {_checkpoint(checkpoint)}")
     if found.get("checkpoints") == []:
         lines.append("checkpoint  none yet")
+    if starts := found["starts"]:
+        lines.append(f"workers     {_workers(starts)}")
     restarts = found["restarts"]
     lines.append(f"restarts    {len(restarts)}")
     for item in restarts[-3:]:
@@ -188,6 +191,14 @@ def _checkpoint(found: Mapping[str, Any]) -> str:
     if found["has_digests"]:
         return f"{what}: all files have their lengths (--verify reads the bytes)"
     return f"{what}: all files have their lengths; not verifiable, an earlier version wrote it without digests"
+
+
+def _workers(starts: Sequence[Mapping[str, Any]]) -> str:
+    """How many workers there are, and were at the starts before."""
+    *before, last = starts
+    then = ", ".join(f"{item['workers']} from step {item['step']}" for item in before[-3:])
+    which = f"; at the {'last ' if len(before) > 3 else ''}starts before {then}" if before else ""
+    return f"{last['workers']} from step {last['step']}, since {_clock(last['time'])}{which}"
 
 
 def _data(broken: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixmae.machine import threads_per_process
+from mixmae.share import WorkerRange, WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.budget import FailureBudget
 from mixmae.training.checkpoint import (
@@ -40,6 +41,7 @@ from mixmae.training.checkpoint import (
     verify,
 )
 from mixmae.training.diverged import write_diverged
+from mixmae.training.elastic import Elastic
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import EvaluationSkipped, Interrupted, TrainingStopped
 from mixmae.training.interrupt import signals
@@ -94,6 +96,9 @@ class TrainingJob(Protocol):
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
 
+    def share(self, *, rank: int, num_workers: int) -> WorkerShare:
+        """This worker's part of every batch."""
+
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
         """This worker's micro-batches from a step on; leaving the context stops the stream."""
 
@@ -134,7 +139,7 @@ def fit(
     *,
     folder: Path,
     name: str,
-    num_workers: int,
+    workers: WorkerRange,
     use_gpu: bool,
     max_failures: int,
     checkpoints_to_keep: int | None,
@@ -148,6 +153,7 @@ def fit(
     Args:
         folder, name: checkpoints go to folder/name/; the same pair again continues from the newest one there that is
             whole. What Ray keeps for itself goes to folder/.ray, and is deleted at the end.
+        workers: how many of them each start may have (elastic.py).
         max_failures: restarts without a new checkpoint between them before giving up (budget.py).
         runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
@@ -171,8 +177,12 @@ def fit(
         "runs_at_once": runs_at_once,
         "may_write": may_write,
     }
+    num_blocks = job.share(rank=0, num_workers=1).num_blocks
+    elastic = Elastic(workers, use_gpu=use_gpu, num_blocks=num_blocks, note=lambda line: on_message(("note", line)))
     with signals() as asked_to_stop:
         while True:
+            num_workers = elastic.choose(asked_to_stop.sleep)
+            on_message(("workers", {"count": num_workers, "of": str(workers)}))
             mailbox = open_mailbox()
             causes: list[str] = []
 
@@ -182,12 +192,18 @@ def fit(
                 on_message(message)
 
             shutil.rmtree(scratch, ignore_errors=True)  # an earlier one's snapshot must not be found
-            trainer = _trainer(settings | {"mailbox": mailbox}, scratch, num_workers, use_gpu, callbacks)
+            trainer = _trainer(
+                settings | {"mailbox": mailbox}, scratch, num_workers, use_gpu, callbacks, workers.is_elastic
+            )
             try:
-                with reading(mailbox, receive) as heard:
+                with reading(mailbox, receive) as heard, elastic.watching(mailbox, heard):
                     outcome = asked_to_stop.run(trainer.fit, mailbox, heard).return_value
-                break
+                state = TrainState(**outcome["state"])
+                is_over = outcome["stopped"] or state.step >= job.length.total_steps or asked_to_stop.signal
+                if is_over or not elastic.grows:
+                    break
             except ray.train.TrainingFailedError as error:
+                elastic.failed()
                 cause = causes[0] if causes else _cause(error)
                 step = next(map(step_of, list_checkpoints(checkpoints)), -1)
                 wait = budget.spend(step, cause)
@@ -196,15 +212,22 @@ def fit(
     shutil.rmtree(scratch, ignore_errors=True)
     if outcome["stopped"]:
         raise TrainingStopped(outcome["stopped"])
-    state = TrainState(**outcome["state"])
     if state.step < job.length.total_steps:
         raise Interrupted(asked_to_stop.signal)
     return state, outcome["checkpoint"]
 
 
 def _trainer(
-    settings: dict[str, Any], scratch: Path, num_workers: int, use_gpu: bool, callbacks: Sequence[Any]
+    settings: dict[str, Any],
+    scratch: Path,
+    num_workers: int,
+    use_gpu: bool,
+    callbacks: Sequence[Any],
+    is_elastic: bool,
 ) -> _Trainer:
+    failures: dict[str, Any] = {"max_failures": 0}  # budget.py counts otherwise
+    if is_elastic:  # nor may Ray wait for places, or start as many workers again where a node was preempted
+        failures |= {"controller_failure_limit": 0, "max_preemption_failures": 0}
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
     return _Trainer(
         run_worker,  # type: ignore[arg-type]
@@ -217,7 +240,7 @@ def _trainer(
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=f"{time.time_ns():x}",
             storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=0),  # budget.py counts otherwise
+            failure_config=ray.train.FailureConfig(**failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
         ),
@@ -298,6 +321,7 @@ def _run_worker(
                         clip_grad_norm=job.optim.clip_grad_norm,
                         step_function=job.step,
                         batches=batches,
+                        share=job.share(rank=rank, num_workers=num_workers),
                         state=state,
                         config=job.loop,
                         length=job.length,
@@ -437,6 +461,7 @@ class _WorkerEvents:
             self.writer.reserve(self._model, self._optimizer, self._average)
         if self._tracker is None:
             return
+        record = {**record, "workers": self._num_workers}
         self._tracker.log_metrics(curve_names(record), step)
         self._mailbox.put.remote(("progress", {"step": step, **record}))
         if broken:
@@ -565,6 +590,7 @@ _CURVE_GROUPS = {
     "images_per_s": "perf",
     "data_wait_share": "perf",
     "step_s": "perf",
+    "workers": "perf",
     "broken_images": "data",
 }
 

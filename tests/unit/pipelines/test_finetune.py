@@ -79,9 +79,10 @@ class TestMistakes:
             text = error(finetune.main, "demo_finetune", flag, value, code=2)
             assert flag[2:].replace("-", "_") in text
 
-    def test_batch_not_divisible_by_the_workers(self, error):
-        text = error(finetune.main, "demo_finetune", "--workers", "3", "--loop.batch-size", "32")
-        assert "shared equally by 3 workers" in text
+    def test_more_workers_than_micro_batches_of_a_batch(self, error):
+        flags = ("--loop.batch-size", "32", "--loop.micro-batch-size", "16")
+        text = error(finetune.main, "demo_finetune", "--workers", "3", *flags)
+        assert "32 images, 2 times 16 that stay together, cannot be shared by 3 workers: lower --workers to 2" in text
 
     def test_missing_weights(self, error, tmp_path):
         assert "does not exist" in error(finetune.main, "demo_finetune", "--pretrained", tmp_path / "no.pth")

@@ -45,9 +45,11 @@ def arguments(*, batch_size, micro_batch_size=None, workers=0):
 
 @pytest.mark.parametrize(
     ("batch_size", "micro_batch_size", "cores", "workers"),
-    [(16, None, 2, 2), (16, None, 3, 2), (16, None, 7, 4), (16, None, 64, 8), (6, None, 2, 1), (64, 16, 6, 4)],
+    [(16, None, 2, 2), (16, None, 3, 3), (16, None, 7, 4), (16, None, 64, 8), (6, None, 2, 2), (64, 16, 6, 6)],
 )
-def test_default_is_the_most_workers_that_can_share_a_batch(monkeypatch, batch_size, micro_batch_size, cores, workers):
+def test_default_is_the_fewest_workers_with_the_shortest_steps(
+    monkeypatch, batch_size, micro_batch_size, cores, workers
+):
     monkeypatch.setattr(cluster, "default_workers", lambda *_: cores)
     given = arguments(batch_size=batch_size, micro_batch_size=micro_batch_size)
     assert with_workers(given).workers == workers
@@ -55,9 +57,28 @@ def test_default_is_the_most_workers_that_can_share_a_batch(monkeypatch, batch_s
 
 def test_workers_that_were_asked_for_stay_or_are_refused(monkeypatch):
     monkeypatch.setattr(cluster, "default_workers", lambda *_: 8)
-    assert with_workers(arguments(batch_size=16, workers=2)).workers == 2
-    with pytest.raises(ValueError, match="shared equally by 3 workers"):
-        with_workers(arguments(batch_size=16, workers=3))
+    for count in (2, 3, "3"):
+        assert with_workers(arguments(batch_size=16, workers=count)).workers == int(count)
+    with pytest.raises(ValueError, match="cannot be shared by 9 workers: lower --workers to 8"):
+        with_workers(arguments(batch_size=16, workers=9))
+
+
+def test_a_range_of_workers_is_cut_to_what_machine_and_batch_can_have(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "default_workers", lambda *_: 4)
+    monkeypatch.setattr(cluster, "is_own", lambda *_: True)
+    assert with_workers(arguments(batch_size=16, workers="2:3")).workers == "2:3"
+    assert capsys.readouterr().out == ""
+    assert with_workers(arguments(batch_size=16, workers="2:6")).workers == "2:4"
+    assert "--workers 2:6 is taken for 2:4: this machine has room for 4" in capsys.readouterr().out
+    monkeypatch.setattr(cluster, "is_own", lambda *_: False)
+    assert with_workers(arguments(batch_size=16, workers="2:60")).workers == "2:8"
+    assert "--workers 2:60 is taken for 2:8: a batch has 8 parts" in capsys.readouterr().out
+    given = arguments(batch_size=16, workers="2:4")
+    given = replace(given, config=replace(given.config, encoder=replace(given.config.encoder, drop_path=0.1)))
+    with_workers(given)
+    assert "with --loop.micro-batch-size they do not" in capsys.readouterr().out
+    with_workers(replace(given, config=replace(given.config, loop=replace(given.config.loop, micro_batch_size=4))))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.timeout(120)

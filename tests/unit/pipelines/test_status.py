@@ -87,6 +87,23 @@ def test_a_killed_run(folder, capsys):
     assert "ETA" not in text
 
 
+def test_how_many_workers_there_were_at_each_start(folder, capsys):
+    assert "\nworkers " not in ask(folder, capsys)[1]  # a run of an earlier version
+    progress = ProgressFile(folder, 400)
+    for step, count in ((0, 3), (50, 1), (100, 2)):
+        progress.receive("workers", {"count": count, "of": "1:3"})
+        progress.receive("started", step)
+    progress.receive("started", 50)  # the same workers have gone back to a checkpoint
+    text = ask(folder, capsys)[1]
+    assert "\nworkers     2 from step 100, since " in text
+    assert "; at the starts before 3 from step 0, 1 from step 50\n" in text
+    for step in (110, 120):
+        progress.receive("workers", {"count": 2, "of": "1:3"})
+        progress.receive("started", step)
+    assert "; at the last starts before 1 from step 50, 2 from step 100, 2 from step 110\n" in ask(folder, capsys)[1]
+    assert [start["workers"] for start in json.loads(ask(folder, capsys, "--json")[1])["starts"]] == [3, 1, 2, 2, 2]
+
+
 def test_a_run_under_way_has_an_owner_and_an_end(folder, capsys):
     take(folder)
     code, text = ask(folder, capsys)
