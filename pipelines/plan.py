@@ -25,6 +25,7 @@ from mixmae.jobs.config import FinetuneConfig, PretrainConfig, RunConfig
 from mixmae.jobs.estimate import PLAN_FILE, Estimate, build_on_meta, cost_of, decode_rate, measure_steps
 from mixmae.machine import usable_cores
 from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.share import WorkerShare
 from mixmae.writing import write_json
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES
@@ -49,7 +50,7 @@ class Arguments:
     card: Literal["H200", "H100", "A100", "A100-40GB", "L40S", "L4", "RTX4090"] = "H100"
     """Kind of the GPUs."""
     workers: int = 0
-    """Without GPUs, training processes. 0: one per core, or fewer where the batch cannot be cut into as many parts."""
+    """Without GPUs, training processes. 0: one per core, or fewer where a batch has fewer parts."""
     data: str | None = None
     """Training images, as for pretrain.py: their number, bytes and how fast they are read here. Default: as many as
     ImageNet-1K has; without GPUs, the built-in moths."""
@@ -126,12 +127,13 @@ def _images_mixed(config: RunConfig) -> int:
 def _on_cards(arguments: Arguments, source: Source | None) -> tuple[Estimate, bool]:
     """The plan on GPUs, and whether a step fits."""
     config, card = arguments.config, CARDS[arguments.card]
-    share = config.share(num_workers=arguments.gpus)
-    cost = cost_of(config, share.micro_batch, arguments.num_classes, card=card)
+    share = _largest_share(config, arguments.gpus)
+    micro_batch = max(share.micro_batches)
+    cost = cost_of(config, micro_batch, arguments.num_classes, card=card)
     usable = USABLE_MEMORY * card.memory_gib * GIB
     print(
         f"per step     {arguments.gpus} x {arguments.card}, {share.accumulation} micro-batch"
-        f"{'es' * (share.accumulation > 1)} of {share.micro_batch} images each, {config.loop.precision}"
+        f"{'es' * (share.accumulation > 1)} of {micro_batch} images each, {config.loop.precision}"
     )
     _print_memory(cost, f"{arguments.card} has {card.memory_gib:.0f} GiB, of which {usable / GIB:.0f} are planned with")
     fits = cost.peak <= usable
@@ -144,7 +146,7 @@ def _on_cards(arguments: Arguments, source: Source | None) -> tuple[Estimate, bo
         print(f"             this does NOT fit: {remedy}")
     assert cost.seconds is not None
     assert cost.product_seconds is not None
-    bound = arguments.gpus * share.micro_batch / cost.seconds
+    bound = config.loop.batch_size / (share.images / micro_batch * cost.seconds)
     print(
         f"speed        at most {bound:.0f} images/s: the roofline of {arguments.card}, "
         f"{cost.product_seconds / cost.seconds:.0%} of it matrix products. "
@@ -153,15 +155,20 @@ def _on_cards(arguments: Arguments, source: Source | None) -> tuple[Estimate, bo
     return Estimate(images_per_s=arguments.reach * bound, bound=bound, memory=cost.peak, workers=arguments.gpus), fits
 
 
+def _largest_share(config: RunConfig, num_workers: int) -> WorkerShare:
+    """The share of the worker that has the most images."""
+    return config.share(num_workers=num_workers, rank=num_workers - 1)
+
+
 def _largest(arguments: Arguments, images: int) -> int:
-    """The largest micro-batch that fits the card and divides the worker's share."""
+    """The largest micro-batch of a worker's images that fits the card; 0 if none does."""
     config, card = arguments.config, CARDS[arguments.card]
-    mixed = _images_mixed(config)
-    largest = largest_micro_batch(
+    return largest_micro_batch(
         lambda images: cost_of(config, images, arguments.num_classes, card=card),
-        unit=mixed, limit=images, memory=USABLE_MEMORY * card.memory_gib * GIB,
-    )  # fmt: skip
-    return next((size for size in range(largest, 0, -1) if images % size == 0 and size % mixed == 0), 0)
+        unit=_images_mixed(config),
+        limit=images,
+        memory=USABLE_MEMORY * card.memory_gib * GIB,
+    )
 
 
 def _print_memory(cost: StepCost, limit: str) -> None:
@@ -178,14 +185,13 @@ def _print_memory(cost: StepCost, limit: str) -> None:
 def _on_cores(arguments: Arguments, source: Source | None) -> Estimate:
     """The plan on this machine's cores, from steps made here."""
     assert source is not None
-    config, workers = arguments.config, arguments.workers or usable_cores()
-    while not arguments.workers and workers > 1 and not _can_share(config, workers):
-        workers -= 1
-    share = config.share(num_workers=workers)
-    cost = cost_of(config, share.micro_batch, arguments.num_classes)
+    config, cores = arguments.config, usable_cores()
+    num_blocks = config.share(num_workers=1).num_blocks
+    workers = arguments.workers or -(-num_blocks // -(-num_blocks // cores))  # as a run chooses
+    share = _largest_share(config, workers)
+    cost = cost_of(config, max(share.micro_batches), arguments.num_classes)
     measured = measure_steps(config, share, arguments.num_classes)
     rate = arguments.decode_rate or decode_rate(config, source)
-    cores = usable_cores()
     # Decoding takes its time from the same cores.
     step_s = measured.step_s + config.loop.batch_size / rate / cores
     print(f"per step     {workers} processes of {max(1, cores // workers)} threads, {share.images} images each")
@@ -197,14 +203,6 @@ def _on_cores(arguments: Arguments, source: Source | None) -> Estimate:
         f"decoded per core, by the same {cores} cores"
     )
     return Estimate(images_per_s=images_per_s, bound=None, memory=cost.peak, workers=workers)
-
-
-def _can_share(config: RunConfig, workers: int) -> bool:
-    try:
-        config.share(num_workers=workers)
-    except ValueError:
-        return False
-    return True
 
 
 def _feed(arguments: Arguments, estimate: Estimate) -> None:
@@ -230,11 +228,12 @@ def _cheaper(arguments: Arguments, estimate: Estimate) -> None:
             once = replace(config, method=replace(method, pairing="once"))
             variants[f"--method.pairing once, with 1/{method.num_images} of the reconstructions"] = once
     for flag, variant in variants.items():
-        share = variant.share(num_workers=arguments.gpus)
-        cost = cost_of(variant, share.micro_batch, arguments.num_classes, card=card)
+        share = _largest_share(variant, arguments.gpus)
+        micro_batch = max(share.micro_batches)
+        cost = cost_of(variant, micro_batch, arguments.num_classes, card=card)
         assert cost.seconds is not None
         assert estimate.bound is not None
-        bound = arguments.gpus * share.micro_batch / cost.seconds
+        bound = config.loop.batch_size / (share.images / micro_batch * cost.seconds)
         print(f"cheaper      {flag}: {bound / estimate.bound:.1f} x the images/s, {cost.peak / GIB:.1f} GiB")
 
 

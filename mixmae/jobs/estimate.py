@@ -120,16 +120,14 @@ def _make_steps(config: RunConfig, share: WorkerShare, num_classes: int) -> Meas
     base = _peak_bytes(restart=True)
     model = build_model(config, num_classes)
     optimizer = build_optimizer(model, config.optim)
-    images = torch.randint(
-        256, (share.micro_batch, config.encoder.in_channels, *config.augment.size), dtype=torch.uint8
-    )
+    images = torch.randint(256, (share.images, config.encoder.in_channels, *config.augment.size), dtype=torch.uint8)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.loop.precision == "bfloat16")
     seconds: list[float] = []
     while len(seconds) < WARMUP_STEPS + MEASURED_STEPS:
         start = time.perf_counter()
-        for _ in range(share.accumulation):
+        for micro_batch in images.split(share.micro_batches):
             with autocast:
-                loss = _loss(config, model, config.normalise(images), num_classes)
+                loss = _loss(config, model, config.normalise(micro_batch), num_classes)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
