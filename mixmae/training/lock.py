@@ -189,6 +189,18 @@ def holds(folder: Path, generation: int) -> bool:
     return owner is not None and owner.generation == generation and not owner.is_released
 
 
+def taken_over(folder: Path, generation: int) -> LockError:
+    """What a run has to say that no longer holds its folder."""
+    owner = None
+    with contextlib.suppress(OSError, LockError):
+        owner = read_owner(folder)
+    by = f"by {owner.name}" if owner and owner.generation != generation else "by another run"
+    return LockError(
+        f"{folder} was taken over {by}, which saw no sign of life of this run: this one has ended and leaves the "
+        f"folder alone. `python pipelines/status.py {folder}` tells how the other one is."
+    )
+
+
 def is_running(folder: Path, owner: Owner) -> bool:
     """Whether the run of a folder's owner goes on; one elsewhere whose heartbeat is old is watched for two more."""
     if owner.is_released or owner.is_here:

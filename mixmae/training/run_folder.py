@@ -7,15 +7,17 @@ checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
 panels/step_N.png       pictures of held-out images
 metrics.jsonl           the journal of all that is logged (mixmae.tracking.journal)
-metrics.sent            how much of it MLflow has
+metrics.sent, metrics.refused.jsonl   how much of it MLflow has, and what it does not take
 evaluations.jsonl       metrics of each evaluation, with the step; a step that was trained again is there again
 probe.png               curves of the probe, in pretraining
 broken_images.jsonl     the ledger: images that could not be decoded
+left_K_at_step_N/       what was put aside when the run went back to step N, with its own journal
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +105,27 @@ class RunFolder:
                 checkpoint.rename(aside / "checkpoints" / checkpoint.name)
         if self.best.is_dir() and read_state(self.best)["position"]["step"] > step:
             self.best.rename(aside / "best")
-        for name in ("metrics.jsonl", "metrics.sent", "progress.json"):
+        for name in ("metrics.jsonl", "metrics.sent", "metrics.refused.jsonl", "progress.json"):
             if (self.path / name).exists():
                 (self.path / name).rename(aside / name)
+        # Its journal may have to be sent still, with the pictures that it names; those up to the step stay here, too.
+        for picture in [*self.path.glob("*.png"), self.ledger, *self.path.glob("panels/step_*.png")]:
+            if picture.exists():
+                target = aside / picture.relative_to(self.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy2(picture, target)
+                if picture.parent != self.path and step_of(picture.with_suffix("")) > step:
+                    picture.unlink()
         evaluations = self.path / "evaluations.jsonl"
         if evaluations.exists():
             lines = evaluations.read_text(encoding="utf-8").splitlines()
             write_text(evaluations, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
         return aside
+
+    @property
+    def left(self) -> list[Path]:
+        """The folders of what was put aside."""
+        return sorted(self.path.glob("left_*_at_step_*"))
 
     def last_panel(self) -> Path | None:
         """The newest panel's file."""

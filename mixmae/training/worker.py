@@ -152,9 +152,10 @@ def fit(
         runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
-        may_write: asked by rank 0 before it writes a checkpoint; pickled.
+        may_write: asked by rank 0 before it writes a checkpoint, and here all the time; pickled.
     Returns: the final state and the path of the last checkpoint.
-    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed.
+    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed; FolderLost
+        when the run may not write any more.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -171,7 +172,7 @@ def fit(
         "runs_at_once": runs_at_once,
         "may_write": may_write,
     }
-    with signals() as asked_to_stop:
+    with signals(may_write) as asked_to_stop:
         while True:
             mailbox = open_mailbox()
             causes: list[str] = []
