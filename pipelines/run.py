@@ -36,6 +36,7 @@ from mixmae.tracking import (
     Sender,
     backlog,
     create_run,
+    mark_ended,
     preload,
     reopen_run,
     resolve_uri,
@@ -44,8 +45,8 @@ from mixmae.tracking import (
     unsent,
 )
 from mixmae.training.checkpoint import list_checkpoints, step_of, verify
-from mixmae.training.failures import TrainingStopped, WorkersFailed
-from mixmae.training.lock import Hold, LockError, holds, take
+from mixmae.training.failures import FolderLost, TrainingStopped, WorkersFailed
+from mixmae.training.lock import Hold, holds, take, taken_over
 from mixmae.training.loop import TrainState
 from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder
@@ -227,6 +228,8 @@ class Run:
         )
         ref = self.sender.opened()
         self.write(status="running", mlflow=ref)
+        if ref is not None:
+            self._send_left()
         return replace(job, run=ref)
 
     def open(self, params: Mapping[str, Any], tags: Mapping[str, str], met: Account) -> RunRef:
@@ -276,7 +279,7 @@ class Run:
         Raises: LockError if the folder is another run's by now; ValueError if it cannot be written.
         """
         if not holds(*self.hold):
-            raise LockError(f"{self.hold.folder} was taken over by another run: this one leaves it alone.")
+            raise taken_over(*self.hold)
         self.record = replace(self.record, **changes)
         self.folder.write(self.record.to_json())
 
@@ -285,7 +288,7 @@ class Run:
 
         Args: callbacks: of Ray Train.
         Returns: how it ended, or None after SIGINT or SIGTERM, with `exit_status`.
-        Raises: TrainingStopped, WorkersFailed.
+        Raises: TrainingStopped, WorkersFailed; LockError if another run has taken over the folder.
         """
         from mixmae.training.worker import fit
 
@@ -327,6 +330,8 @@ class Run:
             with contextlib.suppress(Exception):  # a full disk, a lost lock: what stopped the run is what to tell
                 self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
             raise
+        except FolderLost as error:
+            raise taken_over(*self.hold) from error
         finally:
             self.end(status, tags=tags, metrics=metrics, step=step, pictures=job.pictures)
         self.write(status="finished", mlflow=job.ref, checkpoint=checkpoint, metrics={**state.metrics, **metrics})
@@ -354,11 +359,16 @@ class Run:
     ) -> None:
         """Put the end of the run in the journal, and wait for seconds while MLflow gets the rest of it.
 
+        If the folder is another run's by now, so is the run in MLflow: both are left alone.
+
         Args:
             status: FINISHED, FAILED or KILLED.
             metrics: the run's result, points at `step`.
             pictures: titles of files in the folder.
         """
+        with contextlib.suppress(OSError):
+            if not holds(*self.hold):
+                return self._sender.leave()
         journal = Journal(self.folder.path)
         files: dict[str, str | None] = {self.folder.ledger.name: None, **(pictures or {})}
         for name, title in files.items():
@@ -370,6 +380,13 @@ class Run:
         journal.sync()
         if left := self._sender.close():
             print(f"note: {left}", flush=True)
+        else:
+            self._send_left()
+
+    def _send_left(self) -> None:
+        """Give MLflow what it lacks of branches that were put aside; it answers."""
+        if left := send_rest(self.folder.left):
+            print(f"note: of what was put aside, {left}", flush=True)
 
     @property
     def ui_line(self) -> str:
@@ -461,6 +478,7 @@ def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: i
         raise ValueError(f"there is no checkpoint of step {step} in {folder.path}: --from-step may be one of {there}.")
     verify(next(path for path in kept if step_of(path) == step))
     aside = folder.put_aside(step)
+    mark_ended(aside, "KILLED")
     print(f"going back to step {step}; what came after it is in {aside}")
     branch = {"step": step, "run_id": before.mlflow.run_id if before.mlflow else ""}
     record = replace(before, status="running", config=now.config, branch=branch, mlflow=None, metrics={}, reason="")
@@ -469,8 +487,9 @@ def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: i
 
 
 def _send_rest(folder: RunFolder, uri: str | None) -> None:
-    """Give MLflow what it lacks of a finished run, or of the trials of a finished sweep, and say what came of it."""
-    behind = [path for path in (folder.path, *sorted(folder.path.glob("trials/*"))) if unsent(path)]
+    """Give MLflow what it lacks of a finished run, or of its parts, and say what came of it."""
+    parts = (folder.path, *folder.left, *sorted(folder.path.glob("trials/*")))
+    behind = [path for path in parts if unsent(path)]
     if not behind:
         return
     count = sum(map(backlog, behind))

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from mixmae.tracking import backlog
+from mixmae.tracking import backlog, refused
 from mixmae.training.checkpoint_files import checkpoints_of, look_at
 from mixmae.training.lock import is_running, read_owner
 from mixmae.training.progress import RESTARTS_FILE, read_lines, read_progress
@@ -64,7 +64,12 @@ def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "progress": progress,
         "restarts": read_lines(folder / RESTARTS_FILE),
         "broken_images": _broken(folder, record, progress),
-        "mlflow": {**(record.get("mlflow") or {}), "backlog": backlog(folder)},
+        "mlflow": {
+            **(record.get("mlflow") or {}),
+            "backlog": backlog(folder),
+            "refused": refused(folder),
+            "left": {path.name: backlog(path) for path in sorted(folder.glob("left_*_at_step_*"))},
+        },
         "disk": {"free_bytes": shutil.disk_usage(folder).free},
     }
     if "space" in record:
@@ -149,6 +154,10 @@ def show(found: Mapping[str, Any]) -> str:
     mlflow = found["mlflow"]
     where = f"{mlflow['uri']}, run {mlflow['run_id']}" if "run_id" in mlflow else "no run yet"
     lines.append(f"MLflow      {mlflow['backlog']} points are not sent yet; {where}")
+    if mlflow["refused"]:
+        lines.append(f"            {_refused(mlflow['refused'])}")
+    for name, count in mlflow["left"].items():
+        lines.append(f"            {name}: {count} points are not sent yet")
     lines.append(f"disk        {_disk(found)}")
     for trial in found.get("trials", []):
         lines.append(f"trial       {_show_trial(trial)}")
@@ -194,6 +203,17 @@ def _data(broken: Mapping[str, Any]) -> str:
     limit = "" if broken["limit"] is None else f", {broken['limit']:.1%} may be"
     share = f" of {broken['seen']} seen ({broken['replaced'] / broken['seen']:.2%}{limit})" if broken["seen"] else ""
     return f"{broken['replaced']} broken images replaced{share}; {broken['named']} in broken_images.jsonl"
+
+
+def _refused(entries: Sequence[Mapping[str, Any]]) -> str:
+    names = sorted({str(name) for entry in entries for name in (entry.get("metrics") or [_name(entry)])})
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    why = f"{', '.join(names[:3])}{more}; the last: {entries[-1]['reason']}"
+    return f"{len(entries)} entries were refused ({why}) and are kept in metrics.refused.jsonl"
+
+
+def _name(entry: Mapping[str, Any]) -> Any:
+    return entry.get("image") or entry.get("file") or "the end of the run"
 
 
 def _disk(found: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ metrics.jsonl    one JSON object per line, each with its `time` in ms since 1970
                  step, image, key  a picture's file in the output, for the series `key`
                  file, title       a file of the output, to be kept among the run's artifacts
                  status, tags      RUNNING where the run begins to be continued, else how it ended
-metrics.sent     how many bytes of it MLflow has, and which run they are in
+metrics.sent     how many bytes of it MLflow has or has refused, and which run they are in
+metrics.refused.jsonl   entries that MLflow does not take, each with the `reason`: they are not tried again
 
 Rank 0 writes while it trains, the driver before and after. A step that is trained again after a restart is in the
 journal again; whoever reads it with a Reader sees the first point of each curve at each step, and no other. Nothing
@@ -31,6 +32,7 @@ from mixmae.writing import write_json
 
 JOURNAL = "metrics.jsonl"
 SENT = "metrics.sent"
+REFUSED = "metrics.refused.jsonl"
 MAX_WAITING = 100_000
 """Lines that are kept in memory while the folder cannot be written; beyond them the oldest are dropped."""
 
@@ -156,6 +158,23 @@ def unsent(folder: Path) -> list[Entry]:
 def backlog(folder: Path) -> int:
     """How many points of a run's curves are not in MLflow yet.   Args: folder: the run's output."""
     return sum(len(entry.get("metrics", ())) for entry in unsent(folder))
+
+
+def refused(folder: Path) -> list[Entry]:
+    """What MLflow does not take of a run, with the `reason`."""
+    found = []
+    with contextlib.suppress(OSError):  # nothing was refused
+        for line in (folder / REFUSED).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # torn by a full disk
+                found.append(json.loads(line))
+    return found
+
+
+def mark_ended(folder: Path, status: str) -> None:
+    """Add an end to a journal that has none, as that of a run whose process was killed."""
+    ends = [entry["status"] for entry, _ in Reader(folder).read() if "status" in entry]
+    if (folder / JOURNAL).exists() and (not ends or ends[-1] == "RUNNING"):
+        Journal(folder).add(status=status, tags={})
 
 
 def points(folder: Path, name: str) -> list[tuple[int, float]]:

@@ -13,7 +13,8 @@ from torch import nn
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import to_json
 from mixmae.jobs.record import RunRecord, read_record
-from mixmae.tracking import RunRef, backlog, end_later, start_sending
+from mixmae.tracking import Journal, RunRef, backlog, end_later, run_of, start_sending
+from mixmae.tracking.journal import Sent
 from mixmae.training import cluster
 from mixmae.training.checkpoint import list_checkpoints, save_checkpoint, step_of
 from mixmae.training.lock import release_all
@@ -124,6 +125,32 @@ class TestGoingBack:
         run = begin(changed, "demo")  # and without the flag
         release_all()
         assert run.record.branch == {"step": 20, "run_id": "abc"}
+
+    @pytest.mark.timeout(120)
+    def test_mlflow_gets_what_it_lacks_of_what_was_put_aside(self, given, tmp_path, mlflow_db, capsys):
+        from mlflow import MlflowClient
+
+        spec = {"experiment": "e", "name": "run", "params": {}, "tags": {}}
+        nobody = f"http://127.0.0.1:{free_port()}"
+        sending = start_sending(given.output, nobody, spec, continues=False)
+        Journal(given.output).add_points({"train/loss": 0.5}, 30)
+        sending.leave()  # it was killed
+        shutil.copy(mlflow_db, tmp_path / "mlflow.db")
+        Sent(uri=given.mlflow_uri).write(given.output)  # and its store was away
+        run = begin(replace(given, from_step=20), "demo")
+        spec = {**spec, "name": "branch"}
+        run.sender = start_sending(given.output, given.mlflow_uri, spec, continues=True)
+        assert run.sender.opened()
+        assert backlog(given.output / "left_0_at_step_20") == 1
+        run.end("FINISHED")
+        release_all()
+        assert backlog(given.output / "left_0_at_step_20") == 0
+        client = MlflowClient(tracking_uri=given.mlflow_uri)
+        ref = run_of(given.output / "left_0_at_step_20")
+        found = client.get_run(ref.run_id)
+        assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 0.5})
+        assert client.get_run(run_of(given.output).run_id).info.status == "FINISHED"
+        assert "put aside" not in capsys.readouterr().out.replace("what came after it is in", "")
 
     def test_what_cannot_be(self, given, tmp_path):
         with pytest.raises(ValueError, match=r"no checkpoint of step 25 in .*: --from-step may be one of 10, 20, 30"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from mixmae.tracking import Journal
 from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.lock import LOCK_FILE, release_all, take
 from mixmae.training.progress import ProgressFile
@@ -182,6 +183,16 @@ def test_json_has_the_same(folder, capsys):
     assert [item["step"] for item in found["restarts"]] == [100, 100]
     assert found["checkpoints"][0]["step"] == 100
     assert found["mlflow"]["backlog"] == 0
+
+
+def test_what_mlflow_refused_and_what_was_put_aside(folder, capsys):
+    Journal(folder).add_points({"a=b": 1.0}, 1)
+    (folder / "metrics.refused.jsonl").write_text('{"metrics": {"a=b": 1}, "step": 1, "reason": "Invalid name"}\n{"to')
+    (folder / "left_0_at_step_50").mkdir()
+    Journal(folder / "left_0_at_step_50").add_points({"x": 1.0, "y": 1.0}, 60)
+    _, text = ask(folder, capsys)
+    assert "1 entries were refused (a=b; the last: Invalid name) and are kept in metrics.refused.jsonl" in text
+    assert "left_0_at_step_50: 2 points are not sent yet" in text
 
 
 def test_nothing_there(tmp_path, capsys):
