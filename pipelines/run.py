@@ -29,6 +29,7 @@ from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
+from mixmae.lock import Hold, holds, take, taken_over
 from mixmae.machine import Device
 from mixmae.tracking import (
     Journal,
@@ -46,7 +47,6 @@ from mixmae.tracking import (
 )
 from mixmae.training.checkpoint import list_checkpoints, step_of, verify
 from mixmae.training.failures import FolderLost, TrainingStopped, WorkersFailed
-from mixmae.training.lock import Hold, holds, take, taken_over
 from mixmae.training.loop import TrainState
 from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder

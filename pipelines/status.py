@@ -20,9 +20,9 @@ from typing import Any
 
 import tyro
 
+from mixmae.lock import is_running, read_owner
 from mixmae.tracking import backlog, refused
 from mixmae.training.checkpoint_files import checkpoints_of, look_at
-from mixmae.training.lock import is_running, read_owner
 from mixmae.training.progress import RESTARTS_FILE, read_lines, read_progress
 from pipelines.command import command
 

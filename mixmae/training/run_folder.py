@@ -1,7 +1,7 @@
 """The folder that a training run writes: where its parts are, and what to load from it.
 
 run.json                what the run is, and whether it is finished (mixmae.jobs.record has its fields)
-run.lock                whose the folder is (mixmae.training.lock)
+run.lock                whose the folder is (mixmae.lock)
 progress.json, restarts.jsonl   how far it is, and how often workers failed (mixmae.training.progress)
 checkpoints/step_N/     checkpoints (mixmae.training.checkpoint)
 best/                   the weights that did best on the validation set, where a run keeps them
@@ -21,8 +21,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mixmae.lock import LOCK_FILE
 from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, read_state, step_of, upgraded
-from mixmae.training.lock import LOCK_FILE
 from mixmae.writing import recover, write_json, write_text
 
 RUN_FILE = "run.json"

@@ -32,6 +32,7 @@ ANYONE = {
     *(
         f"mixmae.{name}"
         for name in (
+            "lock",
             "machine",
             "masking",
             "metrics",

@@ -13,11 +13,11 @@ from torch import nn
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import to_json
 from mixmae.jobs.record import RunRecord, read_record
+from mixmae.lock import release_all
 from mixmae.tracking import Journal, RunRef, backlog, end_later, run_of, start_sending
 from mixmae.tracking.journal import Sent
 from mixmae.training import cluster
 from mixmae.training.checkpoint import list_checkpoints, save_checkpoint, step_of
-from mixmae.training.lock import release_all
 from mixmae.training.run_folder import RunFolder
 from pipelines.pretrain import Arguments
 from pipelines.recipes import PRETRAIN_RECIPES

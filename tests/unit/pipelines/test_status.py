@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from mixmae.lock import LOCK_FILE, release_all, take
 from mixmae.tracking import Journal
 from mixmae.training.checkpoint import save_checkpoint
-from mixmae.training.lock import LOCK_FILE, release_all, take
 from mixmae.training.progress import ProgressFile
 from mixmae.writing import write_json
 from pipelines import status
@@ -102,7 +102,7 @@ def test_a_run_under_way_has_an_owner_and_an_end(folder, capsys):
 
 def test_an_owner_that_died(folder, capsys):
     with subprocess.Popen(
-        [sys.executable, "-c", f"from mixmae.training.lock import take; import pathlib, os\n"
+        [sys.executable, "-c", f"from mixmae.lock import take; import pathlib, os\n"
          f"take(pathlib.Path({str(folder)!r})); os.kill(os.getpid(), 9)"], cwd=ROOT,
     ) as owner:  # fmt: skip
         pass
@@ -112,14 +112,14 @@ def test_an_owner_that_died(folder, capsys):
 
 
 def test_an_owner_elsewhere_is_believed_while_its_heartbeat_is_fresh_or_moves(folder, capsys, monkeypatch):
-    monkeypatch.setattr("mixmae.training.lock.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("mixmae.lock.HEARTBEAT_S", 0.2)
     take(folder, heartbeat_s=0.1)
     content = (folder / LOCK_FILE).read_text()
     own = json.loads(content)["host"]
     release_all()
     (folder / LOCK_FILE).write_text(content.replace(f'"host": "{own}"', '"host": "elsewhere"'))
     assert ask(folder, capsys)[0] == 3
-    monkeypatch.setattr("mixmae.training.lock.WATCH_S", 0.0)  # as if it were old
+    monkeypatch.setattr("mixmae.lock.WATCH_S", 0.0)  # as if it were old
     assert ask(folder, capsys)[0] == 4
 
 

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one run at a time writes there, and everybody can read whose it is.
+"""The lock on a folder, such as a run's: one process at a time writes there, and everybody can read whose it is.
 
 run.lock is one JSON object: who holds it, since when, a heartbeat, and a generation that grows with each taking. At the
 end it stays there, marked as released, so that no generation comes twice.
@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,10 @@ ENDED = -1.0
 
 class LockError(ValueError):
     """The folder is another run's; the message says whose, and what to do."""
+
+
+class InUse(LockError):
+    """Somebody else has the folder, and lives."""
 
 
 class Hold(NamedTuple):
@@ -174,6 +178,29 @@ def take(
     return lock
 
 
+@contextlib.contextmanager
+def in_turn(folder: Path, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the lock of a folder while the context is open; who comes while another process has it waits for it.
+
+    Args: what: the other one makes, for the line that is said then.
+    Raises: as take, but not InUse.
+    """
+    lock, is_told = None, False
+    while lock is None:
+        try:
+            lock = take(folder, say=say)
+        except InUse:
+            owner = read_owner(folder)
+            if not is_told and owner is not None:
+                is_told = True
+                say(f"note: {owner.name} is making {what}: waiting until it is done")
+            time.sleep(1.0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def release_all() -> None:
     """Give back all locks of this process."""
     for lock in list(_held.values()):
@@ -278,7 +305,7 @@ def _refuse_living(owner: Owner | None, folder: Path, file: Path, watch_s: float
     kill = f"kill -INT {owner.pid}" if owner.is_here else f"ssh {owner.host} kill -INT {owner.pid}"
     stop = f"ray job stop {owner.job}" if owner.job else kill
     since = datetime.fromisoformat(owner.started).astimezone().strftime("%d %B %H:%M:%S")
-    raise LockError(
+    raise InUse(
         f"{folder} is in use by {owner.name} since {since}, heartbeat {seen_s:.0f} s ago: choose another --output, or "
         f"stop that run first ({stop})."
     )
