@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,8 +79,9 @@ class Journal:
 class Reader:
     """Reads a journal from its beginning, and goes on where it stopped when there is more."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / JOURNAL
+    def __init__(self, folder: Path, limit: Callable[[], float] = lambda: math.inf) -> None:
+        """Args: limit: up to which byte it reads now."""
+        self._path, self._limit = folder / JOURNAL, limit
         self._offset = 0
         self.last_steps: dict[str, int] = {}
         """The last step of each curve and, under "image:" and its key, of each series of pictures."""
@@ -89,9 +91,12 @@ class Reader:
         found: list[tuple[Entry, int]] = []
         with contextlib.suppress(OSError), self._path.open("rb") as file:  # not there yet, or not now
             file.seek(self._offset)
+            limit = self._limit()
             for line in file:
                 if not line.endswith(b"\n") or (max_entries is not None and len(found) >= max_entries):
                     break  # the first: it is being written, or torn
+                if self._offset + len(line) > limit:
+                    break
                 self._offset += len(line)
                 if entry := self._without_repeats(line):
                     found.append((entry, self._offset))

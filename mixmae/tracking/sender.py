@@ -10,12 +10,13 @@ in a file, counted and named, and what comes after it goes on.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,13 @@ FILE_TRIES = 3
 
 
 def start_sending(
-    folder: Path, uri: str, spec: Mapping[str, Any], *, continues: bool, known: RunRef | None = None
+    folder: Path,
+    uri: str,
+    spec: Mapping[str, Any],
+    *,
+    continues: bool,
+    known: RunRef | None = None,
+    limit: Callable[[], float] = lambda: math.inf,
 ) -> Sender:
     """Begin or continue the journal of a run, and its thread. Nothing is asked of MLflow here: see Sender.opened.
 
@@ -64,6 +71,7 @@ def start_sending(
         spec: of a new run, what create_run takes beside uri, key and start_time.
         continues: whether the run has trained before.
         known: its MLflow run, where that is older than the journal.
+        limit: as Sender has it.
     """
     sent = read_sent(folder)
     if not continues or not (folder / JOURNAL).exists():
@@ -78,7 +86,7 @@ def start_sending(
     sent.write(folder)
     if continues:
         Journal(folder).add(status="RUNNING")
-    return Sender(folder)
+    return Sender(folder, limit)
 
 
 def send_rest(folders: Iterable[Path], uri: str | None = None) -> str | None:
@@ -121,11 +129,16 @@ def end_later(
 class Sender:
     """The thread. What it has to tell, a line when MLflow goes away and one when it is back, it prints."""
 
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: of the run; its journal has been begun."""
-        self._folder = folder
+    def __init__(self, folder: Path, limit: Callable[[], float] = lambda: math.inf) -> None:
+        """
+        Args:
+            folder: of the run; its journal has been begun.
+            limit: up to which byte of the journal may be sent now: a run that is copied to a store, and continued from
+                there, must not have sent points that its copy does not have.
+        """
+        self._folder, self._limit = folder, limit
         self._sent = read_sent(folder)
-        self._reader = Reader(folder)
+        self._reader = Reader(folder, limit)
         self._queue: deque[tuple[Entry, int]] = deque()
         self._kept: dict[Path, str] = {}
         self._is_checked = False  # whether the store has said that it has the run
@@ -265,7 +278,7 @@ class Sender:
         if stage == "deleted":
             _say(f"note: the run {run.run_id} is no longer in {run.uri}; its curves go to a new one")
             self._sent = Sent(uri=self._sent.uri)
-            self._reader, self._queue = Reader(self._folder), deque()
+            self._reader, self._queue = Reader(self._folder, self._limit), deque()
             (self._folder / REFUSED).unlink(missing_ok=True)
 
     def _create(self, entry: Entry, end: int) -> None:

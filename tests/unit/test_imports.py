@@ -42,6 +42,7 @@ ANYONE = {
             "pixels",
             "share",
             "step",
+            "stores",
             "writing",
         )
     ),

@@ -1,0 +1,104 @@
+"""A run whose output is in a store: killed, its machine lost, continued elsewhere while the store is away for a while."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixmae.tracking import Reader
+from mixmae.training.run_folder import weights_of
+from tests.ray.conftest import TINY, command, environment, interrupt, run
+from tests.s3_server import S3Server, serve_s3
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = ["--loop.steps", "160", "--loop.max-broken-fraction", "0.2", "--loop.checkpoint-every-epochs", "3"]
+
+
+def tensors(place: Path) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+
+    found = dict(safetensors.torch.load_file(place / "model.safetensors"))
+    optimizer = torch.load(place / "optimizer.pt", weights_only=True)
+    for number, values in optimizer["state"].items():
+        found |= {f"{number}.{name}": value for name, value in values.items()}
+    return found
+
+
+def newest(server: S3Server) -> int:
+    """The step of the newest checkpoint in the store."""
+    steps = (name.split("/")[1] for name in server.names("photos") if name.endswith("/state.json"))
+    return max((int(step.removeprefix("step_")) for step in steps if step.startswith("step_")), default=0)
+
+
+def test_a_run_in_a_store(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["--data", photos, "--workers", "1", *TINY, *STEPS]
+    undisturbed = run("demo", "--output", tmp_path / "runs" / "undisturbed", *arguments, cwd=tmp_path)
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    with serve_s3() as server:
+        output = server.uri("photos")
+
+        def program(machine: str) -> list[str]:
+            return command("demo", "--output", output, "--staging", tmp_path / machine, *arguments)
+
+        status, text = interrupt(program("one"), lambda: newest(server) > 20, how=signal.SIGKILL, cwd=tmp_path)
+        assert status == -9, text
+        (tmp_path / "one").rename(tmp_path / "lost")
+        reached = newest(server)
+        assert 20 < reached < 160
+        asked = run(output, cwd=tmp_path, pipeline="status")
+        assert asked.returncode == 4, asked.stdout + asked.stderr
+        assert "state       interrupted; the same command continues" in asked.stdout
+        assert f"checkpoint  step_{reached:07d}" in asked.stdout
+        assert "all files are there" in asked.stdout
+
+        with subprocess.Popen(
+            program("two"), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            while newest(server) <= reached:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.1)
+            refused = subprocess.run(
+                program("three"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
+            )  # fmt: skip
+            server.stop()
+            back = threading.Timer(30, server.start)
+            back.start()
+            text, _ = process.communicate(timeout=400)
+            back.join()
+        assert process.returncode == 0, text
+        assert "Training goes on; what is to be copied to s3://runs/photos waits in" in text
+        assert "s3://runs/photos answers again" in text
+        assert "checkpoint  s3://runs/photos/checkpoints/step_0000160" in text
+        assert refused.returncode == 1
+        assert "s3://runs/photos is in use by" in refused.stderr
+        assert f"(process {process.pid})" in refused.stderr
+
+        mine, theirs = tensors(weights_of(Path(output))), tensors(weights_of(tmp_path / "runs" / "undisturbed"))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy" / "metrics.jsonl").write_bytes(server.read("photos/metrics.jsonl"))
+        seen = Counter(
+            (name, entry["step"]) for entry, _ in Reader(tmp_path / "copy").read() for name in entry.get("metrics", {})
+        )
+        assert set(seen.values()) == {1}
+        assert {("train/loss", step) for step in (1, *range(5, 161, 5))} <= seen.keys()
+        panels = {path.name for path in (tmp_path / "runs" / "undisturbed" / "panels").iterdir()}
+        assert {name.removeprefix("panels/") for name in server.names("photos") if name.startswith("panels/")} == panels
+        asked = run(output, "--verify", cwd=tmp_path, pipeline="status")
+        assert asked.returncode == 0, asked.stdout + asked.stderr
+        assert "verified, all bytes are those that were written" in asked.stdout
+        assert "MLflow      0 points are not sent yet" in asked.stdout
+        again = subprocess.run(
+            program("four"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
+        )
+        assert again.returncode == 0, again.stderr
+        assert "This run is finished: s3://runs/photos/checkpoints/step_0000160" in again.stdout
