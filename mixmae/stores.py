@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow as pa
-import pyarrow.fs as pa_fs
-
 _GOOGLE_RETRY_S = 20
 """Google's client would try for 15 minutes to reach a store that is not there; S3's gives up after some seconds."""
 
@@ -53,6 +50,9 @@ def connect(uri: str) -> tuple[Any, str]:
 
     Connections are kept per process.   Raises: ValueError if the URI is none that pyarrow knows.
     """
+    import pyarrow as pa  # not every command that may be given a store needs what this takes to load
+    import pyarrow.fs as pa_fs
+
     bounded = uri
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
         bounded += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"

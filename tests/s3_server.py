@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ class S3Server:
         self.address = f"127.0.0.1:{self.port}"
         self._server: ThreadedMotoServer | None = None
         self.start()
+        urllib.request.urlopen(f"http://{self.address}/moto-api/reset", data=b"").close()  # of other tests' objects
         self.client: Any = boto3.client("s3", endpoint_url=f"http://{self.address}", region_name="us-east-1")
         self.client.create_bucket(Bucket=BUCKET)
 

@@ -28,10 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.fs as pa_fs
-
 from mixmae.lock import LOCK_FILE
 from mixmae.machine import cache_folders
 from mixmae.stores import connect, store_uri, without_secrets
@@ -145,6 +141,8 @@ class RunStore:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of all files below a folder of the run, by name."""
+        import pyarrow.fs as pa_fs
+
         top = f"{self._root}/{folder}".rstrip("/")
         selector = pa_fs.FileSelector(top, recursive=True, allow_not_found=True)
         with self._asking():
@@ -240,11 +238,11 @@ class RunStore:
         elif not there:
             if not self.size(""):
                 raise FileNotFoundError(f"{self.shown} is not there: check the address.")
-            file = self.local / self._root.rpartition("/")[2]
+            file = self.local / ".weights" / self._root.rpartition("/")[2]
             self.get("", file)
             return file
         stem = f"{folder}/" if folder else ""
-        target = self.local / "weights" / (folder or self._root.rpartition("/")[2])
+        target = self.local / ".weights" / (folder or self._root.rpartition("/")[2])
         state = self.read(f"{stem}{STATE_FILE}")
         if state is None:  # such as a hub folder
             for name in there:
@@ -339,7 +337,11 @@ class RunStore:
             yield
         except (FileNotFoundError, StoreError):
             raise
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:
+            import pyarrow as pa
+
+            if not isinstance(error, (pa.ArrowException, OSError)):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise StoreError(
                 f"{self.shown} gives no answer, or refuses ({reason}): check the address, the credentials and the "
@@ -375,10 +377,10 @@ def merged(theirs: bytes, ours: bytes) -> bytes:
 
     Two that do not begin alike are of different branches of a run: then it is theirs, that of the store.
     """
-    length = min(len(theirs), len(ours))
-    one, two = np.frombuffer(theirs, np.uint8, length), np.frombuffer(ours, np.uint8, length)
-    differs = np.flatnonzero(one != two)
-    same = int(differs[0]) if len(differs) else length
+    same, beyond = 0, min(len(theirs), len(ours)) + 1
+    while beyond - same > 1:
+        middle = (same + beyond) // 2
+        same, beyond = (middle, beyond) if theirs.startswith(ours[:middle]) else (same, middle)
     if same == len(theirs):
         return ours
     if same == len(ours):

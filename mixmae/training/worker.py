@@ -353,6 +353,7 @@ def _run_worker(
 
 def _bring_to_node(store: RunStore, *, rank: int, num_workers: int) -> None:
     """Have what workers need from a run's store on each node before any of them looks for it."""
+    store.local.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         store.bring("worker")
     if ray.train.get_context().get_local_rank() == 0:

@@ -1,4 +1,4 @@
-"""A run whose output is in a store: killed, its machine lost, continued elsewhere while the store is away for a while."""
+"""A run whose output is in a store: killed, its machine lost, continued elsewhere while the store is away."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def tensors(place: Path) -> dict[str, torch.Tensor]:
     for number, values in optimizer["state"].items():
         found |= {f"{number}.{name}": value for name, value in values.items()}
     return found
+
+
+def same_command(program: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(program, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200, check=False)
 
 
 def newest(server: S3Server) -> int:
@@ -65,9 +69,7 @@ def test_a_run_in_a_store(photos, tmp_path, monkeypatch):
             while newest(server) <= reached:
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.1)
-            refused = subprocess.run(
-                program("three"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
-            )  # fmt: skip
+            refused = same_command(program("three"), tmp_path)
             server.stop()
             back = threading.Timer(30, server.start)
             back.start()
@@ -97,8 +99,6 @@ def test_a_run_in_a_store(photos, tmp_path, monkeypatch):
         assert asked.returncode == 0, asked.stdout + asked.stderr
         assert "verified, all bytes are those that were written" in asked.stdout
         assert "MLflow      0 points are not sent yet" in asked.stdout
-        again = subprocess.run(
-            program("four"), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
-        )
+        again = same_command(program("four"), tmp_path)
         assert again.returncode == 0, again.stderr
         assert "This run is finished: s3://runs/photos/checkpoints/step_0000160" in again.stdout

@@ -16,10 +16,13 @@ from torch import nn
 
 from mixmae.lock import LOCK_FILE, release_all, take
 from mixmae.tracking import Journal
+from mixmae.training import store_lock
 from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.progress import ProgressFile
+from mixmae.training.run_store import RunStore
 from mixmae.writing import write_json
 from pipelines import status
+from tests.s3_server import serve_s3
 
 ROOT = Path(__file__).parents[3]
 RECORD: dict[str, Any] = {
@@ -239,3 +242,34 @@ print({{"ray", "mlflow", "torch", "numpy"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.endswith("set()\n")
+
+
+def test_a_run_in_a_store(folder, capsys):
+    with serve_s3() as server:
+        place = server.uri("r")
+        assert ask(Path(place), capsys) == (
+            5, "output      s3://runs/r\nstate       no run there: check the path, or start one with --output s3://runs/r\n"
+        )  # fmt: skip
+        store = RunStore.of(place, folder.parent / "staging")
+        for path in folder.glob("*.json*"):
+            store.put(path, path.name)
+        for path in folder.glob("checkpoints/*"):
+            store.put_folder(path, f"checkpoints/{path.name}")
+        code, text = ask(Path(place), capsys)
+        assert code == 4
+        assert "output      s3://runs/r\nstate       interrupted; the same command continues" in text
+        assert "step_0000100, 0.0 MB: all files are there (--verify reads the bytes)" in text
+        assert "2 in broken_images.jsonl" in text
+        assert "disk " not in text
+        assert "verified, all bytes are those that were written" in ask(Path(place), capsys, "--verify")[1]
+        server.write("r/checkpoints/step_0000100/optimizer.pt", b"x")
+        text = ask(Path(place), capsys, "--verify")[1]
+        assert "step_0000100, 0.0 MB: DAMAGED" in text
+        assert "step_0000050, 0.0 MB: verified" in text
+        lock = store_lock.take(store, settle_s=0.1)
+        assert ask(Path(place), capsys)[0] == 3
+        lock.release()
+        server.stop()
+        with pytest.raises(SystemExit):
+            ask(Path(place), capsys)
+        assert "error: s3://runs/r gives no answer" in capsys.readouterr().err
