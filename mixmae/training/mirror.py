@@ -122,7 +122,7 @@ class Mirror:
                 self._push_best()
             if newest is not None and newest.name not in self.uploaded:
                 self._push_checkpoint(newest)
-        if self._failures > 1:
+        if self._failures > 1 and self.owns_journal:
             self._say(f"{self.store.shown} answers again")
         self._failures = 0
 
@@ -148,7 +148,7 @@ class Mirror:
         if not self._failures:
             self._away_since = time.monotonic()
         self._failures += 1
-        if self._failures == 2:
+        if self._failures == 2 and self.owns_journal:  # else rank 0 tells
             self._say(
                 f"{error} Training goes on; what is to be copied to {self.store.shown} waits in {self.store.local}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import threading
@@ -12,9 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixmae.decoders import DecoderConfig
+from mixmae.encoders.build import build_encoder, config_to_json
+from mixmae.jobs.config import to_json
+from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.tracking import Reader
+from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.run_folder import weights_of
-from tests.ray.conftest import TINY, command, environment, interrupt, run
+from mixmae.training.run_store import RunStore
+from pipelines.recipes import PRETRAIN_RECIPES
+from tests.ray.conftest import ENCODER, TINY, command, environment, interrupt, run
 from tests.s3_server import S3Server, serve_s3
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -102,3 +110,48 @@ def test_a_run_in_a_store(photos, tmp_path, monkeypatch):
         again = same_command(program("four"), tmp_path)
         assert again.returncode == 0, again.stderr
         assert "This run is finished: s3://runs/photos/checkpoints/step_0000160" in again.stdout
+
+
+def test_finetuning_from_a_store_to_a_store(photos, tmp_path, monkeypatch):
+    """Two workers, weights that every node needs, the best ones, Ctrl-C, and another machine that goes on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(3)
+    method = MixMAE(
+        build_encoder(ENCODER), MixMAEConfig(num_images=2, decoder=DecoderConfig(dim=32, depth=1, num_heads=4))
+    )
+    config = to_json(PRETRAIN_RECIPES["demo"]())
+    config["encoder"] = config_to_json(ENCODER)
+    config["augment"]["image_size"] = 64
+    state = {"config": config, "position": {"step": 40}, "data": {}, "versions": {}}
+    save_checkpoint(tmp_path / "pretrained", model=method, optimizer=None, state=state)
+    with serve_s3() as server:
+        store = RunStore.of(server.uri("photos"), tmp_path / "staging")
+        assert store is not None
+        store.write("run.json", b'{"status": "finished"}')
+        store.put_folder(tmp_path / "pretrained", "checkpoints/step_0000040")
+        output = server.uri("fine")
+        arguments = [
+            *("--output", output, "--pretrained", server.uri("photos"), "--data", photos, "--workers", "2"),
+            *("--augment.image-size", "64", "--loop.batch-size", "16", "--loop.steps", "80"),
+            *("--loop.max-broken-fraction", "0.2", "--loop.log-every-steps", "5"),
+        ]
+
+        def program(machine: str) -> list[str]:
+            return command("demo_finetune", *arguments, "--staging", tmp_path / machine, pipeline="finetune")
+
+        status, text = interrupt(program("one"), lambda: "best/state.json" in server.names("fine"), cwd=tmp_path)
+        assert status == 130, text
+        (tmp_path / "one").rename(tmp_path / "lost")
+        done = same_command(program("two"), tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Continuing demo_finetune" in done.stdout
+        assert "best        s3://runs/fine/best" in done.stdout
+        names = server.names("fine")
+        assert {"initial.safetensors", "best/state.json", "best/model.safetensors", "run.json"} <= names
+        record = json.loads(server.read("fine/run.json"))
+        assert record["status"] == "finished"
+        assert record["checkpoint"] == "s3://runs/fine/checkpoints/step_0000080"
+        assert record["pretrained"]["path"] == "s3://runs/photos"
+        judged = run(output, "--data", photos, cwd=tmp_path, pipeline="evaluate")
+        assert judged.returncode == 0, judged.stdout + judged.stderr
+        assert (tmp_path / "evaluations" / "fine" / "metrics.json").exists()

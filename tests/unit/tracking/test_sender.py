@@ -293,6 +293,22 @@ def test_what_mlflow_refuses_is_set_aside_and_the_rest_goes_on(where, uri, serve
     assert len(refused(folder)) == 3
 
 
+def test_what_the_runs_store_has_not_got_is_not_sent(uri, folder):
+    allowed = [10**9]
+    sending = start_sending(folder, uri, SPEC, continues=False, limit=lambda: allowed[0])
+    assert sending.opened()
+    log(folder, range(5))
+    wait_for(lambda: not backlog(folder))
+    allowed[0] = (folder / "metrics.jsonl").stat().st_size + 3
+    log(folder, range(5, 8))
+    time.sleep(3)
+    assert backlog(folder) == 6
+    allowed[0] = 10**9
+    end_later(folder, None, status="FINISHED")
+    assert sending.close() is None
+    check(uri, folder, 8)
+
+
 def test_a_run_that_is_older_than_journals_goes_on(uri, folder):
     ref = create_run(uri=uri, key="0", **SPEC)
     sending = start_sending(folder, uri, SPEC, continues=True, known=ref)

@@ -175,6 +175,37 @@ def test_a_machine_that_was_the_last_to_write_keeps_what_the_store_has_not_got(m
     assert [entry["step"] for entry, _ in Reader(one.local).read()] == [1, 2]
 
 
+def test_an_upload_that_breaks_off_leaves_no_checkpoint(server, run, machine, monkeypatch):
+    one = machine("one")
+    one.bring("worker")
+    Journal(one.local).add_points({"x": 1.0}, 10)
+    save(one, 10)
+    put = RunStore.put
+
+    def break_off(store: RunStore, file: Path, name: str) -> None:
+        if name.startswith("checkpoints/"):
+            assert server.read(f"{run}/metrics.jsonl").count(b"\n") == 1
+        if name.endswith("optimizer.pt"):
+            raise StoreError("it is gone")
+        put(store, file, name)
+
+    monkeypatch.setattr(RunStore, "put", break_off)
+    mirror = Mirror(one, "worker")
+    with pytest.raises(StoreError):
+        mirror.push()
+    assert one.checkpoints() == []
+    monkeypatch.undo()
+    mirror.push()
+    assert one.checkpoints() == ["step_0000010"]
+    # Whoever replaces one takes it away first.
+    shutil.rmtree(save(one, 10))
+    path = save(one, 10, value=5)
+    monkeypatch.setattr(RunStore, "put", break_off)
+    with pytest.raises(StoreError):
+        one.put_folder(path, "checkpoints/step_0000010")
+    assert one.checkpoints() == []
+
+
 def test_a_checkpoint_without_state_does_not_count_and_is_cleared_away(server, run, machine):
     one = machine("one")
     one.bring("worker")
