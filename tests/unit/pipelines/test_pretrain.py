@@ -136,7 +136,7 @@ class TestMistakes:
     ("flags", "sentence"),
     [
         (("--workers", "-1"), "--workers is -1: it must be at least 1"),
-        (("--output", "s3://bucket/run"), "runs are written to a folder"),
+        (("--output", "file:///bucket/run"), "without file://"),
     ],
 )
 def test_flags_that_cannot_be(error, flags, sentence):
