@@ -325,7 +325,10 @@ def train(
 
 def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip the gradient if asked; returns its norm before clipping."""
-    return nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+    if max_norm is None:  # clipping to infinity would read and write every gradient to change nothing
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 DIVERGED = (
