@@ -77,14 +77,16 @@ class PixelDecoder(nn.Module):
         init_projections(self)
         nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)
 
-    def forward(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int], chosen: Tensor | None = None) -> Tensor:
         """Predict pixels for S sequences from each encoded one.
 
         Args:
             tokens: (M, L, E), of the encoder.
             mask: (M, S, L) or (1, S, L) bool, True = not visible in this sequence: replaced by the mask token.
             grid: (h, w), with h*w = L.
-        Returns: (M, S, L, P), for visible cells too.
+            chosen: (n,) int64, all different: predict these of the M*S*L tokens alone, for the last layer is the widest
+                and a loss needs hidden ones only; None = all.
+        Returns: (M, S, L, P), for visible cells too; with chosen (n, P).
         Raises: ValueError if tokens and mask disagree on M or L.
         """
         x = unmix(self.embed(tokens), mask, self.mask_token)  # (M, S, L, C)
@@ -93,6 +95,8 @@ class PixelDecoder(nn.Module):
         x = x + positions_on_grid(self.pos_embed, self.grid, grid)
         for block in self.blocks:
             x = block(x)
+        if chosen is not None:
+            return self.pred(self.norm(x.flatten(0, 1).index_select(0, chosen)))
         return self.pred(self.norm(x)).unflatten(0, lead)
 
 

@@ -7,9 +7,13 @@ import getpass
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # what a command needs first, such as its --help, does not wait for torch
+    import torch
+    from torch import Tensor
 
 Device = Literal["auto", "cpu", "gpu"]
 """Where to compute; auto takes GPUs if there are any."""
@@ -36,6 +40,14 @@ def usable_cores() -> int:
 def threads_per_process(num_processes: int) -> int:
     """Threads for each of the processes that share the usable cores."""
     return max(1, usable_cores() // num_processes)
+
+
+def to_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy small tensors of the CPU to a device, a GPU too, without waiting until it has done what came before."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    pinned = (tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in pinned]
 
 
 def _cgroup_cores() -> float:

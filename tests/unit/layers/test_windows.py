@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from mixmae.layers.attention import attend
 from mixmae.layers.positions import relative_position_bias
 from mixmae.layers.windows import WindowAttention, plan_windows
 
@@ -90,12 +90,11 @@ def test_padding_changes_nothing_without_a_group_map():
 def test_a_shared_map_adds_nothing_of_the_size_of_the_scores(monkeypatch, num_maps, expected):
     seen = []
 
-    def record(query, key, value, attn_mask):
-        seen.append(tuple(attn_mask.shape))
-        return attend(query, key, value, attn_mask=attn_mask)
+    def record(query, key, value, bias):
+        seen.append(tuple(bias.shape))
+        return attend(query, key, value, bias)
 
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr("mixmae.layers.windows.attend", record)
     group_map = torch.zeros(num_maps, 6, 6, dtype=torch.int64) if num_maps else None
     WindowAttention(DIM, HEADS, 3)(torch.randn(BATCH, 6, 6, DIM), plan_windows((6, 6), 3, group_map))
     assert seen == [expected]
