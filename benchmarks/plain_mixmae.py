@@ -128,7 +128,8 @@ class PlainSwin(nn.Module):
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
-        assert config.absolute_positions and not config.shift
+        assert config.absolute_positions
+        assert not config.shift
         self.config = config
         grid = (config.image_sides[0] // config.patch_px, config.image_sides[1] // config.patch_px)
         self.patch_embed = PlainPatches(config)

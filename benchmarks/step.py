@@ -4,11 +4,11 @@
     python benchmarks/step.py --encoder swin_base --batch 8 --rounds 3 --steps 1            # about 7 minutes
     python benchmarks/step.py --encoder swin_base --batch 8 --cases mixmae --images 4 --compiled --rounds 2 --steps 1
     python benchmarks/step.py --against PATH_OF_ANOTHER_CHECKOUT --cases mixmae       # this commit beside another
-    python benchmarks/step.py --device cuda --encoder swin_base --batch 128 --precision bfloat16 --compiled --input pinned
+    python benchmarks/step.py --device cuda --encoder swin_base --batch 128 --precision bfloat16 --compiled
 
 Each arm is a process of its own, which has its model ready and trains a few steps when its turn comes; all see the same
 images. Arms, per number of images in a mix: plain (plain_mixmae.py, the official code's AdamW and gradient norm), ours,
-and ours compiled; ours with pairing="once"; SimMIM and finetuning on the same encoder, and timm's Swin of the same size.
+and ours compiled; ours with pairing="once"; SimMIM and finetuning on the same encoder, and timm's Swin of its size.
 Matrix products of a step (the layers', their gradients', and attention's) are run alone, each at its own shape and
 layout, between the turns. Medians over the rounds. The last line is JSON:
 
@@ -51,7 +51,7 @@ class Process:
     def __init__(self, spec: Spec) -> None:
         words = [sys.executable, str(HERE / "step_arm.py"), json.dumps(asdict(spec))]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": str(spec.threads)}
+        environment |= {"OMP_NUM_THREADS": str(spec.threads), "STEP_ROOT": spec.root}
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -115,7 +115,9 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, Spec]]:
             if arm.code == "ours"
         }
     if options.compiled:
-        others |= {f"{name} compiled": replace(arm, compiled=True) for name, arm in others.items() if arm.code == "ours"}
+        others |= {
+            f"{name} compiled": replace(arm, compiled=True) for name, arm in others.items() if arm.code == "ours"
+        }
     return {**groups, **({"others": others} if others else {})}
 
 
@@ -147,7 +149,9 @@ def measure(arms: dict[str, Spec], options: argparse.Namespace) -> dict[str, dic
                 report[name]["fraction_of_gemm"] = medians["products_seconds"] / seconds
                 report[name]["gemm_gflops"] = medians["products_flops"] / medians["products_seconds"] / 1e9
                 if options.device == "cuda":
-                    peak = next((top for card, top in PEAK_TFLOPS.items() if card in torch.cuda.get_device_name()), None)
+                    peak = next(
+                        (top for card, top in PEAK_TFLOPS.items() if card in torch.cuda.get_device_name()), None
+                    )
                     report[name]["mfu"] = peak and medians["products_flops"] / seconds / peak / 1e12
             if arms[name].compiled:
                 report[name]["compile"] = process.ask("compile_report")
@@ -162,7 +166,12 @@ def measure(arms: dict[str, Spec], options: argparse.Namespace) -> dict[str, dic
 
 def _extras(name: str, process: Process, spec: Spec, options: argparse.Namespace) -> None:
     """What was asked for beside the times."""
-    if options.check and spec.root == str(HERE.parent) and spec.task == "mixmae" and (spec.compiled or spec.pairing == "all"):
+    if (
+        options.check
+        and spec.root == str(HERE.parent)
+        and spec.task == "mixmae"
+        and (spec.compiled or spec.pairing == "all")
+    ):
         print(f"{name} beside {'eager' if spec.compiled else 'plain'}:", process.ask("check"))
     if options.profile:
         print("\n".join([f"--- {name}", *process.ask("profile")["lines"]]))

@@ -15,19 +15,20 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ARM = json.loads(sys.argv[1]) if __name__ == "__main__" else {"root": str(Path(__file__).parents[1])}
-sys.path[:0] = [ARM["root"], str(Path(__file__).parent)]  # an arm may be another commit; the plain model is of this one
+sys.path.insert(0, str(Path(__file__).parent))  # the plain model is of this commit
+sys.path.insert(0, os.environ.get("STEP_ROOT", str(Path(__file__).parents[1])))  # an arm may be another one
 
 import torch
 from torch import Tensor, nn
@@ -145,9 +146,7 @@ class Arm:
         images = normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         output: Any
         if self.spec.task == "finetune":
-            output = classification_step(
-                self.model, images, self.labels, generator, first_sample, label_smoothing=0.1
-            )
+            output = classification_step(self.model, images, self.labels, generator, first_sample, label_smoothing=0.1)
         elif self.spec.code == "plain":
             stride = self.size[0] // self.model.grid[0]
             cells = (self.size[0] // stride, self.size[1] // stride)
@@ -203,7 +202,7 @@ class Arm:
         self.steps(count)
         self._wait()
         wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        parts = zip(*([self._between(*pair) for pair in zip(marks, marks[1:])] for marks in self.marks))  # noqa: B905
+        parts = zip(*([self._between(*pair) for pair in pairwise(marks)] for marks in self.marks), strict=True)
         forward, backward, optimizer = (sum(values) / count for values in parts)
         return {
             "wall_s": wall / count,
@@ -233,7 +232,9 @@ class Arm:
 
     def check(self) -> dict[str, Any]:
         """This arm beside a plain or, if it is compiled, an eager one, with the same weights."""
-        other = Arm(dataclasses.replace(self.spec, **({"compiled": False} if self.spec.compiled else {"code": "plain"})))
+        other = Arm(
+            dataclasses.replace(self.spec, **({"compiled": False} if self.spec.compiled else {"code": "plain"}))
+        )
         other.model.load_state_dict(self.model.state_dict())
         (loss, found), (other_loss, expected) = self.gradients(), other.gradients()
         worst = max((float((found[name] - value).norm() / value.norm()), name) for name, value in expected.items())
@@ -321,7 +322,9 @@ class _Products(TorchDispatchMode):
             dim, values = weight.shape[0], weight[0].numel()
             rows = torch.empty(pixels.numel() // values, values, dtype=pixels.dtype, device="meta")
             out = torch.empty(len(rows), dim, dtype=pixels.dtype, device="meta")
-            self.add(True, *((rows.t(), out) if name.endswith("backward") else (rows, out[:values].t().contiguous().t())))
+            self.add(
+                True, *((rows.t(), out) if name.endswith("backward") else (rows, out[:values].t().contiguous().t()))
+            )
         elif "scaled_dot_product" in name:
             query, key, value = (item.flatten(0, 1) for item in (args[1:4] if "backward" in name else args[:3]))
             scores = torch.empty(len(query), query.shape[1], key.shape[1], dtype=query.dtype, device="meta")
@@ -349,7 +352,7 @@ def _resident_bytes() -> int:
 
 def main() -> None:
     """Answer commands until stdin ends."""
-    arm = Arm(Spec(**ARM))
+    arm = Arm(Spec(**json.loads(sys.argv[1])))
     print(json.dumps({"parameters": sum(weight.numel() for weight in arm.model.parameters())}), flush=True)
     for line in sys.stdin:
         command, *numbers = line.split()
