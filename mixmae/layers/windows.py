@@ -129,7 +129,9 @@ def _rearranged(x: Tensor, order: Tensor) -> Tensor:
     return flat.take_along_dim(order[..., None], dim=1).view(x.shape)
 
 
-def plan_sorted(groups: Tensor, group_sizes: Sequence[int], window: int) -> SortedPlan | None:
+def plan_sorted(
+    groups: Tensor, group_sizes: Sequence[int], window: int, *, together: bool | None = None
+) -> SortedPlan | None:
     """Sort the tokens of a grid by group, if it is one window and large enough for that to pay.
 
     Args:
@@ -137,6 +139,8 @@ def plan_sorted(groups: Tensor, group_sizes: Sequence[int], window: int) -> Sort
         group_sizes: tokens of the groups of every map, the largest first, 0 for groups that no token is in. They are
             given, not counted here, because the host of a GPU would have to wait for it.
         window: configured side of a window.
+        together: compute groups of one size in one call, for which queries, keys and values are copied; default on a
+            CPU. Elsewhere calls cost less than copies.
     Returns: the plan; None where windows must be cut, or the maps have groups of different sizes (no group_sizes).
     """
     height, width = groups.shape[1:]
@@ -147,7 +151,7 @@ def plan_sorted(groups: Tensor, group_sizes: Sequence[int], window: int) -> Sort
     counts.scatter_add_(1, flat, torch.ones_like(flat))
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (M, groups): 0 for the largest
     order = rank.gather(1, flat).argsort(dim=1, stable=True)
-    together = groups.device.type == "cpu"  # a GPU would copy queries, keys and values for it; calls cost it less
+    together = groups.device.type == "cpu" if together is None else together
     runs: list[tuple[int, int]] = []
     for tokens in filter(None, group_sizes):
         if runs and together and runs[-1][1] == tokens:
