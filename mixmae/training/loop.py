@@ -2,7 +2,8 @@
 
 Plain torch: it runs in any process, alone or as one worker of an initialised torch.distributed group, and knows neither
 Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for
-bit, and the number of workers does not change what is computed, up to the order of float additions.
+bit, and the number of workers does not change what is computed, up to the order of float additions. On a GPU bits need
+`deterministic`: the backward pass of fused attention with a mask adds in no fixed order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
@@ -47,6 +49,9 @@ class LoopConfig:
     """Arithmetic of the forward pass (autocast); weights and optimiser stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, as a CPU does anyway. Slower on a GPU; an operation that
+    has no such form stops the run."""
     log_every_steps: int = 20
     """Steps between progress lines, and between the points of the curves."""
     evaluate_every_epochs: float = 1.0
@@ -220,6 +225,8 @@ def train(
         config.max_broken_fraction are broken. Diverged, likewise, after config.max_bad_steps steps in a row whose
         gradient is not finite.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = config.share(num_workers=num_workers, rank=rank)
     bare = model.module if isinstance(model, DistributedDataParallel) else model

@@ -189,6 +189,7 @@ def fit(
                 break
             except ray.train.TrainingFailedError as error:
                 cause = causes[0] if causes else _cause(error)
+                refuse_out_of_memory(cause)
                 step = next(map(step_of, list_checkpoints(checkpoints)), -1)
                 wait = budget.spend(step, cause)
                 on_message(("restart", f"{cause}; starting again in {wait:.0f} s" if wait >= 5 else cause))
@@ -200,6 +201,15 @@ def fit(
     if state.step < job.length.total_steps:
         raise Interrupted(asked_to_stop.signal)
     return state, outcome["checkpoint"]
+
+
+def refuse_out_of_memory(cause: str) -> None:
+    """Raise TrainingStopped if a GPU's memory was too small: the same batch would not fit into a new worker either."""
+    if torch.OutOfMemoryError.__name__ in cause:
+        raise TrainingStopped(
+            f"a GPU has too little memory for the batch ({cause}): lower --loop.micro-batch-size, which changes no "
+            "result, or use more workers."
+        )
 
 
 def _trainer(
@@ -250,11 +260,14 @@ def _run_worker(
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers.
-        torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
-    else:
+    # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers. Beside a GPU they
+    # solve the probe's equations.
+    torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if job.loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is used: it asks for one of these
+        torch.use_deterministic_algorithms(True)
 
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
@@ -279,7 +292,14 @@ def _run_worker(
             except CheckpointError as error:
                 return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
             if num_workers > 1 and trained is model:
-                trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+                # Never static_graph: DDP looks for tensors in what the model returns, and finds none in a StepOutput.
+                trained = DistributedDataParallel(
+                    model,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    # Tables are built alike everywhere; only the statistics of a linear probe's BatchNorm are not.
+                    broadcast_buffers=any(name.endswith("running_mean") for name, _ in model.named_buffers()),
+                    gradient_as_bucket_view=True,  # one copy of the gradients less
+                )
             events.has_checkpoint = state.step > 0
             if rank == 0:
                 mailbox.put.remote(("started", state.step))

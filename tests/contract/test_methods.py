@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.mixing import hidden_mask, upsample_group_map
@@ -254,6 +256,39 @@ def test_a_batch_of_as_many_images_as_mix_is_enough(build):
     if mixed > 1:
         with pytest.raises(ValueError, match=f"multiple of {mixed}"):
             method(images_for(method, mixed + 1), generator=seeded())
+
+
+class Waits(TorchDispatchMode):
+    """Keeps the operations for which the host of a GPU waits, because a number of theirs decides what follows."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in pytree.tree_leaves(args[1:])
+        )
+        if by_mask or name in self.NAMES:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+def test_after_the_draws_the_host_of_a_gpu_waits_for_nothing(monkeypatch, build):
+    method = build()
+    images = images_for(method)
+    drawn = method.draw(images, seeded())
+    monkeypatch.setattr(method, "draw", lambda *_: drawn)
+    with Waits() as waits:
+        method(images, generator=seeded()).loss.backward()
+    assert waits.found == []
+    with Waits() as waits:
+        images[images > 0].sum().item()  # it would be seen
+    assert waits.found == ["index", "_local_scalar_dense"]
 
 
 @every_method
