@@ -11,7 +11,7 @@ Variants of one block's attention, with its two linear layers:
     torch       masked, by torch's scaled_dot_product_attention, which chooses the kernel
     masked      masked, as ours where windows are cut
     detached    the same without a gradient of the bias: what that gradient costs
-    sorted      ours where one window is the grid: a dense block per group, groups of one size together
+    sorted      ours: a dense block per group of a window, groups of one size together
     split       the same with a call per group
     padded      the same with all groups padded to the largest and one call
     flex        torch's FlexAttention, on a GPU
@@ -93,6 +93,7 @@ def build(
     if together is not None and split is not None:
         found["sorted"] = lambda x: together.unsort(attention(together.sort(x), together))
         found["split"] = lambda x: split.unsort(attention(split.sort(x), split))
+    if split is not None and window >= side:
         found["padded"] = lambda x: padded(attention, x, split, sizes)
     if device.type == "cuda":
         found["flex"] = _flex(attention, masked.num_windows, masked.window, groups)

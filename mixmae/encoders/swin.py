@@ -128,14 +128,19 @@ class SwinStage(nn.Module):
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
         by_group = None
-        if group_map is not None and groups is not None:
+        if group_map is not None and groups is not None and not self._shifts(size):
             tokens_per_cell = groups[0].numel() // group_map[0].numel()
             by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], self.window)
         if by_group is not None:
             return by_group.unsort(self._run_blocks(by_group.sort(x), by_group, by_group))
         plan = plan_windows(size, self.window, groups, device=x.device)
-        shifted = plan_windows(size, self.window, groups, device=x.device, shifted=True) if self.shift else plan
+        shifts = self._shifts(size)
+        shifted = plan_windows(size, self.window, groups, device=x.device, shifted=True) if shifts else plan
         return self._run_blocks(x, plan, shifted)
+
+    def _shifts(self, size: tuple[int, int]) -> bool:
+        """Whether every second block has other windows: not where one window is the grid."""
+        return self.shift and self.window < max(size)
 
     def _run_blocks(self, x: Tensor, plan: WindowPlan | SortedPlan, shifted: WindowPlan | SortedPlan) -> Tensor:
         """Every second block has the plan `shifted`."""

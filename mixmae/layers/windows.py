@@ -1,7 +1,8 @@
 """Attention inside windows, restricted to the tokens of one's own group (paper section 3.3, masked self-attention).
 
-Where a window is the whole grid, tokens are sorted by group once for all blocks of a stage (everything else in a block
-is per token): each group is then a dense block of its own, and no score of two groups is ever computed.
+Tokens are sorted by window and group once for all blocks of a stage, where the host knows the sizes of the groups:
+everything else in a block is per token, so each group of a window is then a dense block of its own, and no score of two
+groups is ever computed.
 
 Legend: B samples, M group maps (B or 1), H W a grid of tokens, L = H*W, C channels, N heads, nW windows, T tokens in a
 window, D = C / N. The plan (sizes, and which pairs may attend) is shared by all blocks of a stage; with shifted windows
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from mixmae.layers.attention import attend
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.layers.positions import relative_position_bias
+from mixmae.mixing import group_sizes
 
 PADDING_GROUP = -1
 """The group of tokens that pad a grid to whole windows: no image has it, so no image attends to them."""
@@ -102,7 +104,7 @@ MIN_SORTED_TOKENS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SortedPlan:
-    """A grid that is one window, with its tokens in the order of their groups: large groups first."""
+    """A grid with its tokens in the order of their groups, where each window has its own: large groups first."""
 
     order: Tensor
     """(M, L) int64: the token, in row order, that comes to each place."""
@@ -130,30 +132,42 @@ def _rearranged(x: Tensor, order: Tensor) -> Tensor:
 
 
 def plan_sorted(
-    groups: Tensor, group_sizes: Sequence[int], window: int, *, together: bool | None = None
+    groups: Tensor, sizes: Sequence[int], window: int, *, together: bool | None = None
 ) -> SortedPlan | None:
-    """Sort the tokens of a grid by group, if it is one window and large enough for that to pay.
+    """Sort the tokens of a grid by group, where that is possible and pays.
+
+    Where the grid is cut into several windows, sizes differ from draw to draw: a GPU would wait for them, and a graph
+    would be compiled anew. So only a CPU sorts there, and not in a graph.
 
     Args:
-        groups: (M, H, W) int64 in [0, len(group_sizes)).
-        group_sizes: tokens of the groups of every map, the largest first, 0 for groups that no token is in. They are
-            given, not counted here, because the host of a GPU would have to wait for it.
-        window: configured side of a window.
+        groups: (M, H, W) int64 in [0, len(sizes)).
+        sizes: tokens of the groups of every map, the largest first, 0 for groups that no token is in; empty if the maps
+            differ. They are given, because the host of a GPU would have to wait for them.
+        window: configured side of a window; windows are not shifted.
         together: compute groups of one size in one call, for which queries, keys and values are copied; default on a
             CPU. Elsewhere calls cost less than copies.
-    Returns: the plan; None where windows must be cut, or the maps have groups of different sizes (no group_sizes).
+    Returns: the plan; None where windows are to be masked.
     """
     height, width = groups.shape[1:]
-    if window < max(height, width) or height * width < MIN_SORTED_TOKENS or not group_sizes:
+    if height * width < MIN_SORTED_TOKENS or not sizes:
         return None
+    if window < max(height, width):
+        if groups.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        down, right = torch.arange(height)[:, None] // window, torch.arange(width) // window
+        groups = (down * width + right) * len(sizes) + groups  # each window has groups of its own
+        groups = groups.view(-1).unique(return_inverse=True)[1].view(groups.shape)
+        sizes = group_sizes(groups)
+        if not sizes:
+            return None
     flat = groups.flatten(1)  # (M, L)
-    counts = torch.zeros(len(flat), len(group_sizes), dtype=torch.int64, device=groups.device)
+    counts = torch.zeros(len(flat), len(sizes), dtype=torch.int64, device=groups.device)
     counts.scatter_add_(1, flat, torch.ones_like(flat))
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (M, groups): 0 for the largest
     order = rank.gather(1, flat).argsort(dim=1, stable=True)
     together = groups.device.type == "cpu" if together is None else together
     runs: list[tuple[int, int]] = []
-    for tokens in filter(None, group_sizes):
+    for tokens in filter(None, sizes):
         if runs and together and runs[-1][1] == tokens:
             runs[-1] = (runs[-1][0] + 1, tokens)
         else:

@@ -115,10 +115,17 @@ SORTED = [
     ((4, 4), (8, 8), 2, 8, 0.5),  # beside them a group of mask tokens, the largest
     ((2, 5), (4, 10), 3, 10, 0.0),
 ]
+CUT = [
+    ((7, 7), (14, 14), 4, 7, 0.0),  # windows along cells
+    ((7, 7), (14, 14), 4, 5, 0.0),  # across cells, and padded
+    ((4, 4), (8, 12), 3, 6, 0.0),
+]
 
 
-@pytest.mark.parametrize("num_maps", [1, BATCH])
-@pytest.mark.parametrize(("cells", "size", "num_images", "window", "filled"), SORTED)
+@pytest.mark.parametrize(
+    ("cells", "size", "num_images", "window", "filled", "num_maps"),
+    [(*case, num_maps) for case in SORTED for num_maps in (1, BATCH)] + [(*case, 1) for case in CUT],
+)
 def test_sorted_by_group_it_is_masked_attention(monkeypatch, cells, size, num_images, window, filled, num_maps):
     """Outputs and all gradients, in float64."""
     torch.manual_seed(0)
@@ -147,13 +154,16 @@ def test_sorted_by_group_it_is_masked_attention(monkeypatch, cells, size, num_im
     found = run(lambda: plan.unsort(attention(plan.sort(x), plan)))
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
-    assert sum(scores) == HEADS * sum((count * per_cell) ** 2 for count in group_sizes(cell_map))  # no other pair
+    places = torch.cartesian_prod(*(torch.arange(side) // window for side in size))
+    own = torch.cat([places, groups[0].view(-1, 1)], dim=1)  # window and group of each token
+    assert sum(scores) == HEADS * int((own[:, None] == own).all(dim=2).sum())  # no other pair
 
 
 def test_what_is_not_sorted():
     cell_map = draw_group_map((6, 6), 4, seeded())
     sizes = group_sizes(cell_map)
     assert plan_sorted(cell_map, sizes, 6) is not None
-    assert plan_sorted(cell_map, sizes, 5) is None  # several windows
+    assert plan_sorted(cell_map.to("meta"), sizes, 5) is None  # several windows, on anything but a CPU
+    assert plan_sorted(draw_group_map((6, 6), 4, seeded(), 3), sizes, 5) is None  # several windows of several maps
     assert plan_sorted(cell_map, (), 6) is None  # maps with groups of different sizes
     assert plan_sorted(draw_group_map((5, 5), 4, seeded()), (7, 6, 6, 6), 5) is None  # hardly any tokens
