@@ -100,6 +100,7 @@ class Arm:
         self.images = images.to(self.device) if spec.input == "device" else self.images
         self.labels = torch.randint(NUM_CLASSES, (spec.batch,), generator=generator)
         self.marks: list[list[Any]] = []
+        self.start = 0.0, 0.0
         self.optimizer.register_step_pre_hook(lambda *_: self._mark())
         self.optimizer.register_step_post_hook(lambda *_: self._mark())
         self.loss = torch.zeros(())
@@ -140,6 +141,8 @@ class Arm:
 
     def forward(self, generator: torch.Generator, first_sample: int = 0) -> Any:
         """The step's output; .loss is its loss."""
+        if not self.marks:  # what the loop does once is not part of a step
+            self.start = time.perf_counter(), time.process_time()
         self.marks.append([])
         self._mark()
         images = self.images.to(self.device, non_blocking=True)
@@ -198,10 +201,9 @@ class Arm:
     def train(self, count: int) -> dict[str, Any]:
         self.marks = []
         self._wait()
-        start, start_cpu = time.perf_counter(), time.process_time()
         self.steps(count)
         self._wait()
-        wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
         parts = zip(*([self._between(*pair) for pair in pairwise(marks)] for marks in self.marks), strict=True)
         forward, backward, optimizer = (sum(values) / count for values in parts)
         return {

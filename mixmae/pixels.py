@@ -51,7 +51,7 @@ def normalise(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[f
     shift, scale = (
         values if isinstance(values, Tensor) else _constant(tuple(values), images.device) for values in (mean, std)
     )
-    return (images.float() / 255 - shift) / scale
+    return images.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)  # in place: one new tensor, not four
 
 
 @lru_cache(maxsize=16)
