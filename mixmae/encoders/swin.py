@@ -222,7 +222,7 @@ class SwinEncoder(nn.Module):
         """
         check_inputs(images, group_map, in_channels=self.in_channels, stride=self.strides[-1])
         if sizes is None:
-            sizes = () if group_map is None else group_sizes(group_map)
+            sizes = () if group_map is None or group_map.is_meta else group_sizes(group_map)
         x = fill_tokens(self.patch_embed(images), fill)
         if self.config.absolute_positions:
             x = x + self.positions((x.shape[1], x.shape[2]))
