@@ -44,8 +44,9 @@ def test_pretraining_figures():
     assert count_parameters(model) == 114_665_784
     options = {"num_images": 2, "generator": seeded()}
     assert f"{official_macs(model, 224, **options) / 1e9:.3f}" == "19.002"
-    # Ours attends to no other group in stages 3 and 4, where a window is the grid; the decoder's last MLP, and what comes
-    # after it, are for the hidden half of both images' tokens alone. The official count has no attention in the decoder.
+    # Ours attends to no other group in stages 3 and 4, where a window is the grid; the decoder's last MLP, and what
+    # comes after it, are for the hidden half of both images' tokens alone. The official count has no attention in the
+    # decoder.
     macs = count_macs(model, 224, **options).total
     sorted_away = 18 * 2 * (196**2 - 100**2 - 96**2) * 512 + 2 * 2 * (49**2 - 25**2 - 24**2) * 1024
     half = 49 * (512 * 8 * 512 + 512 * 3072 + NORM_MACS_PER_ELEMENT * 2 * 512)
