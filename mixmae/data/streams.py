@@ -12,8 +12,6 @@ Three choices keep it from standing still on few CPUs:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import json
 import logging
@@ -44,13 +42,12 @@ from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Source
 from mixmae.data.stream_config import StreamConfig
+from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 
 DECODE_NICE = 5
 """How much lower the priority of threads that decode is; on Linux each thread has its own. Training then gets three
 times their share of a core; at 19 it is 70 times, and beside busy programs images would hardly come at all."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Numbers of malloc.h."""
 
 
 class TrainStream:
@@ -250,7 +247,7 @@ def _loader(
 
     def load(descriptor: pa.Table) -> pa.Table:
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
-        _keep_freed_memory()
+        keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
         work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
         pool = _pool(threads)
@@ -258,19 +255,6 @@ def _loader(
         return _pack(descriptor["index"][0].as_py(), block)
 
     return load
-
-
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Let a decoding process reuse its memory instead of returning it to the system after every image.
-
-    Images and blocks are so large that the C library would map new memory for each, which the kernel zeroes: 7 % of
-    the time per image (docs/benchmarks). Only glibc has the switch; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            library.mallopt(parameter, 1 << 30)
 
 
 @lru_cache(maxsize=1)

@@ -217,6 +217,7 @@ class FinetuneConfig(RunConfig):
 RESUMABLE = frozenset(
     {
         "loop.compile",
+        "loop.deterministic",
         "loop.log_every_steps",
         "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",

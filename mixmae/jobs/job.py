@@ -26,6 +26,7 @@ from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, to_json
 from mixmae.jobs.record import DataRecord, versions
+from mixmae.machine import to_device
 from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import JournalTracker, RunRef, run_of
@@ -201,4 +202,4 @@ class Job:
     def images_on_device(self, model: nn.Module, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> normalised float32 on the model's device."""
         device = next(model.parameters()).device
-        return self.config.normalise(images.to(device, non_blocking=True))
+        return self.config.normalise(*to_device((images,), device))

@@ -212,6 +212,7 @@ def fit(
             except ray.train.TrainingFailedError as error:
                 elastic.failed()
                 cause = causes[0] if causes else _cause(error)
+                refuse_out_of_memory(cause)
                 step = _newest_step(checkpoints, store)
                 wait = budget.spend(step, cause)
                 on_message(("restart", f"{cause}; starting again in {wait:.0f} s" if wait >= 5 else cause))
@@ -230,6 +231,15 @@ def _newest_step(checkpoints: Path, store: RunStore | None) -> int:
     with contextlib.suppress(OSError):
         names += [] if store is None else store.checkpoints()[:1]
     return max((int(name.removeprefix("step_")) for name in names), default=-1)
+
+
+def refuse_out_of_memory(cause: str) -> None:
+    """Raise TrainingStopped if a GPU's memory was too small: the same batch would not fit into a new worker either."""
+    if torch.OutOfMemoryError.__name__ in cause:
+        raise TrainingStopped(
+            f"a GPU has too little memory for the batch ({cause}): lower --loop.micro-batch-size, which changes no "
+            "result, or use more workers."
+        )
 
 
 def _trainer(
@@ -289,11 +299,14 @@ def _run_worker(
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers.
-        torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
-    else:
+    # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers. Beside a GPU they
+    # solve the probe's equations.
+    torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if job.loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is used: it asks for one of these
+        torch.use_deterministic_algorithms(True)
 
     if store is not None:
         _bring_to_node(store, rank=rank, num_workers=num_workers)
@@ -327,7 +340,14 @@ def _run_worker(
             except CheckpointError as error:
                 return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
             if num_workers > 1 and trained is model:
-                trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+                # Never static_graph: DDP looks for tensors in what the model returns, and finds none in a StepOutput.
+                trained = DistributedDataParallel(
+                    model,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    # Tables are built alike everywhere; only the statistics of a linear probe's BatchNorm are not.
+                    broadcast_buffers=any(name.endswith("running_mean") for name, _ in model.named_buffers()),
+                    gradient_as_bucket_view=True,  # one copy of the gradients less
+                )
             events.has_checkpoint = state.step > 0
             if rank == 0:
                 mailbox.put.remote(("started", state.step))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.step import StepOutput
+from mixmae.training import loop
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
@@ -394,3 +395,16 @@ def test_what_drops_out_depends_on_the_index_in_the_batch_alone():
     assert [index for index, _ in first] == [0, 2, 4, 6] * 2
     assert len({value for _, value in first}) == 8
     assert [first[0], first[2], first[4], first[6]] == second
+
+
+def test_without_clipping_no_gradient_is_touched():
+    """A norm of infinity would otherwise make every gradient NaN, not only the one that has overflowed."""
+    model = nn.Linear(3, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), 4.0)
+    assert loop._clip(model, None).item() == pytest.approx((6 * 9 + 2 * 16) ** 0.5)
+    model.bias.grad[0] = float("inf")
+    assert not loop._clip(model, None).isfinite()
+    assert model.weight.grad.eq(3.0).all()
+    model.bias.grad[0] = 4.0
+    assert loop._clip(model, 1.0).item() == pytest.approx((6 * 9 + 2 * 16) ** 0.5)  # before clipping
+    assert loop._clip(model, None).item() == pytest.approx(1.0, abs=1e-5)
