@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmae.layers import attention
 from mixmae.layers.attention import attend
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.layers.positions import relative_position_bias
@@ -152,7 +153,7 @@ def plan_sorted(
     if height * width < MIN_SORTED_TOKENS or not sizes:
         return None
     if window < max(height, width):
-        if groups.device.type != "cpu" or torch.compiler.is_compiling():
+        if not attention.on_cpu(groups) or torch.compiler.is_compiling():
             return None
         down, right = torch.arange(height)[:, None] // window, torch.arange(width) // window
         groups = (down * width + right) * len(sizes) + groups  # each window has groups of its own
@@ -165,7 +166,7 @@ def plan_sorted(
     counts.scatter_add_(1, flat, torch.ones_like(flat))
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (M, groups): 0 for the largest
     order = rank.gather(1, flat).argsort(dim=1, stable=True)
-    together = groups.device.type == "cpu" if together is None else together
+    together = attention.on_cpu(groups) if together is None else together
     runs: list[tuple[int, int]] = []
     for tokens in filter(None, sizes):
         if runs and together and runs[-1][1] == tokens:
@@ -260,7 +261,9 @@ class WindowAttention(nn.Module):
             part = part.unflatten(1, (groups, tokens)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
             pairs = pairs.unflatten(1, (groups, tokens, tokens)).permute(0, 1, 4, 2, 3).flatten(1, 2)
             query, key, value = part.unbind(0)
-            read = attend(query, key, value, pairs)  # (B, groups * N, tokens, D), with a bias (M, groups * N, ...)
+            read = attention.attend(
+                query, key, value, pairs
+            )  # (B, groups * N, tokens, D), with a bias (M, groups * N, ...)
             reads.append(read.unflatten(1, (groups, heads)).transpose(2, 3).reshape(batch, groups * tokens, -1))
         read = reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)
         return self.proj(read.view(x.shape))
