@@ -261,9 +261,7 @@ class WindowAttention(nn.Module):
             part = part.unflatten(1, (groups, tokens)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
             pairs = pairs.unflatten(1, (groups, tokens, tokens)).permute(0, 1, 4, 2, 3).flatten(1, 2)
             query, key, value = part.unbind(0)
-            read = attention.attend(
-                query, key, value, pairs
-            )  # (B, groups * N, tokens, D), with a bias (M, groups * N, ...)
+            read = attend(query, key, value, pairs)  # (B, groups * N, tokens, D), with a bias (M, groups * N, ...)
             reads.append(read.unflatten(1, (groups, heads)).transpose(2, 3).reshape(batch, groups * tokens, -1))
         read = reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)
         return self.proj(read.view(x.shape))
