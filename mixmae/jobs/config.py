@@ -12,16 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig, BaseAugmentConfig
 from mixmae.data.images.decode import MODES
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
+from mixmae.data.images.segment_augment import SegmentAugmentConfig
 from mixmae.data.stream_config import StreamConfig
 from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
 from mixmae.probing.online import OnlineProbeConfig
+from mixmae.segmentation.upernet import UPerNetConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
@@ -34,7 +36,7 @@ class RunConfig:
 
     encoder: EncoderConfig
     """The architecture. It is built for augment.image_size, so image_size need not be given here."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: BaseAugmentConfig = field(default_factory=AugmentConfig)
     """What is done to the training images."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """How Ray Data executes the data order."""
@@ -116,6 +118,8 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """All that decides what a pretraining run computes."""
 
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Crop and flip of the training images."""
     method: MethodConfig = field(default_factory=MixMAEConfig)
     """The pretext task: MixMAE, SimMIM or MAE."""
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
@@ -196,6 +200,48 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(RunConfig):
+    """All that decides what a segmentation run computes; the defaults are those of ADE20K."""
+
+    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
+    """Resize, crop, flip and colours of the training images, together with their masks."""
+    head: UPerNetConfig = field(default_factory=UPerNetConfig)
+    """What stands on the encoder."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-4, layer_decay=0.75, layer_decay_rule="timm", betas=(0.9, 0.999))
+    )
+    """Optimiser; layer_decay lowers the learning rate from the head down to the stem."""
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(epochs=100, warmup_epochs=1, batch_size=16, schedule="poly")
+    )
+    """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
+    slide_stride: int = 341
+    """Pixels between the windows, of augment.image_size, that a larger image is evaluated in."""
+    ema_decay: float | None = None
+    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.slide_stride <= min(self.augment.size):
+            raise ValueError(
+                f"slide_stride is {self.slide_stride}: it must lie between 1 and the side of the windows, which is "
+                f"augment.image_size ({min(self.augment.size)})."
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
+
+    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
+        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""
+        share = super().share(num_workers=num_workers, rank=rank)
+        if self.head.norm == "batch" and share.micro_batch < 2:
+            raise ValueError(
+                "A worker's batch norms need two images at once, at least: change --loop.batch-size, "
+                "--loop.micro-batch-size or --workers, or give --head.norm group."
+            )
+        return share
+
+
 RESUMABLE = frozenset(
     {
         "loop.compile",
@@ -216,6 +262,7 @@ not what is computed."""
 BRANCHABLE = frozenset(
     {
         "optim.base_lr",
+        "optim.lr",
         "optim.clip_grad_norm",
         "optim.weight_decay",
         "loop.warmup_epochs",

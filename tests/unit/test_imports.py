@@ -19,7 +19,14 @@ LEVELS = {
             ("mixmae.convert",),
             ("mixmae.flops",),
             ("mixmae.probing",),
-            ("mixmae.finetune", "mixmae.methods", "mixmae.training", "mixmae.data", "mixmae.tracking"),
+            (
+                "mixmae.finetune",
+                "mixmae.segmentation",
+                "mixmae.methods",
+                "mixmae.training",
+                "mixmae.data",
+                "mixmae.tracking",
+            ),
             ("mixmae.encoders", "mixmae.decoders"),
             ("mixmae.layers",),
         ]
