@@ -31,7 +31,7 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.inference import Classifier, load_classifier
-from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
 from mixmae.training.run_folder import run_around, weights_of

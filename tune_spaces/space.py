@@ -99,8 +99,9 @@ class Space:
     """A sweep stops after so many hours; None: when all trials have ended."""
     without: tuple[Mapping[str, Value], ...] = ()
     """What a grid leaves out: every combination that has all the values of one of these."""
-    metric: Literal["val/top1", "val/top5", "val/loss", "probe/knn_top1", "probe/linear_top1"] = "val/top1"
-    """What trials are ranked by, taken at the end of each. Finetuning has val/*, pretraining probe/*."""
+    metric: Literal["val/top1", "val/top5", "val/miou", "val/loss", "probe/knn_top1", "probe/linear_top1"] = "val/top1"
+    """What trials are ranked by, taken at the end of each. Finetuning has val/*, segmentation val/miou and val/loss,
+    pretraining probe/*."""
     scheduler: Asha | None = None
     """Which trials stop early; None: no trial does."""
     reference: Mapping[str, Value] = field(default_factory=lambda: {"optim.layer_decay": None})

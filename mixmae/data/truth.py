@@ -143,7 +143,7 @@ def decode_map(truth: Truth, size: tuple[int, int], num_classes: int) -> Uint8Ar
         raise DecodeError(truth.problem or "it has no mask")
     try:
         with Image.open(io.BytesIO(truth.segmentation)) as image:
-            indices = np.asarray(image)
+            indices = np.array(image)
     except Exception as error:  # codecs raise whatever they like on damaged bytes
         raise DecodeError(f"its mask does not decode: {error}") from error
     if indices.dtype != np.uint8 or indices.ndim != 2:

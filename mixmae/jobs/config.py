@@ -171,7 +171,25 @@ class PretrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class SupervisedConfig(RunConfig):
+    """What runs have in common that learn classes."""
+
+    ema_decay: float | None = None
+    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
+    divergence: float | None = 3.0
+    """Stop when the mean loss is above this many times the loss of a uniform prediction, which is log(num_classes) for
+    one classifier; None: stop only on NaN or infinity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
+        if self.divergence is not None and not self.divergence > 1:
+            raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(SupervisedConfig):
     """All that decides what a finetuning run computes; the defaults are the paper's (table 12)."""
 
     augment: FinetuneAugmentConfig = field(default_factory=FinetuneAugmentConfig)
@@ -184,24 +202,15 @@ class FinetuneConfig(RunConfig):
     """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
     crop_pct: float = 0.875
     """Side of the validation images' central crop over that of the resized image: 224 / 256; 1 for no margin."""
-    ema_decay: float | None = None
-    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
-    divergence: float | None = 3.0
-    """Stop when the mean loss is above this many times log(num_classes), the loss of a uniform prediction; None: stop
-    only on NaN or infinity."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}: it must be in (0, 1], 0.875 is usual.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
-        if self.divergence is not None and not self.divergence > 1:
-            raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(RunConfig):
+class SegmentConfig(SupervisedConfig):
     """All that decides what a segmentation run computes; the defaults are those of ADE20K."""
 
     augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
@@ -218,8 +227,6 @@ class SegmentConfig(RunConfig):
     """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
     slide_stride: int = 341
     """Pixels between the windows, of augment.image_size, that a larger image is evaluated in."""
-    ema_decay: float | None = None
-    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,8 +235,6 @@ class SegmentConfig(RunConfig):
                 f"slide_stride is {self.slide_stride}: it must lie between 1 and the side of the windows, which is "
                 f"augment.image_size ({min(self.augment.size)})."
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
 
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""

@@ -29,6 +29,7 @@ from pipelines.recipes.mixmae_swin import (
     mixmae_swin_large_300ep,
     mixmae_swin_large_600ep,
 )
+from pipelines.recipes.segment import SEGMENT_RECIPES
 from pipelines.recipes.simmim import (
     simmim_pvt_large_800ep,
     simmim_swin_base_300ep,
@@ -44,6 +45,7 @@ __all__ = [
     "LINEAR_PROBE_RECIPES",
     "PRETRAIN_RECIPES",
     "RECIPE_GROUPS",
+    "SEGMENT_RECIPES",
     "find_recipe",
     "list_recipes",
 ]

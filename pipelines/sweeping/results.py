@@ -16,6 +16,7 @@ from mixmae.tracking import RunRef
 
 SHOWN = {
     **{"final/top1": "top-1", "final/top5": "top-5", "final/loss": "loss", "best/top1": "best top-1"},
+    **{"final/miou": "mIoU", "best/miou": "best mIoU"},
     **{"final/heldout_loss": "held-out loss", "final/knn_top1": "kNN top-1", "final/linear_top1": "linear top-1"},
 }
 """Metrics that the table on the terminal has, where there are any, and what it calls them."""
