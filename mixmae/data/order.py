@@ -43,6 +43,7 @@ class Draw(IntEnum):
     SCENES = 11
     RESIZED_CROP = 12
     PHOTOMETRIC = 13
+    LARGE_SCALE_JITTER = 14
 
 
 def _finalise(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -22,6 +22,7 @@ LEVELS = {
             (
                 "mixmae.finetune",
                 "mixmae.segmentation",
+                "mixmae.detection",
                 "mixmae.methods",
                 "mixmae.training",
                 "mixmae.data",
@@ -43,6 +44,7 @@ ANYONE = {
             "masking",
             "metrics",
             "mixing",
+            "objects",
             "panels",
             "patches",
             "pixels",

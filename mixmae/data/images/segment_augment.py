@@ -126,12 +126,12 @@ def resized_size(size: tuple[int, ...], shorter_px: int, longer_px: int, scale: 
 def _resized_part(indices: Uint8Array, size: tuple[int, int], box: tuple[int, int, int, int]) -> Uint8Array:
     """A part of a map as it is after a resize to the nearest pixel.   Args: box: (top, left, height, width) in it."""
     top, left, height, width = box
-    rows = _nearest(indices.shape[0], size[0])[top : top + height]
-    columns = _nearest(indices.shape[1], size[1])[left : left + width]
+    rows = nearest(indices.shape[0], size[0])[top : top + height]
+    columns = nearest(indices.shape[1], size[1])[left : left + width]
     return indices[np.ix_(rows, columns)]
 
 
-def _nearest(old: int, new: int) -> Int64Array:
+def nearest(old: int, new: int) -> Int64Array:
     """Of each of `new` pixels, the one of `old` that its centre lies in: (new,) int64."""
     return np.minimum((np.arange(new) + 0.5) * (old / new), old - 1).astype(np.int64)
 
