@@ -85,7 +85,10 @@ def mask_loss(logits: Tensor, regions: Sequence[Tensor], owners: Sequence[Tensor
 
 @torch.no_grad()
 def mask_targets(target: Target, regions: Tensor, owners: Tensor, side: int) -> Tensor:
-    """What each region shows of its object.   Args: regions: (R, 4).  owners: (R,).   Returns: (R, side, side), 0 or 1."""
+    """What each region shows of its object.
+
+    Args: regions: (R, 4).  owners: (R,).   Returns: (R, side, side) in 0, 1.
+    """
     if not len(owners):
         return regions.new_zeros(0, side, side)
     places = torch.cat([owners[:, None].float(), regions], dim=1)
