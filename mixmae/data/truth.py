@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mixmae.data.chunks import Int64Array, group_by_chunk
-from mixmae.data.images.decode import DecodeError, Uint8Array
+from mixmae.data.images.decode import DecodeError, Uint8Array, image_size, jpeg_orientation, turn
 from mixmae.data.source import DataError, Source
 
 IGNORE = 255
@@ -123,6 +123,35 @@ def with_maps(source: Source) -> DenseSource:
         )
     assert isinstance(source, DenseSource)
     return source
+
+
+def fitted(truth: Truth, original: bytes, stored: bytes) -> Truth:
+    """The class-index map of an image as it is stored: turned and shrunk with it.
+
+    A map drawn on the pixels of a photo that its EXIF orientation turns by a quarter has the other sides: it is turned,
+    too. Where both have the same sides, it is taken to be upright.
+
+    Args: original: the image file that the map is for.  stored: the one that takes its place, perhaps smaller.
+    Returns: a truth with a `problem` where map and image do not belong together; without a map the same.
+    """
+    if not truth.segmentation or truth.objects is not None:
+        return truth
+    try:
+        size, wanted = image_size(original), image_size(stored)
+    except DecodeError:
+        return truth  # the image is counted as broken
+    with Image.open(io.BytesIO(truth.segmentation)) as image:
+        indices = np.array(image)
+    orientation = jpeg_orientation(original) if original[:2] == b"\xff\xd8" else 1
+    if indices.shape != size and indices.shape == size[::-1] and orientation >= 5:
+        indices = np.ascontiguousarray(turn(indices[..., None], orientation)[..., 0])
+    if indices.shape != size:
+        there, here = (f"{height} x {width}" for height, width in (indices.shape, size))
+        return replace(truth, segmentation=b"", problem=f"its mask is of {there} pixels and the image of {here}")
+    if wanted != size:
+        resized = Image.fromarray(indices).resize((wanted[1], wanted[0]), Image.Resampling.NEAREST)
+        indices = np.array(resized)
+    return replace(truth, segmentation=encode_map(indices), size=wanted)
 
 
 def encode_map(indices: Uint8Array) -> bytes:

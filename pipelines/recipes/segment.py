@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mixmae.data.images.segment_augment import SegmentAugmentConfig
-from mixmae.encoders.swin import SwinConfig, swin_base, swin_large
+from mixmae.encoders.swin import SwinConfig, swin_base, swin_large, with_dense_windows
 from mixmae.jobs.config import SegmentConfig
 from mixmae.segmentation.upernet import UPerNetConfig
 from mixmae.training.loop import LoopConfig
@@ -47,7 +47,7 @@ def paper_segment(encoder: SwinConfig, *, drop_path: float) -> SegmentConfig:
     """
     epochs = _STEPS * _BATCH / ADE20K_IMAGES
     return SegmentConfig(
-        encoder=replace(encoder, image_size=512, drop_path=drop_path),
+        encoder=replace(with_dense_windows(encoder), image_size=512, drop_path=drop_path),
         augment=SegmentAugmentConfig(),
         head=UPerNetConfig(),
         optim=OptimConfig(lr=1e-4, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=0.75, layer_decay_rule="timm"),

@@ -32,7 +32,7 @@ from mixmae.data.sources.folders import FilesSource
 from mixmae.data.sources.joined import JoinedSource
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.storage import plain_place
-from mixmae.data.truth import DenseClasses
+from mixmae.data.truth import DenseClasses, DenseSource, dense_classes, fitted, read_truths
 
 BUILT_IN = {"moths": moths, "scenes": scenes, "shapes": shapes}
 """The words that name a built-in set instead of a path; moths:0.6 is one of another difficulty (moths.LEAN)."""
@@ -158,9 +158,10 @@ def plan_source(
     facts = [f"{split} {source.digest}" for split, source in sorted(sources.items())]
     met = account(sources)
     class_names = sources["train"].class_names
+    dense = dense_classes(sources["train"])
     return ShardPlan(
         jobs=jobs,
-        schema=shard_schema(class_names, labelled=any(source.has_labels for source in sources.values())),
+        schema=shard_schema(class_names, labelled=any(source.has_labels for source in sources.values()), dense=dense),
         class_names=class_names,
         fingerprint=_fingerprint(origin, facts),
         origin=origin,
@@ -236,14 +237,18 @@ def _draw(name: str, arguments: tuple[float, ...], start: int, stop: int) -> lis
 def _read_images(source: Source, rows: Int64Array, longer_side: int | None, tile: bool) -> list[StoredImage]:
     """These rows as they go into a shard; an image without bytes stays a row, so that it is counted."""
     images = []
-    for sample in read_rows(source, rows):
+    known = isinstance(source, DenseSource) and source.dense is not None
+    truths = read_truths(source, rows) if isinstance(source, DenseSource) and known else [None] * len(rows)
+    for sample, truth in zip(read_rows(source, rows), truths, strict=True):
         data, restarts = sample.data, sample.restart_offsets
         smaller = _shrink(data, longer_side) if longer_side else None
         if smaller is not None:
             data, restarts = smaller, None
+        if truth is not None:
+            truth = fitted(truth, sample.data, data)
         if restarts is None and tile:
             data, restarts = tiles.retile(data) or (data, None)
-        images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts))
+        images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts, truth=truth))
     return images
 
 

@@ -20,6 +20,7 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, label_validation, read_annotated
 from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.sources.joined import join
+from mixmae.data.sources.masks import MaskListing, list_masks, open_masked
 from mixmae.data.sources.parquet import open_parquet
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, index_path
 from mixmae.data.sources.splits import SPLITS, num_stored_images, split_holdout, split_of
@@ -114,6 +115,8 @@ class _Collection:
     """Paths of files that describe others: sidecars of shards, names of classes."""
     notes: tuple[Note, ...] = ()
     """Of what is left out."""
+    masks: MaskListing | None = None
+    """The masks of the images, where they have some."""
 
     @property
     def title(self) -> str:
@@ -121,7 +124,7 @@ class _Collection:
 
     @property
     def met(self) -> tuple[Met, ...]:
-        notes = (*self.notes, *self.listing.notes)
+        notes = (*self.notes, *self.listing.notes, *(self.masks.notes if self.masks else ()))
         return (Met(self.title, {}, notes),) if notes else ()
 
 
@@ -196,6 +199,10 @@ def _find(text: str) -> _Collection:
     for file in listed:
         if suffix_of(file.path) not in beside_names:
             by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
+    masks = list_masks(storage, path, by_layout.get("files", ()))
+    if masks is not None:
+        images = {split: [pair.image for pair in pairs] for split, pairs in masks.splits.items()}
+        return _Collection("files", storage, path, os.path.basename(path), images, notes=notes, masks=masks)
     lists = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
     annotated = read_annotated(storage, path, lists, by_layout.get("files", ()))
     if annotated is not None:  # tars beside them are the archives that the images came in
@@ -305,6 +312,8 @@ def _open(found: _Collection, split: str) -> Source:
     if found.layout == "list":
         storage, root, listing = read_file_list(storage, files[0].path)
         return open_files(storage, root, name, listing.splits[""], listing.class_names)
+    if found.masks is not None:
+        return open_masked(storage, found.root, name, split, found.masks, met)
     return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names, met)
 
 
