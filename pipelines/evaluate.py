@@ -1,10 +1,13 @@
-"""Judge a finetuned classifier on labelled images: accuracy, a table of classes, confusions, calibration, speed.
+"""Judge a finetuned model on labelled images: accuracy, a table of classes, confusions, calibration, speed.
 
     python pipelines/evaluate.py MODEL [--data SOURCE] [--split SPLIT] [--output FOLDER]
 
 MODEL is a finetuning run's folder (its best weights), one of its checkpoints, a classifier file, a hub folder, or
 official finetuned weights. The output folder gets metrics.json, classes.csv, confusions.png and calibration.png. Images
 that do not decode are named and left out.
+
+A run of pipelines/segment.py is judged on images with masks: mIoU and its relatives in metrics.json, classes.csv, and
+the images that it does worst on in worst.png.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.inference import Classifier, load_classifier
+from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
 from mixmae.training.run_folder import run_around, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
+from pipelines.segmented import evaluate_segmentation
 
 SHOWN_CLASSES = 60
 """Most classes whose names fit beside the picture of the confusion matrix."""
@@ -67,6 +72,10 @@ class Arguments:
 
 def evaluate(arguments: Arguments) -> int:
     """Judge the model and write the results.   Returns: the process's exit status."""
+    if is_segmentation(arguments.model):
+        segmenter = load_segmenter(arguments.model, device=arguments.device)
+        folder = output_folder(arguments)
+        return evaluate_segmentation(segmenter, _open(arguments), arguments.model, folder)
     classifier = load_classifier(
         arguments.model,
         device=arguments.device,
@@ -75,9 +84,7 @@ def evaluate(arguments: Arguments) -> int:
         key=arguments.weights_key,
     )
     source = open_labelled(arguments, classifier)
-    run = run_around(arguments.model)
-    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(arguments)
     start = time.monotonic()
     logits, labels, _, broken = classifier.logits(source)
     images_per_s = len(labels) / (time.monotonic() - start)
@@ -103,6 +110,14 @@ def evaluate(arguments: Arguments) -> int:
     if broken:
         print(f"left out: {name_broken(broken, source.num_rows)}")
     return 0
+
+
+def output_folder(arguments: Arguments) -> Path:
+    """The folder for tables and pictures, which is made."""
+    run = run_around(arguments.model)
+    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:

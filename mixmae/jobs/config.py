@@ -18,7 +18,8 @@ from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.images.segment_augment import SegmentAugmentConfig
 from mixmae.data.stream_config import StreamConfig
-from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
+from mixmae.encoders.build import EncoderConfig, config_at_size, config_from_json, config_to_json
+from mixmae.encoders.swin import SwinConfig
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
@@ -187,6 +188,10 @@ class SupervisedConfig(RunConfig):
         if self.divergence is not None and not self.divergence > 1:
             raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
 
+    def adapted(self, own: EncoderConfig) -> EncoderConfig:
+        """The encoder of pretrained weights as this run takes it.   Args: own: with the run's drop path."""
+        return config_at_size(own, self.augment.image_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(SupervisedConfig):
@@ -235,6 +240,16 @@ class SegmentConfig(SupervisedConfig):
                 f"slide_stride is {self.slide_stride}: it must lie between 1 and the side of the windows, which is "
                 f"augment.image_size ({min(self.augment.size)})."
             )
+
+    def adapted(self, own: EncoderConfig) -> EncoderConfig:
+        """As of all runs, but for a Swin of the recipe's widths and depths with the recipe's windows."""
+        wanted = self.encoder
+        if isinstance(own, SwinConfig) and isinstance(wanted, SwinConfig):
+            names = ("window_sizes", "wide_blocks", "wide_window")
+            alike = ("embed_dim", "depths", "num_heads", "shift")
+            if all(getattr(own, name) == getattr(wanted, name) for name in alike):
+                own = replace(own, **{name: getattr(wanted, name) for name in names})
+        return replace(own, image_size=self.augment.image_size)
 
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""

@@ -20,7 +20,7 @@ from mixmae.convert import (
     with_channels,
 )
 from mixmae.data.images.decode import MODES
-from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
+from mixmae.encoders.build import build_encoder, config_from_json, size_name
 from mixmae.jobs.config import SupervisedConfig
 from mixmae.jobs.record import Pretrained, RunRecord
 from mixmae.jobs.supervised import INITIAL_FILE
@@ -87,8 +87,7 @@ def read_pretrained(
         return pretrained, weights, config
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
-        own = replace(metadata.encoder, drop_path=config.encoder.drop_path)
-        changes["encoder"] = config_at_size(own, config.augment.image_size)
+        changes["encoder"] = config.adapted(replace(metadata.encoder, drop_path=config.encoder.drop_path))
         if changes["encoder"] != config.sized_encoder():
             print(
                 f"note: the encoder is the one of {path}, {describe(weights.state)}; the recipe's is "

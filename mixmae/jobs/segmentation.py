@@ -3,7 +3,6 @@ see it."""
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from mixmae.segmentation.upernet import UPerNet
 from mixmae.step import StepOutput
 from mixmae.tracking import JournalTracker
 from mixmae.training.failures import TrainingStopped
-from mixmae.writing import writing
+from mixmae.writing import writing_table
 
 EVAL_IMAGES = 16
 """Images that a worker evaluates at once."""
@@ -160,11 +159,8 @@ class SegmentationJob(SupervisedJob):
 
     def _write_classes(self, scores: PixelScores) -> None:
         """IoU, accuracy and pixels of each class, as of the last evaluation."""
-        with (
-            writing(self.folder / CLASSES_FILE) as partial,
-            partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            write_classes(csv.writer(file), self.classes, scores)
+        with writing_table(self.folder / CLASSES_FILE) as table:
+            write_classes(table, self.classes, scores)
 
 
 def judge(segmenter: Segmenter, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -182,9 +178,9 @@ def judge(segmenter: Segmenter, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     return confusion, loss
 
 
-def write_classes(writer: Any, class_names: Sequence[str], scores: PixelScores) -> None:
-    """Write the table of classes; what a class has no figure for stays empty."""
-    writer.writerow(["class", "name", "pixels", "iou", "accuracy"])
+def write_classes(table: Any, class_names: Sequence[str], scores: PixelScores) -> None:
+    """Write the table of classes; what a class has no figure for stays empty.   Args: table: of csv.writer."""
+    table.writerow(["class", "name", "pixels", "iou", "accuracy"])
     for index, name in enumerate(class_names):
         shares = ["" if math.isnan(value) else f"{value:.4f}" for value in (scores.iou[index], scores.accuracy[index])]
-        writer.writerow([index, name, int(scores.pixels[index]), *shares])
+        table.writerow([index, name, int(scores.pixels[index]), *shares])

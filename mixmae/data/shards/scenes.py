@@ -1,9 +1,9 @@
 """The built-in set for dense tasks: scenes of up to four coloured outlines, made from (seed, index) alone.
 
 Six classes are told apart by outline and by hue, which leaves each class its sixth of the colour circle: they can be
-learnt in minutes, and what a scene tests is where things are. Objects are of all sizes, from an eighth to nine tenths
-of the shorter side, so COCO's small, medium and large all occur; they may cover each other, and one scene in ten is
-empty. Nothing is shown that is not in the truth.
+learnt in minutes, and what a scene tests is where things are. Objects are of all sizes, from an eighth to nearly all of
+the shorter side, so COCO's small, medium and large all occur; they may cover each other, and one scene in ten is empty.
+Nothing is shown that is not in the truth.
 
 Every scene knows each object's box, class and visible pixels, and the class of every pixel: 0 is the ground, class c of
 CLASS_NAMES is 1 + c.
@@ -41,7 +41,7 @@ DENSE = DenseClasses(pixels=PIXEL_CLASSES, objects=CLASS_NAMES, object_ids=tuple
 MAX_OBJECTS = 4
 EMPTY = 0.1
 """Share of scenes without an object."""
-_SIZES = (0.12, 0.9)
+_SIZES = (0.12, 0.98)
 """Smallest and largest extent of an object, in shorter sides of the image; all orders of size are equally frequent."""
 _MAX_IOU = 0.2
 """Of the boxes of two objects."""
