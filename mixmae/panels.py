@@ -5,11 +5,14 @@ Legend: N images, M mixes, K images per mix, h w cells, C channels, H W pixels.
 
 from __future__ import annotations
 
+import colorsys
+import hashlib
 import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,6 +22,7 @@ TILE_PX = 200
 """Images are enlarged by the whole factor that brings their width next to it: four columns are 700 to 1,100 px wide."""
 GAP_PX = 6
 TITLE_PX = 16
+WHITE = (255, 255, 255)
 CAPTION = "Outlined cells were shown to the model; the others are its prediction."
 NORMALISED_CAPTION = (
     "Outlined cells were shown to the model. Hidden cells take brightness and contrast from the visible ones around "
@@ -107,3 +111,16 @@ def _outline_cells(
         for (down, right), side in sides.items():
             if not around[row + down, column + right]:
                 draw.line(side, fill=color)
+
+
+def palette(class_names: Sequence[str]) -> NDArray[np.uint8]:
+    """A colour for each class, which its name alone decides: the same in all pictures of all runs.
+
+    Returns: (256, 3) uint8; classes without a name are white.
+    """
+    colours = np.full((256, 3), WHITE, dtype=np.uint8)
+    for index, name in enumerate(class_names):
+        first, second, third = hashlib.blake2b(name.encode(errors="backslashreplace"), digest_size=3).digest()
+        rgb = colorsys.hsv_to_rgb(first / 256, 0.45 + 0.5 * second / 256, 0.55 + 0.4 * third / 256)
+        colours[index] = np.round(255 * np.array(rgb))
+    return colours

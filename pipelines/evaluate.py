@@ -7,7 +7,9 @@ official finetuned weights. The output folder gets metrics.json, classes.csv, co
 that do not decode are named and left out.
 
 A run of pipelines/segment.py is judged on images with masks: mIoU and its relatives in metrics.json, classes.csv, and
-the images that it does worst on in worst.png.
+the images that it does worst on in worst.png. A run of pipelines/detect.py is judged on images with objects: COCO's AP
+in metrics.json, classes.csv, confusion.csv, predictions.json, worst.png. With --predictions FILE, detections that
+somebody else made, as COCO writes them, are judged in place of the run's own, on the run's validation images or --data.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.inference import Classifier, load_classifier
+from mixmae.jobs.detecting import is_detection, load_finder
 from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
@@ -41,6 +44,7 @@ from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, 
 from mixmae.training.run_folder import run_around, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
+from pipelines.detected import evaluate_detection, evaluate_predictions
 from pipelines.segmented import evaluate_segmentation
 
 SHOWN_CLASSES = 60
@@ -60,6 +64,8 @@ class Arguments:
     split: Literal["train", "validation", "test"] | None = None
     """Split to judge on. Default: the images that the run held out of this data; for other data validation, else test,
     else train."""
+    predictions: Path | None = None
+    """Judge these detections, a JSON list as COCO writes it, with the data's own numbers of images and categories."""
     output: Path | None = None
     """Folder for the tables and pictures. Default: evaluations/NAME, after the run or the file."""
     batch_size: int = 64
@@ -72,6 +78,11 @@ class Arguments:
 
 def evaluate(arguments: Arguments) -> int:
     """Judge the model and write the results.   Returns: the process's exit status."""
+    if arguments.predictions is not None:
+        return evaluate_predictions(arguments.predictions, _open(arguments), output_folder(arguments))
+    if is_detection(arguments.model):
+        finder = load_finder(arguments.model, device=arguments.device)
+        return evaluate_detection(finder, _open(arguments), arguments.model, output_folder(arguments))
     if is_segmentation(arguments.model):
         segmenter = load_segmenter(arguments.model, device=arguments.device)
         folder = output_folder(arguments)

@@ -7,7 +7,8 @@ folder gets predictions.csv and predictions.png. An image that does not decode g
 why, in the column `problem`.
 
 A run of pipelines/segment.py finds the class of every pixel instead: masks/ gets a PNG of class indices for each image,
-overlays/ a picture of it.
+overlays/ a picture of it. A run of pipelines/detect.py finds objects: predictions.json as COCO writes it, with
+images.json for the numbers of images and categories, predictions.csv, and overlays/ with boxes and masks.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from mixmae.data.images.decode import Uint8Array
 from mixmae.data.source import Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.inference import Classifier, Judged, load_classifier
+from mixmae.jobs.detecting import is_detection, load_finder
 from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
+from pipelines.detected import predict_detection
 from pipelines.segmented import predict_segmentation
 from pipelines.stats import CELL_PX, SHEET_SIDE, draw_contact_sheet
 
@@ -60,6 +63,8 @@ class Arguments:
 def predict(arguments: Arguments) -> int:
     """Classify the images and write the table and the picture.   Returns: the process's exit status."""
     folder = arguments.output or Path("predictions") / escaped(Path(arguments.images).resolve().name)
+    if is_detection(arguments.model):
+        return predict_detection(load_finder(arguments.model, device=arguments.device), arguments.images, folder)
     if is_segmentation(arguments.model):
         segmenter = load_segmenter(arguments.model, device=arguments.device)
         return predict_segmentation(segmenter, arguments.images, folder)

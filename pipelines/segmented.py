@@ -102,14 +102,14 @@ def predict_segmentation(segmenter: Segmenter, images: str, folder: Path) -> int
         table.writerow(["file", "mask", "classes", "problem"])
         for number, source in enumerate(sources):
             check_channels(source, segmenter.channels)
-            for row, sample, pixels in _decoded(source, segmenter.channels):
+            for row, sample, pixels in decoded(source, segmenter.channels):
                 count += 1
                 if isinstance(pixels, str):
                     broken.append(BrokenRecord(row, sample.where, pixels))
                     table.writerow([sample.where, "", "", pixels])
                     continue
                 (indices,) = segmenter.predict([pixels])
-                name = _name(sample.path, f"{number}_{row:07d}", names)
+                name = stored_name(sample.path, f"{number}_{row:07d}", names)
                 for kind in ("masks", "overlays"):
                     (folder / kind / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / "masks" / f"{name}.png").write_bytes(encode_map(indices))
@@ -124,7 +124,7 @@ def predict_segmentation(segmenter: Segmenter, images: str, folder: Path) -> int
     return 0
 
 
-def _name(path: str, otherwise: str, taken: set[str]) -> str:
+def stored_name(path: str, otherwise: str, taken: set[str]) -> str:
     """A name for an image's mask, without suffix: its path below the output folder, which no other image has."""
     parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
     name = str(PurePosixPath(*parts).with_suffix("")) if parts else otherwise
@@ -134,7 +134,7 @@ def _name(path: str, otherwise: str, taken: set[str]) -> str:
     return name
 
 
-def _decoded(source: Source, channels: int) -> Iterator[tuple[int, Sample, Uint8Array | str]]:
+def decoded(source: Source, channels: int) -> Iterator[tuple[int, Sample, Uint8Array | str]]:
     """Each row with its pixels, or with why there are none."""
     for start in range(0, source.num_rows, EVAL_IMAGES):
         rows = range(start, min(start + EVAL_IMAGES, source.num_rows))

@@ -24,7 +24,8 @@ from typing import Any
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError
 from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import PretrainConfig, SegmentConfig, SupervisedConfig
+from mixmae.jobs.config import DetectConfig, PretrainConfig, SegmentConfig, SupervisedConfig
+from mixmae.jobs.detection import DetectionJob
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
@@ -34,7 +35,7 @@ from mixmae.jobs.supervised import HELDOUT_IMAGES, SupervisedJob
 from mixmae.tracking import claim_model_name, finish_run
 from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
-from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES, SEGMENT_RECIPES
+from pipelines.recipes import DETECT_RECIPES, FINETUNE_RECIPES, PRETRAIN_RECIPES, SEGMENT_RECIPES
 from pipelines.run import Run, begin, output_folder, with_workers
 from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
@@ -43,7 +44,7 @@ from tune_spaces import SPACES
 from tune_spaces.fields import get_field, set_fields
 from tune_spaces.space import Space
 
-SUPERVISED_RECIPES: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **SEGMENT_RECIPES}
+SUPERVISED_RECIPES: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **SEGMENT_RECIPES, **DETECT_RECIPES}
 
 
 def sweep(arguments: Arguments, name: str) -> int:
@@ -111,7 +112,8 @@ def make_job(run: Run) -> SupervisedJob | PretrainJob:
     """The job that those of the trials are made of.   Raises: DataError for images that cannot judge the trials."""
     config, data, folder = run.arguments.config, run.arguments.data, run.folder.path
     if isinstance(config, SupervisedConfig):
-        kind: type[SupervisedJob] = SegmentationJob if isinstance(config, SegmentConfig) else ClassificationJob
+        kinds: dict[type, type[SupervisedJob]] = {SegmentConfig: SegmentationJob, DetectConfig: DetectionJob}
+        kind = kinds.get(type(config), ClassificationJob)
         data, pretrained = data or kind.default_data, run.record.pretrained
         source, validation = open_for_training(data, run.data_folder, HELDOUT_IMAGES)
         return run.record_data(kind.of(config, source, validation, data=data, folder=folder, pretrained=pretrained))
@@ -164,7 +166,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
     if pretrains != space.pretrains:
         raise ValueError(
             f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
-            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss, segmentation val/miou and val/loss."
+            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss, segmentation val/miou and val/loss, "
+            "detection val/box_ap and val/mask_ap."
         )
     if pretrains and (arguments.pretrained or arguments.register_model):
         raise ValueError(

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mixmae.data.images.augment import AugmentConfig, BaseAugmentConfig
 from mixmae.data.images.decode import MODES
+from mixmae.data.images.detect_augment import DetectAugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
 from mixmae.data.images.segment_augment import SegmentAugmentConfig
 from mixmae.data.stream_config import StreamConfig
+from mixmae.detection.config import DetectorConfig
 from mixmae.encoders.build import EncoderConfig, config_at_size, config_from_json, config_to_json
 from mixmae.encoders.swin import SwinConfig
 from mixmae.methods.build import MethodConfig
@@ -215,7 +217,22 @@ class FinetuneConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(SupervisedConfig):
+class DenseConfig(SupervisedConfig):
+    """What runs have in common that learn from what is known about the pixels of an image."""
+
+    def adapted(self, own: EncoderConfig) -> EncoderConfig:
+        """As of all runs, but for a Swin of the recipe's widths and depths with the recipe's windows."""
+        wanted = self.encoder
+        if isinstance(own, SwinConfig) and isinstance(wanted, SwinConfig):
+            names = ("window_sizes", "wide_blocks", "wide_window")
+            alike = ("embed_dim", "depths", "num_heads", "shift")
+            if all(getattr(own, name) == getattr(wanted, name) for name in alike):
+                own = replace(own, **{name: getattr(wanted, name) for name in names})
+        return replace(own, image_size=self.augment.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(DenseConfig):
     """All that decides what a segmentation run computes; the defaults are those of ADE20K."""
 
     augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
@@ -241,16 +258,6 @@ class SegmentConfig(SupervisedConfig):
                 f"augment.image_size ({min(self.augment.size)})."
             )
 
-    def adapted(self, own: EncoderConfig) -> EncoderConfig:
-        """As of all runs, but for a Swin of the recipe's widths and depths with the recipe's windows."""
-        wanted = self.encoder
-        if isinstance(own, SwinConfig) and isinstance(wanted, SwinConfig):
-            names = ("window_sizes", "wide_blocks", "wide_window")
-            alike = ("embed_dim", "depths", "num_heads", "shift")
-            if all(getattr(own, name) == getattr(wanted, name) for name in alike):
-                own = replace(own, **{name: getattr(wanted, name) for name in names})
-        return replace(own, image_size=self.augment.image_size)
-
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""
         share = super().share(num_workers=num_workers, rank=rank)
@@ -260,6 +267,30 @@ class SegmentConfig(SupervisedConfig):
                 "--loop.micro-batch-size or --workers, or give --head.norm group."
             )
         return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(DenseConfig):
+    """All that decides what a detection run computes; the defaults are those of COCO."""
+
+    augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
+    """Scale, crop and flip of the training images, together with their objects."""
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    """What stands on the encoder."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=8e-5, weight_decay=0.1, layer_decay=0.85, layer_decay_rule="timm", betas=(0.9, 0.999)
+        )
+    )
+    """Optimiser; layer_decay lowers the learning rate from the heads down to the stem."""
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(epochs=55, warmup_epochs=0.25, batch_size=64, schedule="step")
+    )
+    """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.detector.strides(self.encoder.strides)
 
 
 RESUMABLE = frozenset(

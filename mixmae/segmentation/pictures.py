@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mixmae.panels import palette
 from mixmae.segmentation.step import IGNORE
 
 Uint8Array = NDArray[np.uint8]
@@ -21,19 +20,6 @@ _IGNORED = (255, 255, 255)
 _RIGHT, _WRONG = (235, 235, 235), (214, 39, 40)
 _OPACITY = 0.6
 _MOST_NAMES = 24
-
-
-def palette(class_names: Sequence[str]) -> Uint8Array:
-    """A colour for each class, which its name alone decides: the same in all pictures of all runs.
-
-    Returns: (256, 3) uint8; classes without a name, and IGNORE, are white.
-    """
-    colours = np.full((256, 3), _IGNORED, dtype=np.uint8)
-    for index, name in enumerate(class_names):
-        first, second, third = hashlib.blake2b(name.encode(errors="backslashreplace"), digest_size=3).digest()
-        rgb = colorsys.hsv_to_rgb(first / 256, 0.45 + 0.5 * second / 256, 0.55 + 0.4 * third / 256)
-        colours[index] = np.round(255 * np.array(rgb))
-    return colours
 
 
 def overlay(pixels: Uint8Array, indices: Uint8Array, colours: Uint8Array) -> Image.Image:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from mixmae.jobs.config import PretrainConfig
 from pipelines.recipes.demo import demo
+from pipelines.recipes.detect import DETECT_RECIPES
 from pipelines.recipes.finetune import FINETUNE_RECIPES
 from pipelines.recipes.linear_probe import LINEAR_PROBE_RECIPES
 from pipelines.recipes.mae import mae_vit_base_1600ep, mae_vit_large_1600ep
@@ -41,6 +42,7 @@ from pipelines.recipes.simmim import (
 from pipelines.recipes.small import SMALL_RECIPES
 
 __all__ = [
+    "DETECT_RECIPES",
     "FINETUNE_RECIPES",
     "LINEAR_PROBE_RECIPES",
     "PRETRAIN_RECIPES",
