@@ -18,6 +18,7 @@ from PIL import Image
 
 from mixmae.data.chunks import Int64Array, group_by_chunk
 from mixmae.data.images.decode import DecodeError, Uint8Array, image_size, jpeg_orientation, turn
+from mixmae.data.rle import decode_rle, encode_rle
 from mixmae.data.source import DataError, Source
 
 IGNORE = 255
@@ -126,32 +127,84 @@ def with_maps(source: Source) -> DenseSource:
 
 
 def fitted(truth: Truth, original: bytes, stored: bytes) -> Truth:
-    """The class-index map of an image as it is stored: turned and shrunk with it.
+    """What is known about an image as it is stored: turned and shrunk with it.
 
-    A map drawn on the pixels of a photo that its EXIF orientation turns by a quarter has the other sides: it is turned,
-    too. Where both have the same sides, it is taken to be upright.
+    What was drawn on the pixels of a photo that its EXIF orientation turns by a quarter has the other sides: it is
+    turned, too. Where both have the same sides, it is taken to be upright.
 
-    Args: original: the image file that the map is for.  stored: the one that takes its place, perhaps smaller.
-    Returns: a truth with a `problem` where map and image do not belong together; without a map the same.
+    Args: original: the image file that it is for.  stored: the one that takes its place, perhaps smaller.
+    Returns: a truth with a `problem` where the two do not belong together.
     """
-    if not truth.segmentation or truth.objects is not None:
+    if not truth.segmentation and truth.objects is None:
         return truth
     try:
         size, wanted = image_size(original), image_size(stored)
     except DecodeError:
         return truth  # the image is counted as broken
-    with Image.open(io.BytesIO(truth.segmentation)) as image:
-        indices = np.array(image)
     orientation = jpeg_orientation(original) if original[:2] == b"\xff\xd8" else 1
+    try:
+        indices = _fitted_map(truth.segmentation, size, wanted, orientation) if truth.segmentation else b""
+        objects = None if truth.objects is None else _fitted_objects(truth, truth.objects, size, wanted, orientation)
+    except DecodeError as error:
+        return replace(truth, segmentation=b"", objects=None, problem=str(error))
+    return replace(truth, segmentation=indices, objects=objects, size=wanted)
+
+
+def _fitted_map(content: bytes, size: tuple[int, int], wanted: tuple[int, int], orientation: int) -> bytes:
+    """A map of an image of `size`, turned and shrunk.   Raises: DecodeError if it is of another size."""
+    with Image.open(io.BytesIO(content)) as image:
+        indices = np.array(image)
     if indices.shape != size and indices.shape == size[::-1] and orientation >= 5:
         indices = np.ascontiguousarray(turn(indices[..., None], orientation)[..., 0])
     if indices.shape != size:
         there, here = (f"{height} x {width}" for height, width in (indices.shape, size))
-        return replace(truth, segmentation=b"", problem=f"its mask is of {there} pixels and the image of {here}")
+        raise DecodeError(f"its mask is of {there} pixels and the image of {here}")
     if wanted != size:
-        resized = Image.fromarray(indices).resize((wanted[1], wanted[0]), Image.Resampling.NEAREST)
-        indices = np.array(resized)
-    return replace(truth, segmentation=encode_map(indices), size=wanted)
+        indices = np.array(Image.fromarray(indices).resize((wanted[1], wanted[0]), Image.Resampling.NEAREST))
+    return encode_map(indices)
+
+
+def _fitted_objects(
+    truth: Truth, objects: Objects, size: tuple[int, int], wanted: tuple[int, int], orientation: int
+) -> Objects:
+    """Objects of an image of `size`, turned and shrunk.   Raises: DecodeError if they are for another size."""
+    lying = truth.size != size and truth.size == size[::-1] and orientation >= 5
+    if truth.size != size and not lying and len(objects.labels):
+        there, here = (f"{height} x {width}" for height, width in (truth.size, size))
+        raise DecodeError(f"its objects are for an image of {there} pixels, and it has {here}")
+    if (not lying and wanted == size) or not len(objects.labels):
+        return objects
+    boxes = _turned_boxes(objects.boxes, truth.size, orientation) if lying else objects.boxes
+    factors = (wanted[1] / size[1], wanted[0] / size[0])
+
+    def moved(counts: bytes) -> bytes:
+        mask = decode_rle(counts, truth.size)
+        if lying:
+            mask = turn(mask[..., None].view(np.uint8), orientation)[..., 0].view(np.bool_)
+        if wanted != size:
+            picture = Image.fromarray(np.ascontiguousarray(mask)).resize(
+                (wanted[1], wanted[0]), Image.Resampling.NEAREST
+            )
+            mask = np.asarray(picture)
+        return encode_rle(mask)
+
+    return replace(
+        objects,
+        boxes=(boxes * np.array([*factors, *factors])).astype(np.float32),
+        areas=(objects.areas * factors[0] * factors[1]).astype(np.float32),
+        masks=tuple(moved(counts) if counts else b"" for counts in objects.masks),
+    )
+
+
+def _turned_boxes(boxes: NDArray[np.float32], size: tuple[int, int], orientation: int) -> NDArray[np.float32]:
+    """Boxes on an image (h, w) as `turn` turns it, for the orientations that exchange its sides."""
+    height, width = size
+    x0, y0, x1, y1 = boxes[:, 1], boxes[:, 0], boxes[:, 3], boxes[:, 2]  # exchanged: the image is height wide
+    if orientation in (6, 7):
+        x0, x1 = height - x1, height - x0
+    if orientation in (7, 8):
+        y0, y1 = width - y1, width - y0
+    return np.stack([x0, y0, x1, y1], axis=1)
 
 
 def encode_map(indices: Uint8Array) -> bytes:
