@@ -17,7 +17,7 @@ from mixmae.data.channels import check_channels
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.truth import read_truths
-from mixmae.detection.coco import DetectionScores, score_detections
+from mixmae.detection.coco import DetectionScores, confusion, score_detections
 from mixmae.detection.pictures import draw_objects
 from mixmae.jobs.detecting import Finder
 from mixmae.jobs.detection import (
@@ -66,12 +66,12 @@ def evaluate_detection(finder: Finder, source: Source, model: Path, folder: Path
     scores = score_detections(truths, predictions, finder.class_names, numbers, masks=finder.model.config.masks)
     if not scores.figures:
         raise DataError(f"no image of {source.name} has an object: there is nothing to judge by.")
-    mistakes = [
-        (score_detections([truth], own, finder.class_names, numbers, masks=False).confusion, row)
-        for truth, row in zip(truths, sorted(found), strict=True)
-        if (own := [item for item in predictions if item["image_id"] == truth.image_id]) or len(truth.labels)
-    ]
-    worst = sorted(((int(counts.sum() - counts.trace()), row) for counts, row in mistakes), reverse=True)[:WORST]
+    mistakes = []
+    for truth, row in zip(truths, sorted(found), strict=True):
+        own = [{**item, "image_id": truth.image_id} for item in found[row]]
+        counts = confusion([truth], own, numbers)
+        mistakes.append((int(counts.sum() - counts.trace()), row))
+    worst = sorted(mistakes, reverse=True)[:WORST]
     wrong = np.array(sorted(row for count, row in worst if count), dtype=np.int64)
     if len(wrong):
         shown = [
@@ -111,7 +111,8 @@ def evaluate_predictions(file: Path, source: Source, folder: Path) -> int:
     try:
         predictions = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the predictions {file} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"the predictions {file} cannot be read: {reason}") from error
     truths, _ = truths_of(dense, {row: [] for row in _known_rows(dense)})
     names = known.objects or ()
     scores = score_detections(truths, predictions, names, category_ids(known))

@@ -55,8 +55,9 @@ SHOWN_CLASSES = 60
 class Arguments:
     """The command line: what to judge, and on what."""
 
-    model: tyro.conf.Positional[Path]
-    """A finetuning run's folder or checkpoint, or a classifier in any known format."""
+    model: tyro.conf.Positional[Path | None] = None
+    """A finetuning run's folder or checkpoint, or a classifier in any known format. Not needed with --predictions and
+    --data."""
     weights_key: str | None = None
     """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     data: str | None = None
@@ -80,6 +81,8 @@ def evaluate(arguments: Arguments) -> int:
     """Judge the model and write the results.   Returns: the process's exit status."""
     if arguments.predictions is not None:
         return evaluate_predictions(arguments.predictions, _open(arguments), output_folder(arguments))
+    if arguments.model is None:
+        raise ValueError("say what to judge: a model, or detections with --predictions FILE.")
     if is_detection(arguments.model):
         finder = load_finder(arguments.model, device=arguments.device)
         return evaluate_detection(finder, _open(arguments), arguments.model, output_folder(arguments))
@@ -125,8 +128,10 @@ def evaluate(arguments: Arguments) -> int:
 
 def output_folder(arguments: Arguments) -> Path:
     """The folder for tables and pictures, which is made."""
-    run = run_around(arguments.model)
-    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
+    judged = arguments.model or arguments.predictions
+    assert judged is not None
+    run = run_around(judged)
+    folder = arguments.output or Path("evaluations") / (run.name if run else judged.resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -154,7 +159,7 @@ def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
 
 
 def _open(arguments: Arguments) -> Source:
-    run = run_around(arguments.model)
+    run = run_around(arguments.model) if arguments.model else None
     if run is not None and arguments.split is None:
         trained_on = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["source"]
         if trained_on == "built-in":  # an earlier version's name of it

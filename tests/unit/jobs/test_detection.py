@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mixmae.convert import load_encoder
 from mixmae.data.rle import decode_rle
@@ -297,3 +298,76 @@ def test_it_learns_eight_scenes_by_heart(tmp_path):
     figures = job.evaluate(model.eval(), rank=0, num_workers=1)
     assert figures["val/box_ap50"] > 0.9
     assert figures["val/mask_ap50"] > 0.8
+
+
+def saved(tmp_path: Path, source: Source) -> tuple[DetectionJob, torch.nn.Module, Path]:
+    """An untrained run that finds something, and its checkpoint."""
+    job = job_on(source, tmp_path / "run", **{"detector.score_threshold": 0.0})
+    model = build_seeded(job).eval()
+    folder = tmp_path / "run/checkpoints/step_0000001"
+    save_checkpoint(folder, model=model, optimizer=None, state=job.describe() | {"position": vars(TrainState(step=1))})
+    (tmp_path / "run/run.json").write_text(json.dumps({"data": {"source": "scenes"}}))
+    return job, model, folder
+
+
+def test_a_set_is_scored(tmp_path, monkeypatch, capsys):
+    """pipelines/evaluate.py on a run, whose detections are then scored as if they were somebody else's."""
+    from pipelines.evaluate import main
+
+    job, model, folder = saved(tmp_path, scenes(tmp_path / "set", 6, broken=2))
+    knowing(job, monkeypatch, shift=2.0)
+    output = tmp_path / "out"
+    data = ["--data", str(tmp_path / "set"), "--split", "train"]
+    assert main([str(folder), *data, "--output", str(output)]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    expected = job.evaluate(model, rank=0, num_workers=1)
+    assert {f"val/{name}": metrics[name] for name in ("box_ap", "mask_ap", "box_ap_small")}.items() <= expected.items()
+    assert (metrics["num_judged"], metrics["num_broken"]) == (5, 1)
+    assert len(list(csv.DictReader((output / "classes.csv").open()))) == 6
+    theirs = ["--predictions", str(output / "predictions.json"), *data, "--output", str(tmp_path / "theirs")]
+    assert main(theirs) == 0
+    assert json.loads((tmp_path / "theirs/metrics.json").read_text())["mask_ap"] == metrics["mask_ap"]
+    for arguments, words in (
+        ([*theirs[:1], str(tmp_path / "gone.json"), *theirs[2:]], "gone.json cannot be read: No such file"),
+        (data, "say what to judge"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_the_images_with_most_mistakes_are_shown(tmp_path):
+    from pipelines.evaluate import main
+
+    _, _, folder = saved(tmp_path, scenes(tmp_path / "set", 6))
+    output = tmp_path / "out"
+    assert main([str(folder), "--data", str(tmp_path / "set"), "--split", "train", "--output", str(output)]) == 0
+    assert Image.open(output / "worst.png").size[1] > 500
+
+
+def test_objects_are_found_in_any_images(tmp_path):
+    from pipelines.predict import main
+
+    job, model, _ = saved(tmp_path, scenes(tmp_path / "set", 4))
+    photos = tmp_path / "photos/deep"
+    photos.mkdir(parents=True)
+    for index in range(3):
+        (photos / f"{index}.jpg").write_bytes(draw(0, 50 + index).jpeg)
+    (photos / "bad.jpg").write_bytes(b"no image")
+    output = tmp_path / "out"
+    assert main([str(tmp_path / "run"), str(tmp_path / "photos"), "--output", str(output)]) == 0
+    rows = json.loads((output / "predictions.json").read_text())
+    listed = json.loads((output / "images.json").read_text())
+    assert len(listed["images"]) == 3
+    assert [item["name"] for item in listed["categories"]] == list(CLASS_NAMES)
+    names = {item["id"]: item["file_name"] for item in listed["images"]}
+    finder = finder_of(model, job.config, job.classes, job.category_ids)
+    for number, name in names.items():
+        pixels = np.asarray(Image.open(tmp_path / "photos" / name))
+        (expected,) = finder.find([pixels])
+        own = [row for row in rows if row["image_id"] == number]
+        assert len(own) == len(expected.scores)
+        assert own[0]["bbox"][:2] == pytest.approx(expected.boxes[0, :2].tolist(), abs=0.02)
+        assert (output / "overlays" / name).with_suffix(".png").is_file()
+    table = list(csv.DictReader((output / "predictions.csv").open()))
+    assert [bool(row["problem"]) for row in table].count(True) == 1

@@ -64,13 +64,13 @@ class TestCoco:
     def test_boxes_masks_and_numbers(self, tmp_path):
         rle = np.zeros((HEIGHT, WIDTH), dtype=bool)
         rle[2:6, 3:9] = True
-        runs = encode_rle(rle).decode()
+        runs = {"size": [HEIGHT, WIDTH], "counts": encode_rle(rle).decode()}
         coco(
             tmp_path,
             ["a.jpg", "b.jpg"],
             [
                 {"bbox": [10, 5, 20, 20], "segmentation": [TRIANGLE], "area": 200},
-                {"image_id": 11, "category_id": 90, "bbox": [3, 2, 6, 4], "segmentation": {"size": [HEIGHT, WIDTH], "counts": runs}},
+                {"image_id": 11, "category_id": 90, "bbox": [3, 2, 6, 4], "segmentation": runs},
                 {"image_id": 11, "bbox": [0, 0, 60, 40], "iscrowd": 1,
                  "segmentation": {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}},
                 {"image_id": 11, "bbox": [1.5, 2.5, 10, 20]},
