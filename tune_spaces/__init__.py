@@ -9,6 +9,7 @@ from tune_spaces import (
     demo,
     demo_pretrain,
     finetune,
+    segment,
     wide,
     wide_optuna,
 )
@@ -18,6 +19,7 @@ SPACES: dict[str, Space] = {
     "demo": demo.SPACE,
     "demo_pretrain": demo_pretrain.SPACE,
     **finetune.SPACES,
+    **segment.SPACES,
     "wide": wide.SPACE,
     "wide_optuna": wide_optuna.SPACE,
     "ablate_num_images": ablate_num_images.SPACE,
