@@ -55,6 +55,7 @@ def test_boxes_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = decode_boxes(offsets.bfloat16(), anchors, RPN_WEIGHTS)
     assert rounded.dtype == torch.float32
+    assert encode_boxes(anchors.bfloat16(), anchors.bfloat16(), RPN_WEIGHTS).dtype == torch.float32
     assert (rounded - exact).abs().max() < 0.5
 
 

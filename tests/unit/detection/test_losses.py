@@ -28,6 +28,13 @@ def test_a_region_shows_the_part_of_its_object():
     assert quarter[:, 4:].max() == 0
 
 
+def test_a_point_belongs_to_an_object_that_covers_half_of_it():
+    """Points of 4 x 4 px; the object ends after 13 px, and after 14 px."""
+    for left, covered in ((3.0, 3), (2.0, 4)):
+        (seen,) = mask_targets(striped(), torch.tensor([[left, 0.0, left + 32, 32.0]]), torch.tensor([0]), 8)
+        assert seen[0].sum() == covered
+
+
 def test_masks_are_judged_in_the_channel_of_their_class():
     target = striped()
     logits = torch.zeros(2, 3, 8, 8)

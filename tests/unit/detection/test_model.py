@@ -156,6 +156,7 @@ def test_encoders_without_a_pyramid_are_refused():
 
 def test_draws_depend_on_the_image_and_not_on_its_batch():
     model = tiny_detector()
+    nn.init.normal_(model.rpn.head.cls_logits.weight, std=10.0)  # anchors that differ, so that the choice tells
     images = noise_images(2)
     targets = [target((10, 10, 40, 50)), target((30, 20, 90, 80), (5, 60, 30, 90), labels=[1, 2])]
 
@@ -206,8 +207,11 @@ def test_a_perfect_head_finds_the_objects():
     scores = torch.full((4, 4), -9.0)
     scores[[0, 1, 2, 3], [1, 3, 1, 3]] = torch.tensor([9.0, 8.0, 5.0, 5.0])
     model.roi_heads.boxes = lambda regions: (scores, torch.zeros(4, 4, 4))
+    channels = torch.tensor([-9.0, 2.0, -9.0, 3.0])  # of background and the three classes
+    model.roi_heads.masks = lambda regions: channels[:, None, None].expand(len(regions), 4, 28, 28)
     (found,) = model.detect(noise_images(1), [(96, 96)])
     assert found.labels.tolist() == [0, 2]
+    torch.testing.assert_close(found.masks[:, 0, 0], torch.tensor([2.0, 3.0]).sigmoid())
     assert torch.equal(found.boxes, boxes)
     assert found.masks.shape == (2, 28, 28)
     assert found.scores[0] > found.scores[1] > 0.99
