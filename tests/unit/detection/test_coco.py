@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,22 @@ def test_size_classes_follow_the_area_of_the_mask():
     truths = [drawn(1, (0, 0, 0, 31, 31), (0, 40, 0, 73, 33))]
     assert {"box_ap_small", "box_ap_medium"} <= score_detections(truths, [], NAMES, CATEGORY_IDS).figures.keys()
     assert "box_ap_large" not in score_detections(truths, [], NAMES, CATEGORY_IDS).figures
+
+
+def test_a_thin_object_is_small_by_its_mask_though_its_box_is_not():
+    """Two bars across a box of 40 px, 400 of its 1,600 pixels. A mistake of that kind counts among small masks."""
+    thin = np.zeros((100, 120), dtype=np.bool_)
+    thin[10:15, 10:50], thin[45:50, 10:50] = True, True
+    elsewhere = np.roll(thin, (40, 60), axis=(0, 1))
+    box = np.array([[10, 10, 50, 50]], dtype=np.float32)
+    truth = replace(drawn(1, (0, 10, 10, 50, 50)), areas=np.array([400], np.float32), masks=(encode_rle(thin),))
+    one, two = (np.array([score], dtype=np.float32) for score in (0.5, 0.9))
+    label = np.zeros(1, dtype=np.int64)
+    rows = write_rows(1, box, one, label, [thin], CATEGORY_IDS)
+    rows += write_rows(1, box + np.float32([60, 40, 60, 40]), two, label, [elsewhere], CATEGORY_IDS)
+    figures = score_detections([truth], rows, NAMES, CATEGORY_IDS).figures
+    assert figures["mask_ap_small"] == pytest.approx(0.5)
+    assert "mask_ap_medium" not in figures
 
 
 def test_both_evaluators_agree():
