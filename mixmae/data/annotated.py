@@ -18,8 +18,8 @@ from mixmae.data.images.detect_augment import objects_of
 from mixmae.data.source import DataError, Sample, Source, read_rows
 from mixmae.data.truth import DenseClasses, DenseSource, Objects, Truth, dense_classes, read_truths
 
-LOOKED_AT = 64
-"""Images that are looked at when a run begins, spread over the set."""
+LOOKED_AT, COUNTED = 64, 2000
+"""Images that are decoded when a run begins, and images whose objects are counted, spread over the set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,33 +89,41 @@ def check_objects(source: DenseSource, is_hopeless: Callable[[int, int], bool], 
         object needs a mask.
     Raises: DataError, also if all objects are crowds.
     """
-    rows = np.unique(np.linspace(0, source.num_rows - 1, min(LOOKED_AT, source.num_rows)).astype(np.int64))
-    found = [item for batch in read_annotated(source, rows, channels=3, batch_size=16) for item in batch]
+    found = [
+        item
+        for batch in read_annotated(source, _spread(source, LOOKED_AT), channels=3, batch_size=16)
+        for item in batch
+    ]
     broken = [item for item in found if isinstance(item, BrokenRecord)]
     if is_hopeless(len(broken), len(found)):
         raise DataError(
             f"{len(broken)} of {len(found)} images of {source.name} that were looked at cannot be used, for example "
             f"{broken[0].where}: {broken[0].reason}; pack the set again from whole images (docs/detection.md)."
         )
-    truths = read_truths(source, np.arange(source.num_rows))
+    truths = read_truths(source, _spread(source, COUNTED))
     objects = [truth.objects for truth in truths if truth.objects is not None]
     num_objects, num_crowds = (
         sum(len(item.labels) for item in objects),
         sum(int(item.crowd.sum()) for item in objects),
     )
     if not num_objects:
-        raise DataError(f"no image of {source.name} has an object: there is nothing to learn.")
+        raise DataError(f"none of {len(truths)} images of {source.name} has an object: there is nothing to learn.")
     if num_crowds == num_objects:
         raise DataError(
-            f"all {num_objects} objects of {source.name} are crowds (iscrowd = 1), which nothing is learnt from: set "
-            "iscrowd to 0 for single objects, and pack the set again."
+            f"all {num_objects} objects in {len(truths)} images of {source.name} are crowds (iscrowd = 1), which "
+            "nothing is learnt from: set iscrowd to 0 for single objects, and pack the set again."
         )
     bare = sum(not mask for item in objects for mask in item.masks)
     if masks and bare:
         raise DataError(
-            f"{bare} of the {num_objects} objects of {source.name} have a box and no mask: give --detector.no-masks to "
-            "learn boxes alone, or annotate masks."
+            f"{bare} of {num_objects} objects in {len(truths)} images of {source.name} have a box and no mask: give "
+            "--detector.no-masks to learn boxes alone, or annotate masks."
         )
+
+
+def _spread(source: Source, count: int) -> Int64Array:
+    """Rows of a source, as far apart as there is room for."""
+    return np.unique(np.linspace(0, source.num_rows - 1, min(count, source.num_rows)).astype(np.int64))
 
 
 def distinct_ids(truths: Sequence[Truth]) -> list[int]:
