@@ -46,11 +46,13 @@ FINETUNES = $(shell $(BIN)/python -c 'from tune_spaces import SPACES; "$(SPACE)"
 sweep: $(READY)  ## try the settings of SPACE (default: the demo, 6 short trials of finetuning the same checkpoint)
 	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(FINETUNES),--pretrained "$(PRETRAINED)" --register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
+# One process for the tests that start Ray, and one for each other core, up to three, for the rest (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 test: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY)  ## all tests that need no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

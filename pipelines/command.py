@@ -6,11 +6,14 @@ Exit status: 0 done, 1 it cannot be done (the sentence on stderr says why and wh
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -130,10 +133,41 @@ def _flag(word: str) -> str:
 
 def _parse(arguments_type: type[ArgumentsT], argv: list[str], **options: Any) -> ArgumentsT:
     words = [FORMER_FLAGS[flag] + word[len(flag) :] if (flag := _flag(word)) in FORMER_FLAGS else word for word in argv]
+    said = io.StringIO()
     try:
-        return tyro.cli(arguments_type, args=words, **options)
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(arguments_type, args=words, **options)
     except ValueError as error:  # of a dataclass's own check
         fail(error, code=2)
+    except BrokenPipeError:
+        _end_unread()
+    except SystemExit:
+        # tyro puts the error of a part's own check into a box, where it names fields and not flags.
+        text = " ".join(said.getvalue().replace("│", " ").split())
+        if check := re.search(r"Error parsing ([\w.]+): (.*?) (?:[─╰]|-{5})", text):
+            fail(_with_flags(check[2], check[1], options.get("default")), code=2)
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _with_flags(text: str, path: str, default: object) -> str:
+    """Write the names of fields in a dataclass's own error as the flags they are.
+
+    Args: path: of the dataclass in the arguments, such as config.encoder.  default: the arguments' defaults.
+    """
+    for name in path.split("."):
+        default = getattr(default, name, None)
+    fields = {field.name for field in dataclasses.fields(default)} if dataclasses.is_dataclass(default) else set()
+    prefix = path.removeprefix("config.")
+    return re.sub(
+        r"\b\w+\b", lambda word: f"--{prefix}.{word[0].replace('_', '-')}" if word[0] in fields else word[0], text
+    )
+
+
+def _end_unread() -> NoReturn:
+    """End as a shell reports a program that the signal SIGPIPE ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+    raise SystemExit(141)
 
 
 def _run(action: Callable[[], int]) -> int:
@@ -144,8 +178,7 @@ def _run(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
-        raise SystemExit(141) from None  # as a shell reports a program that the signal SIGPIPE ended
+        _end_unread()
     except WorkersFailed as error:
         fail(
             f"{error}\nThe worker's log with the whole trace is below the session's folder logs/train (see Ray's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -78,7 +79,9 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, monkeypatch)
     with torch.no_grad():
         model.head.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
     whole = job.evaluate(model, rank=0, num_workers=1)
-    assert [record.reason for record in job.left_out(rank=0)] == ["it has no mask"]
+    assert [record.reason for record in job.left_out(rank=0)] == [
+        "it has no mask that can be used (manifest.json of the shards says why)"
+    ]
 
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(segmentation.dist, "all_reduce", lambda sums: parts.append(sums.clone()))
@@ -290,3 +293,46 @@ def test_a_set_is_scored(tmp_path):
     assert (metrics["num_judged"], metrics["num_broken"]) == (5, 1)
     assert len(list(csv.DictReader((output / "classes.csv").open()))) == 7
     assert Image.open(output / "worst.png").size[1] > 300
+
+
+def test_a_folder_as_ade20k_unpacks_is_packed_and_trained_on(tmp_path):
+    """With a missing mask, a label too many, a broken image, and a photo that is turned by its EXIF orientation."""
+    from mixmae.data.prepare import open_for_training
+
+    root = tmp_path / "ADEChallengeData2016"
+    for split, short, count in (("training", "train", 12), ("validation", "val", 6)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            scene = draw(0, index)
+            name = f"ADE_{short}_{index:08d}"
+            (root / "images" / split / f"{name}.jpg").write_bytes(scene.jpeg)
+            indices = np.asarray(Image.open(io.BytesIO(scene.truth.segmentation)))
+            Image.fromarray(indices + 100 * (short == "val" and index == 1)).save(
+                root / "annotations" / split / f"{name}.png"
+            )
+    (root / "annotations/training/ADE_train_00000002.png").unlink()
+    (root / "images/training/ADE_train_00000003.jpg").write_bytes(b"no image")
+    wrong = root / "annotations/training/ADE_train_00000004.png"
+    Image.fromarray(np.full_like(np.asarray(Image.open(wrong)), 200)).save(wrong)
+    turned, exif = root / "images/validation/ADE_val_00000000.jpg", Image.Exif()
+    exif[0x0112] = 8
+    with Image.open(turned) as image:
+        image.load()
+        image.save(turned, exif=exif, quality=90)
+
+    source, validation = open_for_training(str(root), tmp_path / "data", 1000)
+    assert (source.num_rows, validation.num_rows) == (11, 6)
+    config = changed(small(), {"loop.max_broken_fraction": 0.5, "loop.steps": 2})
+    job = SegmentationJob.of(config, source, validation, data=str(root), folder=tmp_path, pretrained=None)
+    assert job.num_classes == 150
+    assert any("images have no mask" in note.what for note in job.account.notes)
+    model = build_seeded(job)
+    broken = [record for batch in batches_of(job, 4) for record in batch.broken]
+    assert {record.reason.partition(" that")[0] for record in broken} == {"it has no mask", "not an image"}
+    train_in_process(job, model)
+    figures = job.evaluate(model.eval(), rank=0, num_workers=1)
+    assert 0 <= figures["val/miou"] < 0.5
+    assert not job.left_out(rank=0)  # the turned photo and the large class can be used
+    height, width = draw(0, 0).truth.size
+    assert (width, height) in {pair.indices.shape for pair in job._shown}

@@ -53,6 +53,27 @@ def test_a_size_of_the_encoder_that_has_no_effect_is_refused(capsys):
     assert parsed("--augment.image-size", "64").config.sized_encoder().image_sides == (64, 64)
 
 
+def test_a_part_that_does_not_fit_is_refused_with_its_flags(capsys):
+    for argv, sentence in (
+        (["--encoder.num-heads", "3", "4", "4"], "change --encoder.embed-dim or --encoder.num-heads"),
+        (["--encoder.patch-px", "3"], "--encoder.patch-px must be one of 1, 2, 4, 8, got 3"),
+        (["--loop.batch-size", "0"], "--loop.batch-size is 0: it must be above 0."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parsed(*argv)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said.startswith("error: ")
+        assert said.strip().endswith(sentence)
+
+
+def test_other_mistakes_are_explained_by_the_parser(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--loop.batch-size", "many")
+    assert stop.value.code == 2
+    assert "Global batch: images per optimiser step" in capsys.readouterr().err
+
+
 def replace_size(size: int) -> Arguments:
     """What both flags together give."""
     from dataclasses import replace
@@ -117,11 +138,13 @@ def test_what_cannot_be_printed_is_escaped(cats, tmp_path):
     assert r"br\xf6ken.jpg: not an image" in done.stdout
 
 
-def test_a_reader_that_goes_away_is_no_error(cats, tmp_path):
+@pytest.mark.parametrize("words", [("stats.py",), ("pretrain.py", "demo", "--help")])
+def test_a_reader_that_goes_away_is_no_error(words, cats, tmp_path):
     read, write = os.pipe()
     os.close(read)
+    given = (str(cats), "--output", str(tmp_path / "stats")) if words == ("stats.py",) else ()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "stats.py"), str(cats), "--output", str(tmp_path / "stats")],
+        [sys.executable, str(ROOT / "pipelines" / words[0]), *words[1:], *given],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE, check=False,
     )  # fmt: skip
     os.close(write)

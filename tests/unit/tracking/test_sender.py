@@ -126,7 +126,7 @@ def check(uri: str, folder: Path, num_steps: int, status: str = "FINISHED") -> A
     return found
 
 
-@pytest.mark.parametrize("how", ["killed", "standing still"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "standing still"])
 @pytest.mark.usefixtures("impatient")
 def test_away_at_the_start_in_the_middle_and_at_the_end(server, folder, capsys, how):
     """Three starts of one run: each begins, goes on and ends without MLflow, but for a moment in the middle of two."""
