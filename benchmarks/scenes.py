@@ -1,12 +1,12 @@
-"""What the demo's segmentation of scenes learns: from pretraining, from scratch, untrained, and from wrong labels.
+"""What the demo's dense tasks learn of scenes: from pretraining, from scratch, untrained, and from wrong labels.
 
-    python benchmarks/scenes.py --pretrained runs/demo [--seeds 0 1 2] [--steps N]
+    python benchmarks/scenes.py --pretrained runs/demo [--task detect] [--seeds 0 1 2] [--steps N]
 
-One core, in this process, with the recipe demo_segment. Arms: `pretrained` and `scratch`; `untrained`, the scratch
-model before its first step; `shuffled`, from pretraining on scenes whose classes change places, otherwise in each
-image: where objects are can be learnt, what they are cannot, so it must stay far below. All are judged on the true
-validation set. Prints a table and writes table.md and results.json; the same command again continues where it was
-interrupted.
+One core, in this process, with the recipe demo_segment or demo_detect. Arms: `pretrained` and `scratch`; `untrained`,
+the scratch model before its first step; `shuffled`, from pretraining on scenes whose classes change places, otherwise
+in each image: where objects are can be learnt, what they are cannot, so it must stay far below. All are judged on the
+true validation set. Prints a table and writes table.md (table_detect.md) and results.json; the same command again
+continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,14 +29,24 @@ from mixmae.data.order import permutation
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import RowRange, Source
 from mixmae.data.truth import Truth, decode_map, encode_map, with_maps
+from mixmae.jobs.detection import DetectionJob
 from mixmae.jobs.in_process import build_seeded, train_in_process
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.segmentation import SegmentationJob
+from mixmae.jobs.supervised import SupervisedJob
 from mixmae.writing import write_json, write_text
 from pipelines.command import command
+from pipelines.recipes.detect import demo_detect
 from pipelines.recipes.segment import demo_segment
 
 ARMS = ("pretrained", "scratch", "shuffled", "untrained")
+RECIPES: dict[str, Any] = {"segment": demo_segment, "detect": demo_detect}
+JOBS: dict[str, type[SupervisedJob]] = {"segment": SegmentationJob, "detect": DetectionJob}
+FIGURES = {
+    "segment": {"miou": "mIoU", "macc": "mean accuracy", "aacc": "pixel accuracy"},
+    "detect": {"box_ap": "AP", "box_ap50": "AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"},
+}
+"""What is reported of each task, under val/, and what it is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,8 @@ class Arguments:
 
     pretrained: Path
     """A pretraining run of the demo."""
+    task: Literal["segment", "detect"] = "segment"
+    """Classes of pixels, or objects."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own initial heads and order of images."""
     arms: tuple[str, ...] = ARMS
@@ -67,15 +79,19 @@ class ShuffledClasses(RowRange):
         for truth in super().read_truth(chunk, rows_in_chunk):
             table = np.arange(256, dtype=np.uint8)
             table[1:count] = 1 + permutation(count - 1, truth.image_id)
-            truths.append(replace(truth, segmentation=encode_map(table[decode_map(truth, truth.size, count)])))
+            objects = truth.objects
+            assert objects is not None
+            labels = table[1 + objects.labels].astype(np.int64) - 1  # the ground comes before the objects' classes
+            indices = encode_map(table[decode_map(truth, truth.size, count)])
+            truths.append(replace(truth, segmentation=indices, objects=replace(objects, labels=labels)))
         return truths
 
 
 def measure(arguments: Arguments, arm: str, seed: int, source: Source, validation: Source) -> dict[str, float]:
     """The figures of one run at its last step."""
-    usual = demo_segment()
+    usual = RECIPES[arguments.task]()
     config = replace(usual, loop=replace(usual.loop, seed=seed, steps=arguments.steps or usual.loop.steps))
-    folder, pretrained = arguments.output / f"{arm}-{seed}", None
+    folder, pretrained = arguments.output / f"{arguments.task}-{arm}-{seed}", None
     folder.mkdir(parents=True, exist_ok=True)
     if arm in ("pretrained", "shuffled"):
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, None)
@@ -83,11 +99,11 @@ def measure(arguments: Arguments, arm: str, seed: int, source: Source, validatio
         keep_initial(pretrained, weights, config, folder)
     if arm == "shuffled":
         source = ShuffledClasses(base=source, start=0, stop=source.num_rows)
-    job = SegmentationJob.of(config, source, validation, data=None, folder=folder, pretrained=pretrained)
+    job = JOBS[arguments.task].of(config, source, validation, data=None, folder=folder, pretrained=pretrained)
     model = build_seeded(job)
     if arm != "untrained":
         train_in_process(job, model)
-    return job.evaluate(model.eval(), rank=0, num_workers=1)
+    return dict(job.evaluate(model.eval(), rank=0, num_workers=1))
 
 
 def run(arguments: Arguments) -> int:
@@ -96,25 +112,36 @@ def run(arguments: Arguments) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     source, validation = open_for_training("scenes", arguments.output, 0)
     with_maps(source)
+    figures = FIGURES[arguments.task]
     file = arguments.output / "results.json"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            key = f"{arm} {seed} {arguments.steps or demo_segment().loop.steps}"
+            steps = arguments.steps or RECIPES[arguments.task]().loop.steps
+            key = " ".join([arm, str(seed), str(steps), *(["detect"] if arguments.task == "detect" else [])])
             if key not in results:
                 results[key] = measure(arguments, arm, seed, source, validation)
                 write_json(file, results)
-                print(f"{key}: mIoU {results[key]['val/miou']:.4f}", flush=True)
-    lines = ["| arm | mIoU % | mean accuracy % | pixel accuracy % | runs |", "| --- | --- | --- | --- | --- |"]
+                first, title = next(iter(figures.items()))
+                print(f"{key}: {title} {results[key][f'val/{first}']:.4f}", flush=True)
+    lines = [
+        f"| arm | {' | '.join(f'{title} %' for title in figures.values())} | runs |",
+        "| --- " * (len(figures) + 2) + "|",
+    ]
     for arm in arguments.arms:
-        runs = [value for key, value in results.items() if key.split()[0] == arm]
+        runs = [
+            value
+            for key, value in results.items()
+            if key.split()[0] == arm and key.endswith("detect") == (arguments.task == "detect")
+        ]
         cells = [
             f"{100 * statistics.mean(values):.1f} ± {100 * (statistics.stdev(values) if len(values) > 1 else 0):.1f}"
-            for values in ([run[f"val/{name}"] for run in runs] for name in ("miou", "macc", "aacc"))
+            for values in ([run[f"val/{name}"] for run in runs] for name in figures)
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     table = "\n".join(lines)
-    write_text(arguments.output / "table.md", table + "\n")
+    name = "table.md" if arguments.task == "segment" else "table_detect.md"
+    write_text(arguments.output / name, table + "\n")
     print(table)
     return 0
 
