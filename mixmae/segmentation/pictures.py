@@ -31,7 +31,7 @@ def palette(class_names: Sequence[str]) -> Uint8Array:
     colours = np.full((256, 3), _IGNORED, dtype=np.uint8)
     for index in range(len(class_names)):
         hue = (0.08 + _GOLDEN * index) % 1  # no two of the first dozens are near each other
-        rgb = colorsys.hsv_to_rgb(hue, (0.45, 0.85, 0.65)[index % 3], (0.55, 0.85, 1.0)[index % 3])
+        rgb = colorsys.hsv_to_rgb(hue, (0.35, 0.9, 0.6, 0.95)[index % 4], (0.5, 0.9, 1.0, 0.65)[index % 4])
         colours[index] = np.round(255 * np.array(rgb))
     return colours
 
