@@ -24,6 +24,7 @@ from mixmae.data.pairs import Pair, check_maps, read_pairs
 from mixmae.data.source import DataError, Source
 from mixmae.data.truth import dense_classes, with_maps
 from mixmae.encoders.build import build_encoder
+from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import SegmentConfig
 from mixmae.jobs.segmenter import Segmenter, segmenter_of
 from mixmae.jobs.supervised import SupervisedJob
@@ -73,6 +74,18 @@ class SegmentationJob(SupervisedJob):
     @property
     def uniform_loss(self) -> float:
         return super().uniform_loss * (1 + self.config.head.aux_weight)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Beside the encoder's, the parameters and MACs of the whole model, without the auxiliary head's MACs."""
+        with torch.device("meta"):
+            model = UPerNet(build_encoder(self.config.sized_encoder()), self.num_classes, self.config.head).eval()
+        size, channels = self.config.augment.image_size, self.config.encoder.in_channels
+        return {
+            **super().params,
+            "model_params_m": round(count_parameters(model) / 1e6, 3),
+            "model_gmacs": round(count_macs(model, size, in_channels=channels).total / 1e9, 3),
+        }
 
     @property
     def pictures(self) -> Mapping[str, str]:

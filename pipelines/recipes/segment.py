@@ -31,9 +31,9 @@ def demo_segment() -> SegmentConfig:
     return SegmentConfig(
         encoder=replace(pretraining.encoder, image_size=128),
         augment=SegmentAugmentConfig(image_size=128, shorter_px=128, longer_px=128, scale=(0.75, 1.5), photometric=0.0),
-        head=UPerNetConfig(channels=32, aux_channels=32, norm="group"),
-        optim=OptimConfig(lr=1e-3, layer_decay=0.9, layer_decay_rule="timm", betas=(0.9, 0.999)),
-        loop=LoopConfig(epochs=2, warmup_epochs=0.2, steps=500, batch_size=8, log_every_steps=50, schedule="poly"),
+        head=UPerNetConfig(channels=32, aux_channels=32, dropout=0.0, norm="group"),
+        optim=OptimConfig(lr=0.01, layer_decay=0.75, layer_decay_rule="timm", betas=(0.9, 0.999)),
+        loop=LoopConfig(epochs=2.4, warmup_epochs=0.24, steps=600, batch_size=8, log_every_steps=100, schedule="poly"),
         slide_stride=96,
     )
 

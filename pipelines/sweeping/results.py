@@ -138,10 +138,10 @@ def verdict(results: Sequence[TrialResult], metric: str, reference: Reference | 
     Source: the standard error of a share p of n images is sqrt(p (1 - p) / n), and of a difference of two of them
         sqrt(2) times as much. All trials are judged on the same images, which makes it smaller: this is an upper bound.
     """
-    is_share = "loss" not in metric
+    is_share = metric.endswith(("top1", "top5"))  # of images; an mIoU is none
     ranked = [result.metrics[metric] for result in results if result.is_ranked]
     sentences = []
-    if reference and (ranked[0] <= reference.value if is_share else ranked[0] >= reference.value):
+    if reference and (ranked[0] >= reference.value if "loss" in metric else ranked[0] <= reference.value):
         sentences.append(f"No trial is better than the reference ({reference.words}).")
     if not is_share:
         return " ".join(sentences)

@@ -132,6 +132,13 @@ def test_sets_of_other_classes(tmp_path, shards):
         job_on(open_source(shards("set", [0, 1, 2, 3] * 4)), tmp_path)
 
 
+def test_parameters_for_comparisons(tmp_path):
+    params = job_on(scenes(tmp_path / "set", 5), tmp_path).params
+    assert params["model_params_m"] > params["params_m"] > 0
+    assert params["model_gmacs"] > params["gmacs"] > 0
+    assert params["lr"] == 0.01
+
+
 def test_a_panel_shows_truth_and_prediction(tmp_path):
     job = job_on(scenes(tmp_path / "set", 20), tmp_path)
     panel, metrics = job.draw_panel(build_seeded(job).eval())
