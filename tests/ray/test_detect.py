@@ -35,14 +35,13 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert "Finished in" in finished.text
     state = finished.state
     assert state["classes"] == ["disc", "square", "triangle", "star", "ring", "plus"]
-    assert state["category_ids"] == [1, 2, 3, 4, 5, 6]
     assert 0 <= state["metrics"]["final/box_ap"] <= state["metrics"]["best/box_ap"]
     assert {"final/mask_ap", "final/box_ap_small"} <= state["metrics"].keys()
     assert [step for step, _ in finished.curve("val/box_ap")] == [6, 12, 18, 24]
     assert finished.curve("ap/disc")
     assert finished.curve("val_ema/box_ap")
     assert finished.curve("train/proposal_recall")
-    assert finished.curve("train/loss/mask")
+    assert finished.curve("loss/mask")
     assert len(list((finished.output / "panels").glob("*.png"))) == 4
     assert len((finished.output / "classes.csv").read_text().splitlines()) == 7
     predictions = json.loads((finished.output / "predictions.json").read_text())
@@ -56,8 +55,8 @@ def test_two_workers_begin_with_the_same_losses_and_an_interruption_changes_noth
     assert done.returncode == 0, done.stdout + done.stderr
     two = Finished(both, finished.server, finished.arguments, done.stdout)
     # Later ones may differ more: a proposal that is chosen or not, by a rounding, changes a step.
-    for name in ("loss", "loss/rpn_obj", "loss/cls", "loss/mask"):
-        (_, one), (_, other) = (run_.curve(f"train/{name}")[0] for run_ in (finished, two))
+    for name in ("train/loss", "loss/rpn_obj", "loss/cls", "loss/mask"):
+        (_, one), (_, other) = (run_.curve(name)[0] for run_ in (finished, two))
         assert one == pytest.approx(other, rel=1e-4), name
 
     parts = base / "parts"
