@@ -12,6 +12,7 @@ Three choices keep it from standing still on few CPUs:
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -84,7 +85,7 @@ class TrainStream:
         store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / share.num_workers)
         image_bytes = channels * augment.size[0] * augment.size[1]
         target = _block_images(self._config, image_bytes, store_bytes)
-        self._edges = _block_edges(start_step * share.images, stop_step * share.images, share.micro_batch, target)
+        self._edges = _block_edges(start_step, stop_step, share, target)
         self._concurrency, self._task_cpus, threads = _task_shape(self._config, share.num_workers)
         self._load = _loader(source, augment, plan.seed, channels, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
@@ -97,16 +98,20 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         waiting: list[Block] = []
+        sizes = itertools.cycle(self._share.micro_batches)
+        size = next(sizes)
         try:
             for block in self._blocks():
                 waiting.append(block)
                 count = sum(len(held.rows) for held in waiting)
-                if count % self._share.micro_batch:
+                if count < size:
                     continue  # a micro-batch larger than a block comes in parts
                 whole = Block.join(waiting)
                 waiting = []
-                for start in range(0, count, self._share.micro_batch):
-                    yield _as_read_only_batch(whole.part(start, start + self._share.micro_batch))
+                start = 0
+                while start < count:
+                    yield _as_read_only_batch(whole.part(start, start + size))
+                    start, size = start + size, next(sizes)
         finally:
             self.close()
 
@@ -211,18 +216,28 @@ def _block_images(config: StreamConfig, image_bytes: int, store_bytes: float) ->
     return max(1, min(config.target_block_images, int(most_bytes / image_bytes)))
 
 
-def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArray[np.int64]:
-    """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one.
+def _block_edges(start_step: int, stop_step: int, share: WorkerShare, target: int) -> NDArray[np.int64]:
+    """Where blocks begin among the images of a worker, counted from step 0: whole steps, whole micro-batches of one
+    step, or equal parts of a micro-batch.
 
     Args: target: images per block, at most.
     """
-    if micro_batch <= target:
-        edges = np.arange(start, stop, target // micro_batch * micro_batch)
+    start, stop = start_step * share.images, stop_step * share.images
+    if start == stop:
+        return np.array([start], dtype=np.int64)
+    if share.images <= target:
+        edges = np.arange(start, stop, target // share.images * share.images)
     else:
-        parts = math.ceil(micro_batch / target)
-        inside = np.arange(parts) * micro_batch // parts
-        edges = (np.arange(start, stop, micro_batch)[:, None] + inside).ravel()
-    return np.append(edges, stop).astype(np.int64) if stop > start else np.array([start], dtype=np.int64)
+        inside = [0]
+        for first, last in itertools.pairwise(share.edges):
+            if last - inside[-1] > target and first > inside[-1]:
+                inside.append(first)
+            if last - first > target:
+                parts = math.ceil((last - first) / target)
+                inside += [first + part * (last - first) // parts for part in range(1, parts)]
+                inside.append(last)
+        edges = (np.arange(start, stop, share.images)[:, None] + np.setdiff1d(inside, [share.images])).ravel()
+    return np.append(edges, stop).astype(np.int64)
 
 
 def _loader(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mixmae.data.blocks import Block, BrokenRecord
@@ -32,15 +33,26 @@ def test_bad_arguments(write_shards):
         StreamConfig(prefetch_blocks=0)
 
 
-@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 40), st.integers(1, 60))
-def test_blocks_are_whole_micro_batches_or_parts_of_one(first, count, micro_batch, target):
-    start, stop = first * micro_batch, (first + count) * micro_batch
-    edges = _block_edges(start, stop, micro_batch, target)
+@given(
+    *(st.integers(0, 5), st.integers(0, 5), st.integers(1, 60), st.integers(1, 3), st.integers(1, 40)),
+    *(st.integers(1, 4), st.integers(0, 3), st.integers(1, 60)),
+)
+def test_blocks_are_whole_steps_or_micro_batches_or_parts_of_one(
+    first, count, blocks, block, micro, num_workers, rank, target
+):
+    assume(rank < num_workers <= blocks)
+    share = WorkerShare(
+        batch_size=blocks * block, block=block, micro_batch_size=micro * block, rank=rank, num_workers=num_workers
+    )
+    edges = _block_edges(first, first + count, share, target)
     sizes = np.diff(edges)
-    assert (edges[0], edges[-1]) == (start, stop)
+    assert (edges[0], edges[-1]) == (first * share.images, (first + count) * share.images)
     assert (sizes > 0).all()
     assert (sizes <= target).all()
-    assert set(range(start, stop, micro_batch)) <= set(edges) or (edges % micro_batch == 0).all()
+    ends = {step * share.images + edge for step in range(first, first + count) for edge in share.edges}
+    for start, stop in itertools.pairwise(edges.tolist()):
+        inside = [edge for edge in ends if start < edge < stop]
+        assert {start, stop} <= ends if inside else True  # a block of several micro-batches has whole ones
 
 
 def test_a_block_comes_through_the_object_store_as_it_was():

@@ -348,17 +348,12 @@ def test_a_continued_run_stops_soon_too():
     assert last.step == 1000
 
 
-def test_batches_that_cannot_be_cut_are_refused():
-    with pytest.raises(ValueError, match="shared equally by 3 workers"):
-        LoopConfig(batch_size=8, warmup_epochs=0).share(num_workers=3)
-    with pytest.raises(ValueError, match="multiple of the micro-batch of 3"):
-        LoopConfig(batch_size=8, micro_batch_size=3, warmup_epochs=0).share(num_workers=1)
-    assert LoopConfig(batch_size=8, micro_batch_size=2, warmup_epochs=0).share(num_workers=2).accumulation == 2
-
-
 @pytest.mark.parametrize(
     ("field_name", "value"),
-    [("epochs", 0), ("warmup_epochs", 601), ("steps", 0), ("batch_size", 0), ("max_broken_fraction", 1.5)],
+    [
+        *(("epochs", 0), ("warmup_epochs", 601), ("steps", 0), ("batch_size", 0), ("max_broken_fraction", 1.5)),
+        ("micro_batch_size", 0),
+    ],
 )
 def test_impossible_settings_are_refused(field_name, value):
     with pytest.raises(ValueError, match=field_name):
