@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from mixmae.layers import attention
 
 Precision = Literal["float32", "bfloat16"]
 GIB = 2**30
@@ -172,12 +175,11 @@ def _attention_of(card: Card | None) -> Iterator[None]:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, attn_mask, compute_log_sumexp=True)[0]
 
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
-    try:
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", fused),
+        mock.patch.object(attention, "by_hand", return_value=False),
+    ):
         yield
-    finally:
-        F.scaled_dot_product_attention = before
 
 
 class _Meter(TorchDispatchMode):

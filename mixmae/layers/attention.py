@@ -19,8 +19,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
             (every query may read one at least); or bool, True = may read; None = all may.
     Returns: (B, N, T, D).
     """
-    if bias is None or query.device.type != "cpu" or not (bias.requires_grad and torch.is_grad_enabled()):
+    if bias is None or not by_hand(query, bias):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     scores += bias  # in place: no gradient needs the scores
     return scores.softmax(dim=-1) @ value
+
+
+def by_hand(query: Tensor, bias: Tensor) -> bool:
+    """Whether torch has no fused kernel for this."""
+    return query.device.type == "cpu" and bias.requires_grad and torch.is_grad_enabled()

@@ -152,7 +152,8 @@ def plan_sorted(
     if height * width < MIN_SORTED_TOKENS or not sizes:
         return None
     if window < max(height, width):
-        if groups.device.type != "cpu" or torch.compiler.is_compiling():
+        has_values = type(groups) is Tensor  # a fake tensor, on which a step's memory is counted, has none
+        if groups.device.type != "cpu" or torch.compiler.is_compiling() or not has_values:
             return None
         down, right = torch.arange(height)[:, None] // window, torch.arange(width) // window
         groups = (down * width + right) * len(sizes) + groups  # each window has groups of its own
