@@ -91,12 +91,12 @@ def test_flops_of_pretraining_are_three_forwards():
 
 
 def test_parts_of_an_encoder_are_told_apart_and_a_card_keeps_no_scores():
-    on_cpu, on_card = pretraining(16), pretraining(16, card=CARDS["H100"])  # the bias weighs less beside more scores
+    on_cpu, on_card = pretraining(4), pretraining(4, card=CARDS["H100"])
     stages = {f"encoder.stages.{index}" for index in range(4)}
     assert stages | {"decoder", "encoder.patch_embed"} <= on_cpu.activations.keys()
-    for stage in stages:
+    for stage in ("encoder.stages.0", "encoder.stages.1"):  # their windows have more tokens than a head has channels
         assert on_card.activations[stage] < on_cpu.activations[stage]
-    halved = pretraining(16, card=CARDS["H100"], precision="bfloat16")
+    halved = pretraining(4, card=CARDS["H100"], precision="bfloat16")
     stage = "encoder.stages.0"  # later ones keep more of their weights, cast, than of so few images
     assert halved.activations[stage] < 0.8 * on_card.activations[stage]
 
