@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mixmae.layers import attention
@@ -104,11 +104,11 @@ def measure_step(
     """
     with torch.device("meta"):
         model = build()
-    with FakeTensorMode() as fake, _attention_of(card), _Meter(card) as meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), _attention_of(card), _Meter(card) as meter:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         optimizer = optimizer_of(model)
         if draw := getattr(model, "draw", None):
-            setattr(model, "draw", _with_values(draw, fake))  # noqa: B010 - mypy knows no such attribute
+            setattr(model, "draw", _with_values(draw))  # noqa: B010 - mypy knows no such attribute
         batch = torch.empty(images, *image_shape)
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
         for _ in range(2):
@@ -151,20 +151,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _with_values(draw: Callable[..., Any], fake: FakeTensorMode) -> Callable[..., Any]:
-    """A method's draws, at some of which it looks, for images that have no values."""
+def _with_values(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """A method's draws, which have values: sizes follow from them."""
 
     def drawn(images: Tensor, *arguments: Any, **named: Any) -> Any:
         with unset_fake_temporarily():
-            found = draw(torch.empty(images.shape), *arguments, **named)
-        return tree_map_only(Tensor, fake.from_tensor, found)
+            return draw(torch.empty(images.shape), *arguments, **named)
 
     return drawn
 
 
 @contextlib.contextmanager
 def _attention_of(card: Card | None) -> Iterator[None]:
-    """Attention by the kernel that a card would choose, which keeps no scores; on a CPU torch chooses."""
+    """Attention as a card would do it, by a kernel that keeps no scores; without a card as a CPU does it."""
     if card is None:
         yield
         return
@@ -177,7 +176,7 @@ def _attention_of(card: Card | None) -> Iterator[None]:
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", fused),
-        mock.patch.object(attention, "by_hand", return_value=False),
+        mock.patch.object(attention, "on_cpu", return_value=False),
     ):
         yield
 
@@ -224,7 +223,16 @@ class _Meter(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # What follows from the draws alone has values, too: it is made of integers that have them, or of nothing.
+        has_values = bool(read) and not any(isinstance(leaf, FakeTensor) or leaf.is_floating_point() for leaf in read)
+        if not has_values:
+            out = func(*args, **(kwargs or {}))
+        if has_values or (
+            not read and not any(t.is_floating_point() for t in tree_leaves(out) if isinstance(t, Tensor))
+        ):
+            with unset_fake_temporarily():
+                out = func(*args, **(kwargs or {}))
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in written:
             self._note(tensor.untyped_storage())
@@ -233,7 +241,6 @@ class _Meter(TorchDispatchMode):
         flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
         self.flops += flops
         if self._card is not None and written and not func.is_view:
-            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             moved = sum(min(_bytes(tensor), tensor.untyped_storage().nbytes()) for tensor in (*read, *written))
             card, in_half = self._card, any(tensor.dtype == torch.bfloat16 for tensor in read)
             rate = 1e12 * (card.bfloat16_tflops if in_half else card.float32_tflops)

@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is computed with on a CPU. mixmae.cost asks here what would be done on a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute softmax(query key^T / sqrt(D) + bias) value.
 
@@ -19,13 +24,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
             (every query may read one at least); or bool, True = may read; None = all may.
     Returns: (B, N, T, D).
     """
-    if bias is None or not by_hand(query, bias):
+    if bias is None or not on_cpu(query) or not (bias.requires_grad and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     scores += bias  # in place: no gradient needs the scores
     return scores.softmax(dim=-1) @ value
-
-
-def by_hand(query: Tensor, bias: Tensor) -> bool:
-    """Whether torch has no fused kernel for this."""
-    return query.device.type == "cpu" and bias.requires_grad and torch.is_grad_enabled()

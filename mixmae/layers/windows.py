@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmae.layers import attention
 from mixmae.layers.attention import attend
 from mixmae.layers.initialisation import TABLE_STD
 from mixmae.layers.positions import relative_position_bias
@@ -152,8 +153,7 @@ def plan_sorted(
     if height * width < MIN_SORTED_TOKENS or not sizes:
         return None
     if window < max(height, width):
-        has_values = type(groups) is Tensor  # a fake tensor, on which a step's memory is counted, has none
-        if groups.device.type != "cpu" or torch.compiler.is_compiling() or not has_values:
+        if not attention.on_cpu(groups) or torch.compiler.is_compiling():
             return None
         down, right = torch.arange(height)[:, None] // window, torch.arange(width) // window
         groups = (down * width + right) * len(sizes) + groups  # each window has groups of its own
@@ -166,7 +166,7 @@ def plan_sorted(
     counts.scatter_add_(1, flat, torch.ones_like(flat))
     rank = counts.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (M, groups): 0 for the largest
     order = rank.gather(1, flat).argsort(dim=1, stable=True)
-    together = groups.device.type == "cpu" if together is None else together
+    together = attention.on_cpu(groups) if together is None else together
     runs: list[tuple[int, int]] = []
     for tokens in filter(None, sizes):
         if runs and together and runs[-1][1] == tokens:

@@ -242,9 +242,9 @@ def train(
         config.max_broken_fraction are broken. Diverged, likewise, after config.max_bad_steps steps in a row whose
         gradient is not finite.
     """
+    share = share or WorkerShare(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size)
     if device.type == "cpu":
         keep_freed_memory()
-    share = share or WorkerShare(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size)
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     assert (share.batch_size, share.rank, share.num_workers) == (config.batch_size, rank, num_workers)
     bare = model.module if isinstance(model, DistributedDataParallel) else model

@@ -226,6 +226,14 @@ def fit(
     return state, outcome["checkpoint"]
 
 
+def _newest_step(checkpoints: Path, store: RunStore | None) -> int:
+    """The step of the newest checkpoint, as far as it can be seen; -1: there is none."""
+    names = [path.name for path in list_checkpoints(checkpoints)[:1]]
+    with contextlib.suppress(OSError):
+        names += [] if store is None else store.checkpoints()[:1]
+    return max((int(name.removeprefix("step_")) for name in names), default=-1)
+
+
 def refuse_out_of_memory(cause: str) -> None:
     """Raise TrainingStopped if a GPU's memory was too small: the same batch would not fit into a new worker either."""
     if torch.OutOfMemoryError.__name__ in cause:
@@ -233,14 +241,6 @@ def refuse_out_of_memory(cause: str) -> None:
             f"a GPU has too little memory for the batch ({cause}): lower --loop.micro-batch-size, which changes no "
             "result, or use more workers."
         )
-
-
-def _newest_step(checkpoints: Path, store: RunStore | None) -> int:
-    """The step of the newest checkpoint, as far as it can be seen; -1: there is none."""
-    names = [path.name for path in list_checkpoints(checkpoints)[:1]]
-    with contextlib.suppress(OSError):
-        names += [] if store is None else store.checkpoints()[:1]
-    return max((int(name.removeprefix("step_")) for name in names), default=-1)
 
 
 def _trainer(

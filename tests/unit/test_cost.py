@@ -8,6 +8,7 @@ from torch import nn
 
 from mixmae.cost import CARDS, Card, StepCost, largest_micro_batch, measure_step
 from mixmae.decoders import DecoderConfig
+from mixmae.finetune.classification import ImageClassifier
 from mixmae.flops import count_macs
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.training.optim import OptimConfig, build_optimizer
@@ -81,21 +82,25 @@ def pretraining(images: int, **options) -> StepCost:
     )
 
 
-def test_flops_of_pretraining_are_three_forwards():
-    encoder = tiny_swin()
-    model = MixMAE(encoder, METHOD)
-    macs = count_macs(model, encoder.image_size, num_images=4, generator=torch.Generator())
-    cost = pretraining(4)
+def test_flops_of_finetuning_are_three_forwards():
+    model = ImageClassifier(tiny_swin(), 10)
+    macs = count_macs(model, IMAGE, num_images=4)
+    cost = measure_step(
+        lambda: ImageClassifier(tiny_swin(), 10),
+        lambda model: build_optimizer(model, OptimConfig()),
+        lambda model, batch: model(batch).logsumexp(dim=1).mean(),
+        image_shape=(3, *IMAGE),
+        images=4,
+    )
     forward = 2 * 4 * (macs.total - macs.norm)
-    assert cost.flops == pytest.approx(3 * forward, rel=0.05)
+    assert cost.flops == pytest.approx(3 * forward, rel=0.05)  # nobody needs the gradient of the images
 
 
 def test_parts_of_an_encoder_are_told_apart_and_a_card_keeps_no_scores():
     on_cpu, on_card = pretraining(4), pretraining(4, card=CARDS["H100"])
     stages = {f"encoder.stages.{index}" for index in range(4)}
     assert stages | {"decoder", "encoder.patch_embed"} <= on_cpu.activations.keys()
-    for stage in ("encoder.stages.0", "encoder.stages.1"):  # their windows have more tokens than a head has channels
-        assert on_card.activations[stage] < on_cpu.activations[stage]
+    assert on_card.activations["encoder.stages.0"] < 0.9 * on_cpu.activations["encoder.stages.0"]
     halved = pretraining(4, card=CARDS["H100"], precision="bfloat16")
     stage = "encoder.stages.0"  # later ones keep more of their weights, cast, than of so few images
     assert halved.activations[stage] < 0.8 * on_card.activations[stage]

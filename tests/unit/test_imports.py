@@ -17,7 +17,7 @@ LEVELS = {
             ("mixmae.jobs",),
             ("mixmae.inference", "mixmae.timm_models"),
             ("mixmae.convert",),
-            ("mixmae.flops", "mixmae.cost"),
+            ("mixmae.cost", "mixmae.flops"),
             ("mixmae.probing",),
             ("mixmae.finetune", "mixmae.methods", "mixmae.training", "mixmae.data", "mixmae.tracking"),
             ("mixmae.encoders", "mixmae.decoders"),
