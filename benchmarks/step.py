@@ -86,6 +86,7 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, Spec]]:
         precision=options.precision,
         device=options.device,
         threads=options.threads,
+        clock=options.clock,
         input=options.input,
     )
     groups: dict[str, dict[str, Spec]] = {}
@@ -98,6 +99,8 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, Spec]]:
             arms["before"] = replace(ours, root=str(options.against.resolve()))
         if options.compiled:
             arms["compiled"] = replace(ours, compiled=True)
+        if options.recompute:
+            arms["recompute"] = replace(ours, recompute=tuple(options.recompute))
         if "once" in options.cases:
             arms["once"] = replace(ours, pairing="once")
         if "mixmae" in options.cases or "once" in options.cases:
@@ -132,7 +135,7 @@ def measure(arms: dict[str, Spec], options: argparse.Namespace) -> dict[str, dic
         for _ in range(options.rounds):
             for name, process in processes.items():
                 answer = process.ask(f"train {options.steps}")
-                if arms[name].code == "ours" and not arms[name].compiled:
+                if name in ("ours", "before", "finetune"):
                     answer |= {f"products_{key}": value for key, value in process.ask("products").items()}
                 for key, value in answer.items():
                     found[name].setdefault(key, []).append(value)
@@ -207,6 +210,8 @@ def summary(reports: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
         },
         "memory_ratio": ratios("ours", "plain", "peak_gb"),
         "ours_per_before": ratios("ours", "before", "images_per_s"),
+        "recompute_per_ours": ratios("recompute", "ours", "images_per_s"),
+        "recompute_memory": ratios("recompute", "ours", "peak_gb"),
         "once_per_all": ratios("once", "ours", "images_per_s"),
         "finetune_per_timm": ratios("finetune", "timm", "images_per_s"),
         "finetune_per_before": ratios("finetune", "finetune before", "images_per_s"),
@@ -226,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
     add("--no-plain", action="store_true", help="leave the plain step out")
     add("--against", type=Path, help="another checkout of this repository, measured beside this one")
+    add("--recompute", type=int, nargs="+", help="also with blocks of these stages computed twice, for less memory")
     add("--steps", type=int, default=10, help="steps of a turn")
     add("--rounds", type=int, default=7, help="turns of each arm")
     add("--warmup", type=int, default=2, help="steps before the first turn")

@@ -71,6 +71,10 @@ class Spec:
     precision: str = "float32"
     device: str = "cpu"
     threads: int = 1
+    clock: str = "wall"
+    """wall or cpu: by which matrix products are timed."""
+    recompute: tuple[int, ...] = ()
+    """Stages that keep only the inputs of their blocks."""
     input: str = "plain"
     """plain, pinned or device: where the uint8 images are."""
 
@@ -87,6 +91,10 @@ class Arm:
         assert isinstance(encoder, SwinConfig)
         self.size = encoder.image_sides
         self.model = self._build(encoder, decoder).to(self.device)
+        if spec.recompute:
+            from mixmae.training.recompute import recompute_stages  # an older commit has none
+
+            recompute_stages(self.model, spec.recompute)
         optim = OptimConfig(base_lr=1e-4)
         if spec.code == "ours":
             self.optimizer = build_optimizer(self.model, optim)
@@ -262,14 +270,15 @@ class Arm:
         return {"seconds": seconds, "layer_seconds": layer_seconds, "flops": flops}
 
     def _time(self, work: Callable[[], object]) -> float:
+        clock = time.process_time if self.spec.clock == "cpu" else time.perf_counter
         work()
         took = []
         for _ in range(3):
             self._wait()
-            start = time.perf_counter()
+            start = clock()
             work()
             self._wait()
-            took.append(time.perf_counter() - start)
+            took.append(clock() - start)
         return sorted(took)[1]
 
     def profile(self) -> dict[str, Any]:

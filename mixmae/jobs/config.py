@@ -57,6 +57,13 @@ class RunConfig:
     """Std that pixels (0..1) are normalised with, likewise."""
 
     def __post_init__(self) -> None:
+        stages = len(self.encoder.strides)
+        for number in self.loop.recompute_stages:
+            if not 1 <= number <= stages:
+                raise ValueError(
+                    f"recompute_stages has {number}: the encoder's stages are 1 to {stages}, change "
+                    "--loop.recompute-stages."
+                )
         channels = self.encoder.in_channels
         if channels not in MODES:
             raise ValueError(
@@ -315,6 +322,7 @@ RESUMABLE = frozenset(
     {
         "loop.compile",
         "loop.deterministic",
+        "loop.recompute_stages",
         "loop.log_every_steps",
         "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",

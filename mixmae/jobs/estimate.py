@@ -28,6 +28,7 @@ from mixmae.machine import threads_per_process
 from mixmae.methods.build import build_method
 from mixmae.share import WorkerShare
 from mixmae.training.optim import build_optimizer
+from mixmae.training.recompute import recompute_stages
 
 PLAN_FILE = "plan.json"
 """In a run's folder: what was planned before it began."""
@@ -76,9 +77,13 @@ def compared_with_plan(folder: Path, images_per_s: float) -> dict[str, float]:
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     """The model of a run: a pretraining method, or a classifier."""
     encoder = build_encoder(config.sized_encoder())
+    model: nn.Module
     if isinstance(config, PretrainConfig):
-        return build_method(encoder, config.method)
-    return ImageClassifier(encoder, num_classes)
+        model = build_method(encoder, config.method)
+    else:
+        model = ImageClassifier(encoder, num_classes)
+    recompute_stages(model, config.loop.recompute_stages)
+    return model
 
 
 def build_on_meta(config: RunConfig, num_classes: int) -> nn.Module:

@@ -12,6 +12,7 @@ from mixmae.data.order import Plan
 from mixmae.jobs.job import Job
 from mixmae.training.loop import Batch, Events, Silent, TrainState, step_seed, train
 from mixmae.training.optim import build_optimizer
+from mixmae.training.recompute import recompute_stages
 
 
 def build_seeded(job: Job) -> nn.Module:
@@ -45,6 +46,7 @@ def train_in_process(
     logged, evaluated or saved.
     """
     state = TrainState()
+    recompute_stages(model, job.loop.recompute_stages)
     train(
         model=model,
         optimizer=build_optimizer(model, job.optim),

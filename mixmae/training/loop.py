@@ -54,6 +54,9 @@ class LoopConfig:
     """Arithmetic of the forward pass (autocast); weights and optimiser stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute_stages: tuple[int, ...] = ()
+    """Stages of the encoder, counted from 1, whose blocks keep only their input and are computed again for the backward
+    pass: less memory, and up to a third more time for these stages. A plain ViT is one stage."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, as a CPU does anyway. Slower on a GPU; an operation that
     has no such form stops the run."""

@@ -60,6 +60,7 @@ from mixmae.training.loop import (
 from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
 from mixmae.training.mirror import Mirror
 from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.recompute import recompute_stages
 from mixmae.training.run_store import DamagedCopy, RunStore
 from mixmae.training.saving import CheckpointWriter
 from mixmae.training.schedule import RunLength
@@ -312,6 +313,7 @@ def _run_worker(
         _bring_to_node(store, rank=rank, num_workers=num_workers)
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
+    recompute_stages(model, job.loop.recompute_stages)
     optimizer = build_optimizer(model, job.optim)
     average = None if job.ema_decay is None else WeightAverage(model, job.ema_decay)
 

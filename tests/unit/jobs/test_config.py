@@ -180,3 +180,10 @@ def test_a_classifier_needs_whole_tokens():
     with pytest.raises(ValueError, match=r"a multiple of 32 px.*use --augment.image-size 32"):
         config.check_size()
     replace(config, encoder=SMALL).check_size()
+
+
+def test_stages_that_an_encoder_does_not_have():
+    config = PRETRAIN_RECIPES["demo"]()
+    assert replace(config, loop=replace(config.loop, recompute_stages=(1, 3))).loop.recompute_stages == (1, 3)
+    with pytest.raises(ValueError, match=r"has 4: the encoder's stages are 1 to 3, change --loop.recompute-stages"):
+        replace(config, loop=replace(config.loop, recompute_stages=(1, 4)))
