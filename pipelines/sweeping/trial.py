@@ -11,7 +11,7 @@ import tyro
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mixmae.jobs.config import FinetuneConfig, PretrainConfig, SegmentConfig
+from mixmae.jobs.config import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
 from mixmae.jobs.supervised import SupervisedJob
@@ -31,7 +31,9 @@ from tune_spaces.space import Space, final_name
 class Arguments(finetune.Arguments):
     """The command line of a sweep: where to read, where to write, how much at once, for how long."""
 
-    config: Annotated[FinetuneConfig | SegmentConfig | PretrainConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+    config: Annotated[  # type: ignore[assignment]
+        FinetuneConfig | SegmentConfig | DetectConfig | PretrainConfig, tyro.conf.arg(name="")
+    ]
     """The fields of the space's recipe; any of them that does not vary can be changed."""
     workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
     """Training processes of each trial: one per GPU, or some on CPU. 0: all GPUs or cores for one trial at a time."""
