@@ -77,23 +77,31 @@ class PixelDecoder(nn.Module):
         init_projections(self)
         nn.init.trunc_normal_(self.mask_token, std=TABLE_STD)
 
-    def forward(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, grid: tuple[int, int], chosen: Tensor | None = None) -> Tensor:
         """Predict pixels for S sequences from each encoded one.
 
         Args:
             tokens: (M, L, E), of the encoder.
             mask: (M, S, L) or (1, S, L) bool, True = not visible in this sequence: replaced by the mask token.
             grid: (h, w), with h*w = L.
-        Returns: (M, S, L, P), for visible cells too.
+            chosen: (n,) int64, all different: predict these of the M*S*L tokens alone, which saves most of the last
+                block and the widest layer for those that no loss needs; None = all.
+        Returns: (M, S, L, P), for visible cells too; with chosen (n, P).
         Raises: ValueError if tokens and mask disagree on M or L.
         """
         x = unmix(self.embed(tokens), mask, self.mask_token)  # (M, S, L, C)
         lead = x.shape[:2]
         x = x.flatten(0, 1)  # (M * S, L, C): each sequence is a sample of its own, so no image sees another
         x = x + positions_on_grid(self.pos_embed, self.grid, grid)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(x)).unflatten(0, lead)
+        last = self.blocks[-1]
+        assert isinstance(last, TransformerBlock)
+        if chosen is None:
+            return self.pred(self.norm(last(x))).unflatten(0, lead)
+        # The others have been read by now, and what comes is of each token alone.
+        x = last.read(x).flatten(0, 1).index_select(0, chosen)
+        return self.pred(self.norm(last.transform(x)))
 
 
 class PixelHead(nn.Module):

@@ -10,8 +10,10 @@ Conventions, found by matching the figures of the official classes to all their 
   and both products of attention count (all pairs of a window, also those that may not attend); biases, additions,
   activations, the softmax and pooling do not. A layer norm counts 5 per element, as in fvcore, with which the official
   figures were counted; group norms (ResNetV2) do not count.
-- Under a group map all counts are those of the plain encoder: pairs of different groups count, and so does each offset
-  of a kernel. But a dense convolution is a matrix product there, which counts as linear or attention.
+- A group map on the meta device changes no count: pairs of different groups count, and so does each offset of a kernel.
+  But a dense convolution is a matrix product there, which counts as linear or attention. MixMAE's own maps are known,
+  so that what a Swin and the decoder leave out is not counted: other groups where a window is the grid, visible tokens
+  in the last MLP and after it. official_macs has all of it, as the official classes compute it.
 - The official DECODER's attention is one fused function, whose products fvcore did not count. total includes them;
   official_macs leaves them out, to compare with the official 19.002 G of pretraining.
 What papers call FLOPs is MACs here (the paper's "16.3 G FLOPs" of Swin-B/W14 are 16.35 GMACs).
@@ -127,8 +129,18 @@ def official_macs(model: nn.Module, image_size: int | tuple[int, int], **options
     Args: as in count_macs.
     Source: counts of the official classes: finetune base 16.353 G, pretraining base 19.002 G (K = 2).
     """
-    unseen = count_macs(model, image_size, part=DECODER, **options).attention if hasattr(model, DECODER) else 0
-    return count_macs(model, image_size, **options).total - unseen
+    if not hasattr(model, DECODER):
+        return count_macs(model, image_size, **options).total
+    # Ours attends to no pair of two groups and predicts no visible token. The official encoder looks at all pairs, as
+    # without a map, and its decoder predicts all tokens, as ours does once more for a picture.
+    drawn = count_macs(model, image_size, part=DECODER, with_pictures=True, **options)
+    loss = count_macs(model, image_size, part=DECODER, **options)
+    return (
+        count_macs(model.get_submodule("encoder"), image_size).total
+        + drawn.total
+        - loss.total
+        - (drawn.attention - loss.attention)
+    )
 
 
 def _norm_flops(input_shape: torch.Size, *args: Any, **kwargs: Any) -> int:

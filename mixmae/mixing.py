@@ -105,6 +105,19 @@ def upsample_group_map(group_map: Tensor, size: tuple[int, int]) -> Tensor:
     return cells.reshape(num_maps, *size)
 
 
+def group_sizes(group_map: Tensor) -> tuple[int, ...]:
+    """Count the cells of each group, the largest group first: the sizes that all maps have, whichever group has which.
+
+    Args: group_map: (M, h, w) int64, at least 0. On a GPU the host waits for it.
+    Returns: one size per group from 0 to the last one in the maps; empty if the maps have groups of other sizes.
+    Example: 49 cells over 4 images are (13, 12, 12, 12).
+    """
+    groups = group_map.flatten(1).cpu()
+    counts = torch.zeros(len(groups), int(groups.max()) + 1, dtype=torch.int64)
+    counts = counts.scatter_add_(1, groups, torch.ones_like(groups)).sort(dim=1, descending=True).values
+    return tuple(counts[0].tolist()) if (counts == counts[0]).all() else ()
+
+
 def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
     """Fill each mix with the pixels of its K images, cell by cell.
 
@@ -124,12 +137,11 @@ def mix(images: Tensor, group_map: Tensor, partners: Tensor) -> Tensor:
         raise ValueError(f"images of {height} x {width} px cannot be cut into {rows} x {columns} cells")
     up, across = height // rows, width // columns
     groups = group_map.flatten(1).expand(len(partners), -1)  # (M, L)
-    source = partners.gather(1, groups).view(-1, rows, columns)  # (M, h, w) in [0, B): which image fills each cell
-    cells = images.view(-1, channels, rows, up, columns, across).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, up, across)
-    row = torch.arange(rows, device=images.device)[:, None]
-    column = torch.arange(columns, device=images.device)
-    mixed = cells[source, row, column]  # (M, h, w, C, up, across)
-    return mixed.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+    source = partners.gather(1, groups).view(-1, 1, rows, 1, columns)  # in [0, B): which image fills each cell
+    # A row of a cell is consecutive in memory, and so are those of a mix: rows are copied, and nothing is permuted.
+    row = torch.arange(channels * height * columns, device=images.device).view(channels, rows, up, columns)
+    row = row + source * (channels * height * columns)  # (M, channels, rows, up, columns)
+    return images.reshape(-1, across).index_select(0, row.flatten()).view(-1, channels, height, width)
 
 
 def hidden_mask(group_map: Tensor, num_images: int) -> Tensor:

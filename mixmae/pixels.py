@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,7 +49,12 @@ def normalise(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[f
     Returns: (B, C, H, W) float32 on the images' device.
     """
     shift, scale = (
-        values if isinstance(values, Tensor) else torch.tensor(values, device=images.device)[:, None, None]
-        for values in (mean, std)
+        values if isinstance(values, Tensor) else _constant(tuple(values), images.device) for values in (mean, std)
     )
-    return (images.float() / 255 - shift) / scale
+    return images.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)  # in place: one new tensor, not four
+
+
+@lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), kept: a GPU would wait for each copy."""
+    return torch.tensor(values, device=device)[:, None, None]

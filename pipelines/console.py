@@ -73,6 +73,8 @@ class ProgressView:
             self.line(f"starting new workers, from the last checkpoint, after {content}")
         elif kind == "note":
             self.line(f"note: {content}")
+        elif kind == "workers" and content["of"] != str(content["count"]):
+            self.line(f"training with {content['count']} workers of {content['of']}")
         elif kind == "started" and content > 0:
             self.line(f"continuing from step {content}")
 

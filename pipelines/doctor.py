@@ -17,10 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from mixmae.data.shards.plan import built_in
 from mixmae.machine import Device
+from mixmae.share import WorkerRange
 from mixmae.tracking import TrackingError, resolve_uri
 from pipelines.checks import Finding, answer_mark, check_node, check_output, check_workers, fail, ok, warn
 from pipelines.command import command
@@ -39,8 +42,8 @@ class Arguments:
     """Folder of the run; on a cluster one that all nodes share."""
     data: str | None = None
     """Where its images are. Without it: a built-in set, and nothing to look at."""
-    workers: int = 0
-    """Training processes that the cluster must hold; 0: not asked for."""
+    workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 0
+    """Training processes that the cluster must hold, of MIN:MAX the least number; 0: not asked for."""
     device: Device = "auto"
     """Where workers train; gpu: machines without one fail."""
     mlflow_uri: str | None = None
@@ -49,6 +52,15 @@ class Arguments:
     """Ray cluster whose nodes are looked at. Default: RAY_ADDRESS, else this machine alone, without Ray."""
     cluster_local: bool = False
     """Start Ray on this machine, as a run would, and look at its node."""
+
+    def __post_init__(self) -> None:
+        if self.workers not in (0, "0"):
+            WorkerRange.parse(self.workers)
+
+    @property
+    def worker_range(self) -> WorkerRange | None:
+        """None: not asked for."""
+        return WorkerRange.parse(self.workers) if self.workers not in (0, "0") else None
 
 
 def examine(arguments: Arguments) -> Iterator[Finding]:
@@ -64,8 +76,8 @@ def examine(arguments: Arguments) -> Iterator[Finding]:
         return
     yield from check_node(arguments.device, uri, data)
     yield check_output(arguments.output, lambda file, content: {})
-    if arguments.workers:
-        yield check_workers(arguments.workers, arguments.device)
+    if arguments.worker_range:
+        yield check_workers(arguments.worker_range.least, arguments.device)
 
 
 class NodeDoctor:
@@ -116,10 +128,10 @@ def examine_cluster(arguments: Arguments, uri: str | None, data: str | None) -> 
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from mixmae.training.cluster import ClusterError, connect, require_resources, uses_gpu
+    from mixmae.training.cluster import ClusterError, connect, require_resources, room, uses_gpu
 
     try:
-        connect(arguments.ray_address, num_workers=arguments.workers)
+        connect(arguments.ray_address, num_workers=arguments.worker_range.most if arguments.worker_range else 0)
     except ClusterError as error:
         what, _, remedy = str(error).partition(": ")
         yield fail("cluster", what, remedy)
@@ -129,10 +141,12 @@ def examine_cluster(arguments: Arguments, uri: str | None, data: str | None) -> 
     store = totals.get("object_store_memory", 0) / 1e9
     counts = f"{totals.get('CPU', 0):.0f} CPUs, {totals.get('GPU', 0):.0f} GPUs, object store {store:.1f} GB"
     yield ok("cluster", f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {counts}, Ray {ray.__version__}")
-    if arguments.workers:
+    if wanted := arguments.worker_range:
+        use_gpu = uses_gpu(arguments.device)
         try:
-            require_resources(num_workers=arguments.workers, use_gpu=uses_gpu(arguments.device), wait_s=0)
-            yield ok("workers", f"{arguments.workers} fit")
+            require_resources(num_workers=wanted.least, use_gpu=use_gpu, wait_s=0)
+            now = min(wanted.most, room(use_gpu=use_gpu)) if wanted.is_elastic else wanted.most
+            yield ok("workers", f"{now} of {wanted} find a place now" if wanted.is_elastic else f"{wanted} fit")
         except ClusterError as error:
             what, _, remedy = str(error).partition(": ")
             yield fail("workers", what, remedy)

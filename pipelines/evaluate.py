@@ -38,7 +38,7 @@ from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
-from mixmae.training.run_folder import run_around, weights_of
+from mixmae.training.run_folder import run_around, stem_of, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
 from pipelines.segmented import evaluate_segmentation
@@ -115,7 +115,7 @@ def evaluate(arguments: Arguments) -> int:
 def output_folder(arguments: Arguments) -> Path:
     """The folder for tables and pictures, which is made."""
     run = run_around(arguments.model)
-    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
+    folder = arguments.output or Path("evaluations") / (run.name if run else stem_of(arguments.model))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

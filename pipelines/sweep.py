@@ -31,6 +31,7 @@ from mixmae.jobs.pretraining import PretrainJob, check_method
 from mixmae.jobs.record import RunRecord, read_begun
 from mixmae.jobs.segmentation import SegmentationJob
 from mixmae.jobs.supervised import HELDOUT_IMAGES, SupervisedJob
+from mixmae.stores import refuse_store
 from mixmae.tracking import claim_model_name, finish_run
 from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
@@ -49,6 +50,7 @@ SUPERVISED_RECIPES: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **SEGMEN
 def sweep(arguments: Arguments, name: str) -> int:
     """Run or continue a sweep.   Returns: the process's exit status."""
     space = choose_space(arguments, name)
+    refuse_store(arguments.output, "a sweep")
     output = output_folder(arguments, f"sweep_{name}")  # the folder has the sweep's name, not the recipe's
     config, pretrained, weights = arguments.config, None, None
     if isinstance(config, SupervisedConfig) and arguments.pretrained is not None:

@@ -8,6 +8,7 @@ Legend: n images of a block, C channels (1 grey, 3 RGB, 4 RGBA), H W output size
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -258,10 +259,10 @@ def local_batches(
     Args: as TrainStream.
     Yields: the worker's micro-batches of the steps [start_step, stop_step).
     """
-    for start in range(start_step * share.images, stop_step * share.images, share.micro_batch):
-        positions = worker_positions(start, start + share.micro_batch, share)
-        block = load_block(source, augment, *plan.rows_of(positions), seed=plan.seed, channels=channels)
-        yield as_batch(block)
+    for step in range(start_step, stop_step):
+        for start, stop in itertools.pairwise(step * share.images + edge for edge in share.edges):
+            rows, epochs = plan.rows_of(worker_positions(start, stop, share))
+            yield as_batch(load_block(source, augment, rows, epochs, seed=plan.seed, channels=channels))
 
 
 def as_batch(block: Block) -> ImageBatch:

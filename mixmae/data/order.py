@@ -183,4 +183,4 @@ def worker_positions(start: int, stop: int, share: WorkerShare) -> Int64Array:
     The global batch of a step is the same for any number of workers; each takes a contiguous slice of it.
     """
     step, inside = np.divmod(np.arange(start, stop, dtype=np.int64), share.images)
-    return step * share.batch_size + share.rank * share.images + inside
+    return step * share.batch_size + share.first + inside

@@ -12,8 +12,7 @@ Three choices keep it from standing still on few CPUs:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import itertools
 import json
 import logging
 import math
@@ -43,13 +42,12 @@ from mixmae.data.images.augment import BaseAugmentConfig, JointAugmentConfig
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Source
 from mixmae.data.stream_config import StreamConfig
+from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 
 DECODE_NICE = 5
 """How much lower the priority of threads that decode is; on Linux each thread has its own. Training then gets three
 times their share of a core; at 19 it is 70 times, and beside busy programs images would hardly come at all."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Numbers of malloc.h."""
 
 
 class TrainStream:
@@ -88,7 +86,7 @@ class TrainStream:
         target_bytes = augment.nothing.nbytes if isinstance(augment, JointAugmentConfig) else 0
         image_bytes = channels * augment.size[0] * augment.size[1] + target_bytes
         target = _block_images(self._config, image_bytes, store_bytes)
-        self._edges = _block_edges(start_step * share.images, stop_step * share.images, share.micro_batch, target)
+        self._edges = _block_edges(start_step, stop_step, share, target)
         self._concurrency, self._task_cpus, threads = _task_shape(self._config, share.num_workers)
         self._load = _loader(source, augment, plan.seed, channels, threads)
         block_bytes = int(np.diff(self._edges).max(initial=1)) * (image_bytes + 24) + 4096
@@ -101,16 +99,20 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         waiting: list[Block] = []
+        sizes = itertools.cycle(self._share.micro_batches)
+        size = next(sizes)
         try:
             for block in self._blocks():
                 waiting.append(block)
                 count = sum(len(held.rows) for held in waiting)
-                if count % self._share.micro_batch:
+                if count < size:
                     continue  # a micro-batch larger than a block comes in parts
                 whole = Block.join(waiting)
                 waiting = []
-                for start in range(0, count, self._share.micro_batch):
-                    yield _as_read_only_batch(whole.part(start, start + self._share.micro_batch))
+                start = 0
+                while start < count:
+                    yield _as_read_only_batch(whole.part(start, start + size))
+                    start, size = start + size, next(sizes)
         finally:
             self.close()
 
@@ -215,18 +217,28 @@ def _block_images(config: StreamConfig, image_bytes: int, store_bytes: float) ->
     return max(1, min(config.target_block_images, int(most_bytes / image_bytes)))
 
 
-def _block_edges(start: int, stop: int, micro_batch: int, target: int) -> NDArray[np.int64]:
-    """Where blocks begin among the images [start, stop) of a worker: whole micro-batches, or equal parts of one.
+def _block_edges(start_step: int, stop_step: int, share: WorkerShare, target: int) -> NDArray[np.int64]:
+    """Where blocks begin among the images of a worker, counted from step 0: whole steps, whole micro-batches of one
+    step, or equal parts of a micro-batch.
 
     Args: target: images per block, at most.
     """
-    if micro_batch <= target:
-        edges = np.arange(start, stop, target // micro_batch * micro_batch)
+    start, stop = start_step * share.images, stop_step * share.images
+    if start == stop:
+        return np.array([start], dtype=np.int64)
+    if share.images <= target:
+        edges = np.arange(start, stop, target // share.images * share.images)
     else:
-        parts = math.ceil(micro_batch / target)
-        inside = np.arange(parts) * micro_batch // parts
-        edges = (np.arange(start, stop, micro_batch)[:, None] + inside).ravel()
-    return np.append(edges, stop).astype(np.int64) if stop > start else np.array([start], dtype=np.int64)
+        inside = [0]
+        for first, last in itertools.pairwise(share.edges):
+            if last - inside[-1] > target and first > inside[-1]:
+                inside.append(first)
+            if last - first > target:
+                parts = math.ceil((last - first) / target)
+                inside += [first + part * (last - first) // parts for part in range(1, parts)]
+                inside.append(last)
+        edges = (np.arange(start, stop, share.images)[:, None] + np.setdiff1d(inside, [share.images])).ravel()
+    return np.append(edges, stop).astype(np.int64)
 
 
 def _loader(
@@ -236,7 +248,7 @@ def _loader(
 
     def load(descriptor: pa.Table) -> pa.Table:
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
-        _keep_freed_memory()
+        keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
         work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
         pool = _pool(threads)
@@ -244,19 +256,6 @@ def _loader(
         return _pack(descriptor["index"][0].as_py(), block)
 
     return load
-
-
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Let a decoding process reuse its memory instead of returning it to the system after every image.
-
-    Images and blocks are so large that the C library would map new memory for each, which the kernel zeroes: 7 % of
-    the time per image (docs/benchmarks). Only glibc has the switch; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            library.mallopt(parameter, 1 << 30)
 
 
 @lru_cache(maxsize=1)

@@ -199,6 +199,16 @@ class MixEmbeddingEncoder(Encoder, Protocol):
 
 
 @runtime_checkable
+class SortingEncoder(Encoder, Protocol):
+    """An encoder that sorts tokens by group. On a GPU it would wait for the sizes of the groups, if they are not given.
+
+    Its call takes sizes: what mixing.group_sizes found of the map when it was still on the CPU.
+    """
+
+    sorts_by_group: Literal[True]
+
+
+@runtime_checkable
 class SequenceEncoder(Encoder, Protocol):
     """An encoder of one stage that can run on a part of its tokens, as MAE needs (a plain ViT)."""
 

@@ -11,6 +11,7 @@ throughout), h w the grid of mask cells.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,8 +32,8 @@ from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import init_projections
 from mixmae.layers.patch_embed import PatchEmbed
 from mixmae.layers.positions import positions_on_grid, sin_cos_positions
-from mixmae.layers.windows import WindowAttention, plan_windows
-from mixmae.mixing import cell_grid, upsample_group_map
+from mixmae.layers.windows import WindowAttention, plan_sorted, plan_windows
+from mixmae.mixing import cell_grid, group_sizes, upsample_group_map
 
 WIDE_STAGE = 2
 """The stage that may have blocks with wide windows."""
@@ -127,16 +128,34 @@ class SwinStage(nn.Module):
             for window, rate in zip(windows, drop_paths, strict=True)
         )
 
-    def forward(self, x: Tensor, group_map: Tensor | None, embedding: MixEmbedding | None, index: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        group_map: Tensor | None,
+        embedding: MixEmbedding | None,
+        index: int,
+        sizes: Sequence[int] = (),
+    ) -> Tensor:
         """Args: x: (B, H', W', C') of the stage before.  group_map: (M, h, w) or None.  index: of the stage.
+        sizes: cells of the groups, as of mixing.group_sizes; empty: they are not sorted by.
 
         Returns: (B, H, W, C).
         """
         x = add_mix_embedding(self.downsample(x), embedding, index)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
-        plans = {cut: plan_windows(size, cut[0], groups, device=x.device, shifted=cut[1]) for cut in set(self.cuts)}
-        for block, cut in zip(self.blocks, self.cuts, strict=True):
+        cuts = [(window, shifted and window < max(size)) for window, shifted in self.cuts]
+        by_group = None
+        if group_map is not None and groups is not None and set(cuts) == {(cuts[0][0], False)}:
+            tokens_per_cell = groups[0].numel() // group_map[0].numel()
+            by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], cuts[0][0])
+        if by_group is not None:
+            x = by_group.sort(x)
+            for block in self.blocks:
+                x = block(x, by_group)
+            return by_group.unsort(x)
+        plans = {cut: plan_windows(size, cut[0], groups, device=x.device, shifted=cut[1]) for cut in set(cuts)}
+        for block, cut in zip(self.blocks, cuts, strict=True):
             x = block(x, plans[cut])
         return x
 
@@ -151,6 +170,7 @@ class SwinEncoder(nn.Module):
 
     group_isolation: GroupIsolation = "exact"
     takes_mix_embedding: Literal[True] = True
+    sorts_by_group: Literal[True] = True
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -192,9 +212,10 @@ class SwinEncoder(nn.Module):
         group_map: Tensor | None = None,
         fill: TokenFill | None = None,
         embedding: MixEmbedding | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """Compute the normalised tokens of the last stage, (B, L, channels[-1]). See MixEmbeddingEncoder."""
-        return self.final(self.features(images, group_map, fill, embedding)[-1])
+        return self.final(self.features(images, group_map, fill, embedding, sizes)[-1])
 
     def features(
         self,
@@ -202,18 +223,23 @@ class SwinEncoder(nn.Module):
         group_map: Tensor | None = None,
         fill: TokenFill | None = None,
         embedding: MixEmbedding | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Compute the output of each stage, (B, channels[s], H, W), not normalised. See Encoder.features.
 
-        Args: embedding: vectors to add at the start of each stage, with or without a group map.
+        Args:
+            embedding: vectors to add at the start of each stage, with or without a group map.
+            sizes: mixing.group_sizes of the map, from when it was still on the CPU; None: they are counted here.
         """
         check_inputs(images, group_map, in_channels=self.in_channels, stride=self.strides[-1])
+        if sizes is None:
+            sizes = () if group_map is None or group_map.is_meta else group_sizes(group_map)
         x = fill_tokens(self.patch_embed(images), fill)
         if self.config.absolute_positions:
             x = x + self.positions((x.shape[1], x.shape[2]))
         outputs = []
         for index, stage in enumerate(self.stages):
-            x = stage(x, group_map, embedding, index)
+            x = stage(x, group_map, embedding, index, sizes)
             outputs.append(x.permute(0, 3, 1, 2))
         return outputs
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmae.encoders.base import Encoder
+from mixmae.machine import to_device
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.pixels import normalise
 from mixmae.step import StepOutput
@@ -94,7 +95,8 @@ def classification_step(
     """
     images, labels = known_images(images, labels)
     if mix is None:
-        logits, labels = model(images), labels.to(images.device)
+        logits = model(images)
+        (labels,) = to_device((labels,), images.device)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         return StepOutput(loss=loss, metrics={"top1": (label_ranks(logits.detach(), labels) == 0).float().mean()})
     seed = int(torch.randint(2**62, (), generator=generator)) + first_sample
@@ -112,4 +114,4 @@ def known_images(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return images, labels
     if not known.any():
         raise ValueError(f"none of the {len(labels)} images of a batch has a class: train on a labelled set")
-    return images[known.to(images.device)], labels[known]
+    return images[to_device((known.nonzero()[:, 0],), images.device)[0]], labels[known]

@@ -23,7 +23,7 @@ from mixmae.encoders.build import build_encoder
 from mixmae.finetune.classification import ImageClassifier, Mix, classification_step
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.supervised import SupervisedJob
-from mixmae.machine import threads_per_process
+from mixmae.machine import local_processes, threads_per_process
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.probing.features import NoImages, predict_logits
 from mixmae.step import StepOutput
@@ -68,7 +68,7 @@ class ClassificationJob(SupervisedJob):
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
         rows = np.array_split(np.arange(self.validation.num_rows), num_workers)[rank]
         if len(rows):  # decoded in this process: a task of Ray's could wait for the CPU that this worker holds
-            with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
+            with ThreadPoolExecutor(threads_per_process(local_processes(num_workers))) as pool:
                 batches = eval_batches(
                     self.validation,
                     config.augment.image_size,

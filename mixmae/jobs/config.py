@@ -97,7 +97,25 @@ class RunConfig:
 
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so."""
-        return self.loop.share(num_workers=num_workers, rank=rank)
+        return WorkerShare(
+            batch_size=self.loop.batch_size,
+            block=self.block,
+            micro_batch_size=self.loop.micro_batch_size,
+            rank=rank,
+            num_workers=num_workers,
+        )
+
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether a micro-batch is more than its images: paths are dropped, images mixed (mixup) or normalised (batch
+        norm) by draws and statistics of the whole of it."""
+        return True
+
+    @property
+    def block(self) -> int:
+        """Images of a batch that stay together, so that what is drawn does not depend on the number of workers: where
+        micro-batches draw, and have a size, whole ones are dealt to the workers."""
+        return self.loop.micro_batch_size or 1
 
     def length(self, num_images: int) -> RunLength:
         """The run's length in steps on so many training images.   Raises: ValueError if they are less than a batch."""
@@ -159,16 +177,16 @@ class PretrainConfig(RunConfig):
                 f"{needed}: choose a larger --augment.image-size{smaller} or a smaller {fewer}."
             )
 
-    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
-        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or not be mixed."""
-        share = super().share(num_workers=num_workers, rank=rank)
-        mixed = self.method.images_mixed
-        if share.micro_batch % mixed:
-            raise ValueError(
-                f"With {num_workers} workers the model sees {share.micro_batch} images at once, which cannot be mixed "
-                f"{mixed} at a time: change --loop.batch-size, --loop.micro-batch-size or --workers."
-            )
-        return share
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether paths are dropped."""
+        return self.encoder.drop_path > 0
+
+    @property
+    def block(self) -> int:
+        """Images that mix with each other; whole micro-batches where these draw (RunConfig.block)."""
+        mixed, micro_batch = self.method.images_mixed, self.loop.micro_batch_size
+        return micro_batch if self.draws_per_micro_batch and micro_batch and micro_batch % mixed == 0 else mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +259,16 @@ class SegmentConfig(SupervisedConfig):
                 f"augment.image_size ({min(self.augment.size)})."
             )
 
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether paths or channels are dropped, or norms are of the whole micro-batch."""
+        return self.encoder.drop_path > 0 or self.head.dropout > 0 or self.head.norm == "batch"
+
+    @property
+    def block(self) -> int:
+        """Images of a batch that stay together: see RunConfig.block."""
+        return super().block if self.draws_per_micro_batch else 1
+
     def adapted(self, own: EncoderConfig) -> EncoderConfig:
         """As of all runs, but for a Swin of the recipe's widths and depths with the recipe's windows."""
         wanted = self.encoder
@@ -254,7 +282,7 @@ class SegmentConfig(SupervisedConfig):
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""
         share = super().share(num_workers=num_workers, rank=rank)
-        if self.head.norm == "batch" and share.micro_batch < 2:
+        if self.head.norm == "batch" and min(share.micro_batches) < 2:
             raise ValueError(
                 "A worker's batch norms need two images at once, at least: change --loop.batch-size, "
                 "--loop.micro-batch-size or --workers, or give --head.norm group."
@@ -265,6 +293,7 @@ class SegmentConfig(SupervisedConfig):
 RESUMABLE = frozenset(
     {
         "loop.compile",
+        "loop.deterministic",
         "loop.log_every_steps",
         "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",
@@ -272,7 +301,7 @@ RESUMABLE = frozenset(
         "loop.max_bad_steps",
         "loop.max_broken_fraction",
         "loop.max_loss",
-        "loop.micro_batch_size",  # unless the encoder drops paths: they are drawn for each micro-batch
+        "loop.micro_batch_size",  # unless something is drawn for each micro-batch: dropped paths, mixup
     }
 )
 """Fields that may differ when a run is continued, beside those of stream and probe: they change speed and bookkeeping,
@@ -304,10 +333,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             found += differences(old, new, f"{name}.")
         elif old != new and name not in RESUMABLE and not name.startswith(("stream.", "probe")):
             found.append(f"{name} was {old} and is {new}")
-    if not prefix and now["encoder"].get("drop_path"):
+    if not prefix:
         sizes = [config.get("loop", {}).get("micro_batch_size") for config in (before, now)]
-        if sizes[0] != sizes[1]:
-            found.append(f"loop.micro_batch_size was {sizes[0]} and is {sizes[1]}, which would drop other paths")
+        mixup = now.get("mixup", {})
+        mixes = mixup.get("probability") and (mixup.get("mixup") or mixup.get("cutmix"))
+        other = "drop other paths" if now["encoder"].get("drop_path") else "mix other images" if mixes else ""
+        if sizes[0] != sizes[1] and other:
+            found.append(f"loop.micro_batch_size was {sizes[0]} and is {sizes[1]}, which would {other}")
     return found
 
 

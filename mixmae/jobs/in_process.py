@@ -27,7 +27,7 @@ def batches_of(job: Job, num_steps: int) -> Iterator[ImageBatch]:
         job.source,
         Plan(chunk_sizes=job.source.chunk_sizes, seed=job.loop.seed, window_rows=job.data.window_rows),
         config.augment,
-        share=config.share(num_workers=1),
+        share=job.share(rank=0, num_workers=1),
         stop_step=num_steps,
         channels=config.encoder.in_channels,
     )
@@ -52,6 +52,7 @@ def train_in_process(
         clip_grad_norm=job.optim.clip_grad_norm,
         step_function=job.step,
         batches=batches or batches_of(job, job.length.total_steps),
+        share=job.share(rank=0, num_workers=1),
         state=state,
         config=job.loop,
         length=job.length,

@@ -26,6 +26,8 @@ from mixmae.encoders.build import build_encoder, config_to_json
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import RunConfig, to_json
 from mixmae.jobs.record import DataRecord, versions
+from mixmae.machine import to_device
+from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.tracking import JournalTracker, RunRef, run_of
 from mixmae.training.loop import Batch, LoopConfig, TrainState
@@ -162,11 +164,14 @@ class Job:
     def draw_panel(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
         return None, {}
 
+    def share(self, *, rank: int, num_workers: int) -> WorkerShare:
+        return self.config.share(rank=rank, num_workers=num_workers)
+
     @contextlib.contextmanager
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> Iterator[Iterator[Batch]]:
         from mixmae.data.streams import TrainStream  # only workers read, so only they need Ray Data
 
-        share = self.config.share(num_workers=num_workers, rank=rank)
+        share = self.share(rank=rank, num_workers=num_workers)
         plan = Plan(chunk_sizes=self.source.chunk_sizes, seed=self.config.loop.seed, window_rows=self.data.window_rows)
         stream = TrainStream(
             self.source,
@@ -197,4 +202,4 @@ class Job:
     def images_on_device(self, model: nn.Module, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> normalised float32 on the model's device."""
         device = next(model.parameters()).device
-        return self.config.normalise(images.to(device, non_blocking=True))
+        return self.config.normalise(*to_device((images,), device))

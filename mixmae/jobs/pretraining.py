@@ -113,13 +113,14 @@ class PretrainJob(Job):
         images = self.images_on_device(model, whole[: len(whole) // num_images * num_images])
         if not len(images):
             return None, {}
-        generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
-        loss = model(images, generator=generator).loss.item()
         shown = images[: max(1, PANEL_IMAGES // num_images) * num_images]
-        generator = torch.Generator().manual_seed(step_seed(0, "panel"))
-        mixes = cyclic_partners(len(shown), num_images)[::num_images].to(images.device)
+        mixes = cyclic_partners(len(shown), num_images)[::num_images]
         chosen = {"partners": mixes} if num_images > 1 else {}
-        pictures = model(shown, generator=generator, with_pictures=True, **chosen).pictures
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.loop.precision == "bfloat16"):
+            generator = torch.Generator().manual_seed(step_seed(0, "heldout"))
+            loss = model(images, generator=generator).loss.item()
+            generator = torch.Generator().manual_seed(step_seed(0, "panel"))
+            pictures = model(shown, generator=generator, with_pictures=True, **chosen).pictures
         panel = reconstruction_panel(pictures, mean=self.config.pixel_mean, std=self.config.pixel_std)
         return panel, {"heldout/loss": loss}
 

@@ -20,7 +20,7 @@ from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError, Source
 from mixmae.encoders.base import Encoder
 from mixmae.jobs.config import RunConfig
-from mixmae.machine import threads_per_process
+from mixmae.machine import local_processes, threads_per_process
 from mixmae.probing.features import extract_features
 from mixmae.probing.online import OnlineProbeConfig, choose_images, probe_features
 from mixmae.training.failures import EvaluationSkipped
@@ -137,7 +137,7 @@ class Probe:
 def _decoded(probe: Probe, size: tuple[int, int], channels: int, rank: int, num_workers: int) -> list[ImageBatch]:
     """A worker's images, decoded once and kept in its memory: 2000 of 224 px are 300 MB over all workers."""
     rows = np.array_split(probe.rows, num_workers)[rank]
-    with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
+    with ThreadPoolExecutor(threads_per_process(local_processes(num_workers))) as pool:
         return list(eval_batches(probe.source, size, batch_size=PROBE_BATCH, rows=rows, channels=channels, pool=pool))
 
 

@@ -88,5 +88,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, *context: object) -> Tensor:
         """Args: x: (..., C).  context: what the attention needs, such as an attn_mask or a WindowPlan."""
-        x = x + self.drop_path(self.attn(self.norm1(x), *context))
+        return self.transform(self.read(x, *context))
+
+    def read(self, x: Tensor, *context: object) -> Tensor:
+        """The first half: tokens read each other. Arguments as of forward."""
+        return x + self.drop_path(self.attn(self.norm1(x), *context))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half, of each token alone."""
         return x + self.drop_path(self.mlp(self.norm2(x)))

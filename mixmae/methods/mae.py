@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mixmae.decoders import DecoderConfig, PixelDecoder
 from mixmae.encoders.base import BaseConfig, Encoder, SequenceEncoder, check_images
+from mixmae.machine import to_device
 from mixmae.masking import mask_pictures, masked_mean, masks_of_batch, place_tokens, visible_cells
 from mixmae.mixing import cell_grid, tokens_per_cell, upsample_group_map
 from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
@@ -110,6 +111,7 @@ class MAE(nn.Module):
         pictures = self.pictures(images, mask, predicted, hidden, target) if with_pictures else {}
         return StepOutput(loss=loss, pictures=pictures)
 
+    @torch.compiler.disable  # a generator cannot be part of a graph; all that follows is one
     def draw(
         self,
         images: Tensor,
@@ -139,7 +141,8 @@ class MAE(nn.Module):
             first_sample=first_sample,
         )
         visible = visible_cells(self._patch_mask(mask))  # where the mask was drawn: a GPU would wait
-        return mask.to(images.device), visible.to(images.device)
+        mask, visible = to_device((mask, visible), images.device)
+        return mask, visible
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Encode the visible patches (B, n) of images to (B, L, D), each at its position, with zeros in the gaps."""

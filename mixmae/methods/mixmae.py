@@ -7,24 +7,34 @@ section 6 is a field of the config; the fills of Table 6 are in fills.py.
 Unusual, beside MAE: the encoder sees no mask tokens; a batch of B images gives B mixes (each image is in K of them), so
 an epoch costs B encoder runs and K*B runs of the small decoder; who mixes with whom is an explicit argument.
 
-Legend: B images, M mixes (B by default), K images per mix, R of them reconstructed (K by default), H W pixels, h w mask
-cells, L tokens of the encoder's last stage (by default one per cell for pyramids, 2 x 2 per cell for a ViT), D
-the encoder's last width, P = stride*stride*C values of the pixels under a token. `group_map` and `partners` are
-explained in mixing.py.
+Legend: B images, M mixes (B by default), K images per mix, R of them reconstructed (K by default), n hidden tokens of
+all of these in all mixes, H W pixels, h w mask cells, L tokens of the encoder's last stage (by default one per cell for
+pyramids, 2 x 2 per cell for a ViT), D the encoder's last width, P = stride*stride*C values of the pixels under a token.
+`group_map` and `partners` are explained in mixing.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixmae import mixing
 from mixmae.decoders import DecoderConfig, PixelDecoder
-from mixmae.encoders.base import BaseConfig, Encoder, MixEmbedding, MixEmbeddingEncoder, TokenFill, check_images
+from mixmae.encoders.base import (
+    BaseConfig,
+    Encoder,
+    MixEmbedding,
+    MixEmbeddingEncoder,
+    SortingEncoder,
+    TokenFill,
+    check_images,
+)
 from mixmae.layers.initialisation import TABLE_STD
+from mixmae.machine import to_device
 from mixmae.methods.fills import Fill, draw_fill, fill_hidden
 from mixmae.mixing import cell_grid, check_group_map, hidden_mask, tokens_per_cell, upsample_group_map
 from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
@@ -106,17 +116,38 @@ class MixMAEConfig:
         return self.num_images if self.fill == "mix" else 1
 
 
+class Drawn(NamedTuple):
+    """All that chance decides in a step, and what follows from that alone. It is made on the CPU, where the host sees
+    it without waiting; its tensors are then on the device of the images."""
+
+    group_map: Tensor
+    """(M or 1, h, w) int64 in [0, K]. Cells of group r < R show the image partners[:, r]. Cells of other groups show
+    nothing that is reconstructed: other images (dual=False: groups 1 to K - 1), mask tokens (mask_token_share: group
+    K), or what fills the hidden cells of a single image (fill: group 1)."""
+    partners: Tensor
+    """(M, K) int64 in [0, B), or (M, 1) where images do not mix: the image in each group of each mix."""
+    hidden: Tensor
+    """(n,) int64: the tokens that are not visible, of all R*L tokens of all M mixes, in row order. Their pixels are
+    compared."""
+    sizes: tuple[int, ...]
+    """Cells of the groups: mixing.group_sizes."""
+    numbers: Tensor | None
+    """What a fill draws (fills.py), on the CPU."""
+
+
 class Mixed(NamedTuple):
     """What the encoder is given, and which images are to be reconstructed from it."""
 
     pixels: Tensor
     """(M, C, H, W)."""
     group_map: Tensor
-    """(M or 1, h, w) int64 in [0, K]. Cells of group r < R show the image partners[:, r]. Cells of other groups show
-    nothing that is reconstructed: other images (dual=False: groups 1 to K - 1), mask tokens (mask_token_share: group
-    K), or what fills the hidden cells of a single image (fill: group 1)."""
+    """As of Drawn."""
     partners: Tensor
     """(M, R) int64 in [0, B): the images to reconstruct from each mix."""
+    hidden: Tensor
+    """As of Drawn."""
+    sizes: tuple[int, ...]
+    """As of Drawn."""
     fill: TokenFill | None
     """Tokens that stand in cells of no image."""
 
@@ -146,6 +177,7 @@ class MixMAE(nn.Module):
             )
         self.config = config
         self.encoder = encoder
+        self._takes_sizes = isinstance(encoder, SortingEncoder)
         self.decoder = PixelDecoder(
             encoder_dim=encoder.channels[-1],
             patch_px=self.patch_px,
@@ -181,15 +213,15 @@ class MixMAE(nn.Module):
         Returns: the loss and, if asked for, the pictures of self.pictures.
         Raises: ValueError as draw.
         """
-        group_map, partners, draws = self.draw(images, generator, group_map, partners, first_sample)
-        mixed = self.mix(images, group_map, partners, draws)  # section 3.2
+        mixed = self.mix(images, self.draw(images, generator, group_map, partners, first_sample))  # section 3.2
         encoded = self.encode(mixed)  # (M, L, D), section 3.3
-        predicted, hidden = self.decode(encoded, mixed)  # (M, R, L, P) and (M or 1, R, L)
+        predicted = self.decode_hidden(encoded, mixed)  # (n, P)
         target = self.targets(images)  # of (B, L, P)
-        loss = self.reconstruction_loss(predicted, target.patches[mixed.partners], hidden)  # equation 2
-        pictures = self.pictures(images, mixed, predicted, hidden, target) if with_pictures else {}
+        loss = self.reconstruction_loss(predicted, self.hidden_targets(target, mixed))  # equation 2
+        pictures = self.pictures(images, mixed, encoded, target) if with_pictures else {}
         return StepOutput(loss=loss, pictures=pictures)
 
+    @torch.compiler.disable  # a generator cannot be part of a graph; all that follows is one
     def draw(
         self,
         images: Tensor,
@@ -197,7 +229,7 @@ class MixMAE(nn.Module):
         group_map: Tensor | None = None,
         partners: Tensor | None = None,
         first_sample: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Drawn:
         """Draw which image fills which cell of each mix, or check what the caller gives.
 
         Args:
@@ -208,8 +240,7 @@ class MixMAE(nn.Module):
                 config's pairing says. (B, 1) where images do not mix.
             first_sample: index of the first image in the global batch, of which this may be a part: with the same
                 generator, the parts together get the draws of the whole.
-        Returns: group_map and partners, on the device of images; and the numbers that a fill draws (see fills.py), or
-            None.
+        Returns: the draws, and what they hide.
         Raises: ValueError if B is no multiple of K (with default partners), sides are no multiples of cell_px,
             shapes disagree, or there is no generator to draw from.
         """
@@ -232,35 +263,42 @@ class MixMAE(nn.Module):
             group_map = mixing.draw_group_map(cells, config.num_images, generator, last_map, config.mask_token_share)
             group_map = group_map[first_map:]
         check_group_map(group_map, num_mixes=len(partners), grid=cells)
-        draws = draw_fill(config.fill, len(images), cells, generator, first_sample)
-        return group_map.to(images.device), partners.to(images.device), draws
+        if config.fill != "mix":
+            group_map = (group_map != 0).long()  # a single image, in group 0
+        num_shown = partners.shape[1] if config.dual else 1
+        groups = upsample_group_map(group_map, self._token_grid(*cells))
+        hidden = hidden_mask(groups, num_shown).flatten(1).expand(len(partners), -1)  # (M, R*L)
+        numbers = draw_fill(config.fill, len(images), cells, generator, first_sample)
+        sizes = mixing.group_sizes(group_map)
+        chosen = hidden.flatten().nonzero()[:, 0]
+        group_map, partners, chosen = to_device((group_map, partners, chosen), images.device)
+        return Drawn(group_map, partners, chosen, sizes, numbers)
 
-    def mix(self, images: Tensor, group_map: Tensor, partners: Tensor, draws: Tensor | None = None) -> Mixed:
+    def mix(self, images: Tensor, drawn: Drawn) -> Mixed:
         """Fill the hidden cells of each image, with other images or (section 6) as the config's fill says.
 
-        Args: images: (B, C, H, W) float.  group_map, partners, draws: of draw.
+        Args: images: (B, C, H, W) float.  drawn: of draw.
         """
-        config = self.config
-        if config.fill != "mix":
-            hidden = group_map != 0  # a single image, in group 0
-            token = images.new_zeros(self.encoder.fill_dim) if self.mask_token is None else self.mask_token
-            pixels, fill = fill_hidden(config.fill, images, hidden, draws, token)
-            return Mixed(pixels, hidden.long(), partners[:, :1], fill)
+        config, group_map = self.config, drawn.group_map
         fill = None
-        if self.mask_token is not None:
-            fill = TokenFill(mask=group_map == config.num_images, token=self.mask_token)
-        # Cells of mask tokens get the pixels of the last image, which their token replaces.
-        pixels = mixing.mix(images, group_map.clamp(max=config.num_images - 1), partners)
-        return Mixed(pixels, group_map, partners if config.dual else partners[:, :1], fill)
+        if config.fill != "mix":
+            token = images.new_zeros(self.encoder.fill_dim) if self.mask_token is None else self.mask_token
+            pixels, fill = fill_hidden(config.fill, images, group_map != 0, drawn.numbers, token)
+        else:
+            if self.mask_token is not None:
+                fill = TokenFill(mask=group_map == config.num_images, token=self.mask_token)
+            # Cells of mask tokens get the pixels of the last image, which their token replaces.
+            pixels = mixing.mix(images, group_map.clamp(max=config.num_images - 1), drawn.partners)
+        partners = drawn.partners if config.dual else drawn.partners[:, :1]
+        return Mixed(pixels, group_map, partners, drawn.hidden, drawn.sizes, fill)
 
     def encode(self, mixed: Mixed) -> Tensor:
         """Encode mixes to (M, L, D), each token from its own image alone where attention is masked."""
         group_map = mixed.group_map if self.config.masked_attention else None
+        options: dict[str, Any] = {"sizes": mixed.sizes} if self._takes_sizes else {}
         if len(self.mix_embeddings):
-            assert isinstance(self.encoder, MixEmbeddingEncoder)
-            embedding = MixEmbedding(group_map=mixed.group_map, vectors=list(self.mix_embeddings))
-            return self.encoder(mixed.pixels, group_map, mixed.fill, embedding)
-        return self.encoder(mixed.pixels, group_map, mixed.fill)
+            options["embedding"] = MixEmbedding(group_map=mixed.group_map, vectors=list(self.mix_embeddings))
+        return self.encoder(mixed.pixels, group_map, mixed.fill, **options)
 
     def decode(self, encoded: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
         """Take each mix apart and predict every image from its own tokens.
@@ -268,30 +306,32 @@ class MixMAE(nn.Module):
         Args: encoded: (M, L, D).  mixed: what was encoded.
         Returns: the prediction (M, R, L, P), for visible tokens too; and (M or 1, R, L) bool, True = hidden.
         """
-        grid = self._token_grid(*mixed.group_map.shape[1:])
-        groups = upsample_group_map(mixed.group_map, grid)
-        hidden = hidden_mask(groups, mixed.partners.shape[1]).flatten(2)  # (M or 1, R, L)
+        hidden, grid = self._hidden(mixed)
         return self.decoder(encoded, hidden, grid), hidden
+
+    def decode_hidden(self, encoded: Tensor, mixed: Mixed) -> Tensor:
+        """Take each mix apart as decode does, but predict the hidden tokens alone: (n, P)."""
+        return self.decoder(encoded, *self._hidden(mixed), mixed.hidden)
 
     def targets(self, images: Tensor) -> NormalisedPatches:
         """Cut images into patches (B, L, P), float32, normalised if the config says so; mean, std (B, L, 1) undo it."""
         return target_patches(images, self.patch_px, normalise=self.config.normalise_targets)
 
-    def reconstruction_loss(self, predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    def hidden_targets(self, target: NormalisedPatches, mixed: Mixed) -> Tensor:
+        """What decode_hidden is to predict: (n, P) float32.   Args: target: of targets."""
+        num_tokens = target.patches.shape[1]
+        image = mixed.partners.flatten()[mixed.hidden // num_tokens]  # (n,) in [0, B)
+        return target.patches.flatten(0, 1).index_select(0, image * num_tokens + mixed.hidden % num_tokens)
+
+    def reconstruction_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Average the squared error over the pixels of all hidden patches of all images in all mixes (equation 2).
 
-        Args:
-            predicted, target: (M, R, L, P).
-            hidden: (M, R, L) or (1, R, L) bool.
+        Args: predicted, target: (n, P).
         Returns: float32 scalar. For K = 2 and one map per batch it is the official loss.
         """
-        error = (predicted.float() - target).square().mean(dim=-1)  # (M, R, L)
-        weight = hidden.expand_as(error).float()
-        return (error * weight).sum() / weight.sum()
+        return F.mse_loss(predicted.float(), target)
 
-    def pictures(
-        self, images: Tensor, mixed: Mixed, predicted: Tensor, hidden: Tensor, target: NormalisedPatches
-    ) -> dict[str, Tensor]:
+    def pictures(self, images: Tensor, mixed: Mixed, encoded: Tensor, target: NormalisedPatches) -> dict[str, Tensor]:
         """Collect what panels.reconstruction_panel draws.
 
         Returns: detached tensors:
@@ -301,6 +341,7 @@ class MixMAE(nn.Module):
             group_map (M or 1, h, w) and partners (M, R), as of Mixed.
         """
         grid = self._token_grid(*mixed.group_map.shape[1:])
+        predicted, hidden = self.decode(encoded, mixed)
         target = NormalisedPatches(*(values[mixed.partners] for values in target))  # of (M, R, L, P)
         seen = mixed.pixels.detach()
         if mixed.fill is not None:
@@ -313,6 +354,12 @@ class MixMAE(nn.Module):
             "group_map": mixed.group_map,
             "partners": mixed.partners,
         }
+
+    def _hidden(self, mixed: Mixed) -> tuple[Tensor, tuple[int, int]]:
+        """Which tokens of each image are hidden, (M or 1, R, L) bool, and the grid of these tokens."""
+        grid = self._token_grid(*mixed.group_map.shape[1:])
+        groups = upsample_group_map(mixed.group_map, grid)
+        return hidden_mask(groups, mixed.partners.shape[1]).flatten(2), grid
 
     def _token_grid(self, rows: int, columns: int) -> tuple[int, int]:
         """The grid of the encoder's last tokens for a grid of mask cells."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mixmae.decoders import PixelHead
 from mixmae.encoders.base import BaseConfig, Encoder, TokenFill, check_images
 from mixmae.layers.initialisation import TABLE_STD
+from mixmae.machine import to_device
 from mixmae.masking import hide, mask_pictures, masked_mean, masks_of_batch
 from mixmae.mixing import cell_grid, tokens_per_cell, upsample_group_map
 from mixmae.patches import NormalisedPatches, draw_predictions, target_patches
@@ -104,6 +105,7 @@ class SimMIM(nn.Module):
         pictures = self.pictures(images, mask, predicted, hidden, target) if with_pictures else {}
         return StepOutput(loss=loss, pictures=pictures)
 
+    @torch.compiler.disable  # a generator cannot be part of a graph; all that follows is one
     def draw(
         self,
         images: Tensor,
@@ -123,14 +125,15 @@ class SimMIM(nn.Module):
         Raises: ValueError if sides are no multiples of cell_px, the mask does not fit, or none can be drawn.
         """
         check_images(images, self.encoder.in_channels)
-        return masks_of_batch(
+        mask = masks_of_batch(
             mask,
             num_samples=len(images),
             grid=cell_grid(images.shape[2], images.shape[3], self.cell_px),
             mask_ratio=self.config.mask_ratio,
             generator=generator,
             first_sample=first_sample,
-        ).to(images.device)
+        )
+        return to_device((mask,), images.device)[0]
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:
         """Encode images (B, C, H, W), with the mask token in hidden cells, to (B, L, D).

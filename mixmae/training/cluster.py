@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+import ray._private.state
 import torch
 
 from mixmae.machine import Device, home_folder, ray_folder, settle_environment, usable_cores
@@ -17,6 +18,11 @@ from mixmae.machine import Device, home_folder, ray_folder, settle_environment, 
 
 class ClusterError(ValueError):
     """The cluster cannot run what was asked for; the message says why and what to do."""
+
+
+def is_own(address: str | None) -> bool:
+    """Whether a run starts Ray for itself on this machine.   Args: address: as in `join`."""
+    return not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
 
 
 def default_workers(address: str | None, device: Device) -> int:
@@ -27,7 +33,7 @@ def default_workers(address: str | None, device: Device) -> int:
 
     Args: as in `join`. On a cluster it is 1: what is there may be others', or not be started yet.
     """
-    if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+    if not is_own(address):
         return 1
     num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
     return num_gpus or (1 if device == "gpu" else usable_cores())
@@ -37,6 +43,7 @@ def join(
     address: str | None,
     *,
     num_workers: int,
+    most_workers: int | None = None,
     device: Device = "auto",
     num_trials: int | None = None,
     slots: Mapping[str, float] | None = None,
@@ -46,7 +53,8 @@ def join(
 
     Args:
         address: of a cluster; None takes RAY_ADDRESS, which `ray job submit` sets, else starts a local one.
-        num_workers: processes of one run, one CPU each, or one CPU and one GPU each.
+        num_workers: processes of one run, one CPU each, or one CPU and one GPU each; the least number of them, if they
+            may be `most_workers`.
         num_trials: runs at once, each with a process of its own beside its workers; None for a single run.
         slots, dashboard: as in `connect`.
     Returns: whether the workers use a GPU each.
@@ -54,7 +62,7 @@ def join(
     """
     is_own = not (address or os.environ.get("RAY_ADDRESS"))
     total = num_workers * (num_trials or 1)
-    connect(address, num_workers=total + (num_trials or 0), slots=slots, dashboard=dashboard)
+    connect(address, num_workers=(most_workers or total) + (num_trials or 0), slots=slots, dashboard=dashboard)
     use_gpu = uses_gpu(device)
     require_resources(num_workers=total, use_gpu=use_gpu, wait_s=0.0 if is_own else 30.0)  # one of our own cannot grow
     cores = usable_cores()
@@ -139,6 +147,55 @@ def _check_listening(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "//" not in host:
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def room(*, use_gpu: bool) -> int:
+    """Workers that would find a place now: a CPU each, or a CPU and a GPU; and decoding takes one CPU more.
+
+    A run asks while it has no workers. Nodes that are to go, or do not answer though Ray has not noticed yet, do not
+    count.
+    """
+    there = _nodes()
+    free = ray._private.state.available_resources_per_node()
+    kinds = ("CPU", "GPU") if use_gpu else ("CPU",)
+    places = sum(min(int(free.get(node, {}).get(kind, 0)) for kind in kinds) for node in there)
+    cpus = sum(free.get(node, {}).get("CPU", 0.0) for node in there)
+    return max(0, min(places, int(cpus) - 1))
+
+
+def room_beside(held: int, *, use_gpu: bool) -> int:
+    """Workers that a run which has `held` could have if it were started again.
+
+    Its own decoding goes from CPU to CPU, so that places on single nodes say little: sums are compared, and no more
+    counted than all nodes have.
+    """
+    there = _nodes()
+    free = ray._private.state.available_resources_per_node()
+    scarce = "GPU" if use_gpu else "CPU"
+    spare = int(sum(free.get(node, {}).get(scarce, 0.0) for node in there))
+    kinds = ("CPU", "GPU") if use_gpu else ("CPU",)
+    places = sum(min(int(total.get(kind, 0)) for kind in kinds) for total in there.values())
+    cpus = sum(total.get("CPU", 0.0) for total in there.values())
+    return min(held + spare, places, int(cpus) - 1)
+
+
+def _nodes() -> dict[str, dict[str, float]]:
+    """What each node has, by its id; without those that are gone or going."""
+    draining = ray._private.state.state.get_draining_nodes()
+    return {
+        node["NodeID"]: node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining and _answers(node)
+    }
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether a node's raylet takes connections. Ray takes a node for dead only when it has been silent for a while."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def uses_gpu(device: Device) -> bool:

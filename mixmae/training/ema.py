@@ -34,8 +34,9 @@ class WeightAverage:
         """Take in the model's weights; call it after each optimiser step."""
         self._updates += 1
         decay = min(self.decay, self._updates / (self._updates + 9))
-        for name, weight in _weights(model).items():
-            self._averages[name].lerp_(weight, 1 - decay)
+        weights = _weights(model)
+        averages = [self._averages[name] for name in weights]
+        torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)  # on a GPU a few launches, not one per weight
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

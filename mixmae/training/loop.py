@@ -1,13 +1,16 @@
 """The training loop, in the order things happen: fetch, schedule, forward, backward, clip, step, average, log, save.
 
 Plain torch: it runs in any process, alone or as one worker of an initialised torch.distributed group, and knows neither
-Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step), so a resumed run continues bit for
-bit, and the number of workers does not change what is computed, up to the order of float additions.
+Ray nor MLflow nor which task it trains. Every draw is a function of (seed, step) and of an image's place in the batch,
+so a resumed run continues bit for bit, and the number of workers does not change what is computed, up to the order of
+float additions; workers whose shares differ count by their images. On a GPU bits need `deterministic`: the backward
+pass of fused attention with a mask adds in no fixed order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import math
 import time
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
@@ -42,13 +46,17 @@ class LoopConfig:
     batch_size: int = 1024
     """Global batch: images per optimiser step, over all workers and micro-batches."""
     micro_batch_size: int | None = None
-    """Images that a worker puts through the model at once; None is its whole share of the batch (no accumulation)."""
+    """Images that a worker puts through the model at once, at most; None: its whole share of the batch (no
+    accumulation)."""
     seed: int = 0
     """Seed of initialisation, data order, crops and group maps."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass (autocast); weights and optimiser stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, as a CPU does anyway. Slower on a GPU; an operation that
+    has no such form stops the run."""
     log_every_steps: int = 20
     """Steps between progress lines, and between the points of the curves."""
     evaluate_every_epochs: float = 1.0
@@ -77,6 +85,8 @@ class LoopConfig:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it must be at least 1, or None to count in epochs.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}: it must be at least 1, or None.")
         if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
             raise ValueError(
                 f"checkpoint_every_minutes is {self.checkpoint_every_minutes}: it must be above 0, or None."
@@ -90,12 +100,6 @@ class LoopConfig:
         """Whether so many of the images seen are broken that the set must be another one than was meant: all of them,
         or more than halfway from `max_broken_fraction` to all."""
         return seen > 0 and (broken == seen or broken / seen > (1 + self.max_broken_fraction) / 2)
-
-    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
-        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so."""
-        return WorkerShare(
-            batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, rank=rank, num_workers=num_workers
-        )
 
 
 EARLY_IMAGES = 64
@@ -186,6 +190,19 @@ def step_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Spare Python's garbage collector what is there by now: it would look through all of it again and again, which
+    takes 3 % of a small model's step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_settled()
 def train(
     *,
     model: nn.Module,
@@ -195,6 +212,7 @@ def train(
     clip_grad_norm: float | None,
     step_function: StepFunction,
     batches: Iterator[Batch],
+    share: WorkerShare | None = None,
     state: TrainState,
     config: LoopConfig,
     length: RunLength,
@@ -210,7 +228,8 @@ def train(
         peak_lr: learning rate at the end of the warmup.
         clip_grad_norm: largest norm of the whole gradient; None: it is not clipped.
         step_function: runs the task's forward on one micro-batch.
-        batches: this worker's micro-batches from step `state.step` on, `accumulation` of its share for each step.
+        batches: this worker's micro-batches from step `state.step` on, as its share cuts them.
+        share: which images of each batch are this worker's; None: all of them, where there is one.
         state: updated in place.
         config: batch, seed, precision and how often to log, evaluate and save.
         length: steps of the run and of its warmup.
@@ -222,8 +241,11 @@ def train(
         config.max_broken_fraction are broken. Diverged, likewise, after config.max_bad_steps steps in a row whose
         gradient is not finite.
     """
+    share = share or WorkerShare(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size)
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, num_workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = config.share(num_workers=num_workers, rank=rank)
+    assert (share.batch_size, share.rank, share.num_workers) == (config.batch_size, rank, num_workers)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     evaluate_every = length.every(config.evaluate_every_epochs)
     checkpoint_every = length.every(config.checkpoint_every_epochs)
@@ -267,11 +289,11 @@ def train(
                     stack.enter_context(model.no_sync())  # gradients are summed once per step, with the last
                 with autocast:
                     output = step_function(model, batch, generator, first_sample)
-                (output.loss / share.accumulation).backward()
-            averages.add({"loss": output.loss.detach(), **output.metrics})
+                (output.loss / share.divisor(index)).backward()
+            averages.add({"loss": output.loss.detach(), **output.metrics}, share.micro_batches[index])
 
         norm = _clip(model, clip_grad_norm)
-        averages.add({"grad_norm": norm})
+        averages.add({"grad_norm": norm}, share.images)
         health.update(norm)
         health.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -327,7 +349,10 @@ def train(
 
 def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip the gradient if asked; returns its norm before clipping."""
-    return nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+    if max_norm is None:  # clipping to infinity would read and write every gradient to change nothing
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 DIVERGED = (
@@ -429,8 +454,8 @@ def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLengt
 
 
 class _Averages:
-    """Means of scalars over steps and workers, without those that are not finite; nothing is copied to the CPU before
-    `reduce`."""
+    """Means of scalars over the images of all steps and workers, without those that are not finite; nothing is copied
+    to the CPU before `reduce`."""
 
     def __init__(self, device: torch.device, state: Mapping[str, tuple[float, float]] | None = None) -> None:
         """Args: state: of another process's `state`, at the same step."""
@@ -438,24 +463,25 @@ class _Averages:
         num_workers = dist.get_world_size() if dist.is_initialized() else 1
         shares = {name: [part / num_workers for part in parts] for name, parts in (state or {}).items()}
         self._sums = {name: torch.tensor(part, dtype=torch.float64, device=device) for name, part in shares.items()}
-        """(2,) float64: sum and count."""
+        """(2,) float64: sum over images and their number."""
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, Tensor], num_images: int) -> None:
+        """Args: values: each a mean over so many images."""
         for name, value in values.items():
             number = value.detach().double()
             is_finite = number.isfinite()
             # where, and not a product: 0 times infinity is no number
-            part = torch.stack([torch.where(is_finite, number, 0.0), is_finite.double()]).to(self._device)
+            part = num_images * torch.stack([torch.where(is_finite, number, 0.0), is_finite.double()]).to(self._device)
             before = self._sums.get(name)
             self._sums[name] = part if before is None else before + part
 
     def state(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of all workers; every worker calls it."""
+        """Sum and number of all workers; every worker calls it."""
         totals = self._totals() if self._sums else torch.empty(0, 2)
         return {name: (total, count) for name, (total, count) in zip(sorted(self._sums), totals.tolist(), strict=True)}
 
     def reduce(self) -> dict[str, float]:
-        """Means over steps and workers; the sums start anew."""
+        """Means over steps and workers; the sums begin anew."""
         names, totals = sorted(self._sums), self._totals()
         self._sums = {}
         return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))

@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Message = tuple[str, Any]
 """(kind, content): ("progress", dict), ("broken", list of dict), ("evaluation", dict), ("left_out", list of dict:
 broken images of the evaluations), ("note", one line), ("saved", step), ("started", step that training starts from),
-("failed", one line), ("restart", one line; from the driver: a new worker group is started)."""
+("failed", one line), and from the driver ("restart", one line: a new worker group is started) and ("workers", dict:
+the `count` of those that are started, `of` what --workers allows)."""
 
 
 @ray.remote

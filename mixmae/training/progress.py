@@ -2,6 +2,7 @@
 
 progress.json     the newest progress record, with time, length and time left
 restarts.jsonl    one line for each restart of the workers: time, step of the newest checkpoint, reason
+starts.jsonl      one line for each start of workers: time, step that they train from, how many they are
 """
 
 from __future__ import annotations
@@ -17,25 +18,36 @@ from mixmae.writing import write_json
 
 PROGRESS_FILE = "progress.json"
 RESTARTS_FILE = "restarts.jsonl"
+STARTS_FILE = "starts.jsonl"
 
 
 class ProgressFile:
-    """Writes both files from the messages of a run's workers; its clock starts at the first record after a start."""
+    """Writes these files from the messages of a run's workers; its clock starts at the first record after a start."""
 
     def __init__(self, folder: Path, total_steps: int) -> None:
         self._folder, self._total = folder, total_steps
         self._first: tuple[int, float] | None = None
+        self._num_workers: int | None = None
+        """Of a start that has not been written down."""
 
     def receive(self, kind: str, content: Any) -> None:
         """Keep what a message of mixmae.training.mailbox says, if it is of the kinds that count.   Raises: OSError."""
         if kind == "progress":
             self._record(content)
+        elif kind == "workers":
+            self._num_workers = content["count"]
         elif kind == "started":
             self._first = None
+            if self._num_workers is not None:
+                self._add(STARTS_FILE, step=content, workers=self._num_workers)
+                self._num_workers = None
         elif kind == "restart":
             step = next(map(step_of, checkpoints_of(self._folder)), 0)
-            with (self._folder / RESTARTS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), "step": step, "reason": content}) + "\n")
+            self._add(RESTARTS_FILE, step=step, reason=content)
+
+    def _add(self, name: str, **content: Any) -> None:
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **content}) + "\n")
 
     def _record(self, record: Mapping[str, float]) -> None:
         step, now = int(record["step"]), time.monotonic()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,19 +28,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixmae.machine import threads_per_process
+from mixmae.share import WorkerRange, WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.budget import FailureBudget
 from mixmae.training.checkpoint import (
+    STATE_FILE,
     CheckpointError,
     DamagedCheckpoint,
     list_checkpoints,
     load_checkpoint,
     read_state,
     save_checkpoint,
-    step_of,
     verify,
 )
 from mixmae.training.diverged import write_diverged
+from mixmae.training.elastic import Elastic
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import EvaluationSkipped, Interrupted, TrainingStopped
 from mixmae.training.interrupt import signals
@@ -55,7 +58,9 @@ from mixmae.training.loop import (
     train,
 )
 from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
+from mixmae.training.mirror import Mirror
 from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.run_store import DamagedCopy, RunStore
 from mixmae.training.saving import CheckpointWriter
 from mixmae.training.schedule import RunLength
 from mixmae.training.watchdog import Watchdog
@@ -93,6 +98,9 @@ class TrainingJob(Protocol):
 
     def build_model(self) -> nn.Module:
         """The module to train, on the CPU; draws from torch's global generator, which is seeded."""
+
+    def share(self, *, rank: int, num_workers: int) -> WorkerShare:
+        """This worker's part of every batch."""
 
     def open_batches(self, *, rank: int, num_workers: int, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
         """This worker's micro-batches from a step on; leaving the context stops the stream."""
@@ -134,7 +142,7 @@ def fit(
     *,
     folder: Path,
     name: str,
-    num_workers: int,
+    workers: WorkerRange,
     use_gpu: bool,
     max_failures: int,
     checkpoints_to_keep: int | None,
@@ -142,19 +150,23 @@ def fit(
     on_message: Callable[[Message], None],
     callbacks: Sequence[Any] = (),
     may_write: Callable[[], bool] = _always,
+    store: RunStore | None = None,
 ) -> tuple[TrainState, str]:
     """Train to the end on a worker group, starting a new one from the last checkpoint when it fails.
 
     Args:
         folder, name: checkpoints go to folder/name/; the same pair again continues from the newest one there that is
             whole. What Ray keeps for itself goes to folder/.ray, and is deleted at the end.
+        workers: how many of them each start may have (elastic.py).
         max_failures: restarts without a new checkpoint between them before giving up (budget.py).
         runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
-        may_write: asked by rank 0 before it writes a checkpoint; pickled.
+        may_write: asked by rank 0 before it writes a checkpoint, and here all the time; pickled.
+        store: that the folder, one of each node's own then, is copied to.
     Returns: the final state and the path of the last checkpoint.
-    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed.
+    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed; FolderLost
+        when the run may not write any more.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -170,9 +182,14 @@ def fit(
         "keep": checkpoints_to_keep,
         "runs_at_once": runs_at_once,
         "may_write": may_write,
+        "store": store,
     }
-    with signals() as asked_to_stop:
+    num_blocks = job.share(rank=0, num_workers=1).num_blocks
+    elastic = Elastic(workers, use_gpu=use_gpu, num_blocks=num_blocks, note=lambda line: on_message(("note", line)))
+    with signals(may_write) as asked_to_stop:
         while True:
+            num_workers = elastic.choose(asked_to_stop.sleep)
+            on_message(("workers", {"count": num_workers, "of": str(workers)}))
             mailbox = open_mailbox()
             causes: list[str] = []
 
@@ -182,29 +199,60 @@ def fit(
                 on_message(message)
 
             shutil.rmtree(scratch, ignore_errors=True)  # an earlier one's snapshot must not be found
-            trainer = _trainer(settings | {"mailbox": mailbox}, scratch, num_workers, use_gpu, callbacks)
+            trainer = _trainer(
+                settings | {"mailbox": mailbox}, scratch, num_workers, use_gpu, callbacks, workers.is_elastic
+            )
             try:
-                with reading(mailbox, receive) as heard:
+                with reading(mailbox, receive) as heard, elastic.watching(mailbox, heard):
                     outcome = asked_to_stop.run(trainer.fit, mailbox, heard).return_value
-                break
+                state = TrainState(**outcome["state"])
+                is_over = outcome["stopped"] or state.step >= job.length.total_steps or asked_to_stop.signal
+                if is_over or not elastic.grows:
+                    break
             except ray.train.TrainingFailedError as error:
+                elastic.failed()
                 cause = causes[0] if causes else _cause(error)
-                step = next(map(step_of, list_checkpoints(checkpoints)), -1)
+                refuse_out_of_memory(cause)
+                step = _newest_step(checkpoints, store)
                 wait = budget.spend(step, cause)
                 on_message(("restart", f"{cause}; starting again in {wait:.0f} s" if wait >= 5 else cause))
                 asked_to_stop.sleep(wait)
     shutil.rmtree(scratch, ignore_errors=True)
     if outcome["stopped"]:
         raise TrainingStopped(outcome["stopped"])
-    state = TrainState(**outcome["state"])
     if state.step < job.length.total_steps:
         raise Interrupted(asked_to_stop.signal)
     return state, outcome["checkpoint"]
 
 
+def _newest_step(checkpoints: Path, store: RunStore | None) -> int:
+    """The step of the newest checkpoint, as far as it can be seen; -1: there is none."""
+    names = [path.name for path in list_checkpoints(checkpoints)[:1]]
+    with contextlib.suppress(OSError):
+        names += [] if store is None else store.checkpoints()[:1]
+    return max((int(name.removeprefix("step_")) for name in names), default=-1)
+
+
+def refuse_out_of_memory(cause: str) -> None:
+    """Raise TrainingStopped if a GPU's memory was too small: the same batch would not fit into a new worker either."""
+    if torch.OutOfMemoryError.__name__ in cause:
+        raise TrainingStopped(
+            f"a GPU has too little memory for the batch ({cause}): lower --loop.micro-batch-size, which changes no "
+            "result, or use more workers."
+        )
+
+
 def _trainer(
-    settings: dict[str, Any], scratch: Path, num_workers: int, use_gpu: bool, callbacks: Sequence[Any]
+    settings: dict[str, Any],
+    scratch: Path,
+    num_workers: int,
+    use_gpu: bool,
+    callbacks: Sequence[Any],
+    is_elastic: bool,
 ) -> _Trainer:
+    failures: dict[str, Any] = {"max_failures": 0}  # budget.py counts otherwise
+    if is_elastic:  # nor may Ray wait for places, or start as many workers again where a node was preempted
+        failures |= {"controller_failure_limit": 0, "max_preemption_failures": 0}
     # The ignores: ray.train is typed as its first version, but is the second one at run time.
     return _Trainer(
         run_worker,  # type: ignore[arg-type]
@@ -217,7 +265,7 @@ def _trainer(
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=f"{time.time_ns():x}",
             storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=0),  # budget.py counts otherwise
+            failure_config=ray.train.FailureConfig(**failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
         ),
@@ -246,16 +294,22 @@ def _run_worker(
     keep: int | None,
     runs_at_once: int,
     may_write: Callable[[], bool],
+    store: RunStore | None,
 ) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers.
-        torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
-    else:
+    # Ray sets one thread for a worker of one CPU; the cores of this node are shared by its workers. Beside a GPU they
+    # solve the probe's equations.
+    torch.set_num_threads(threads_per_process(context.get_local_world_size() * runs_at_once))
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if job.loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is used: it asks for one of these
+        torch.use_deterministic_algorithms(True)
 
+    if store is not None:
+        _bring_to_node(store, rank=rank, num_workers=num_workers)
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
     optimizer = build_optimizer(model, job.optim)
@@ -265,9 +319,14 @@ def _run_worker(
     if job.loop.compile:
         model.compile()  # in place: names in checkpoints stay as they are
     with contextlib.ExitStack() as stack:
+        if store is not None and rank == 0:
+            say = partial(_note, mailbox)
+            # The first to come, so that it ends last, when all is written: it waits for the store.
+            stack.enter_context(Mirror(store, "worker", keep=keep, may_write=may_write, say=say))
         events = _WorkerEvents(job, model, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
         stack.callback(events.close)
-        events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=may_write, report=events.note)
+        writes_here = may_write if store is None else _always  # the mirror asks
+        events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=writes_here, report=events.note)
         events.watchdog = Watchdog(checkpoints.parent / f"stacks_rank{rank}.txt", events.failed)
         stack.callback(events.watchdog.close)
         went_back: set[int] = set()
@@ -275,11 +334,20 @@ def _run_worker(
         stopped = None
         while True:
             try:
-                state = _resume(checkpoints, model, optimizer, average, events.note, rank=rank, num_workers=num_workers)
+                state = _resume(
+                    checkpoints, model, optimizer, average, events.note, rank=rank, num_workers=num_workers, store=store
+                )
             except CheckpointError as error:
                 return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
             if num_workers > 1 and trained is model:
-                trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+                # Never static_graph: DDP looks for tensors in what the model returns, and finds none in a StepOutput.
+                trained = DistributedDataParallel(
+                    model,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    # Tables are built alike everywhere; only the statistics of a linear probe's BatchNorm are not.
+                    broadcast_buffers=any(name.endswith("running_mean") for name, _ in model.named_buffers()),
+                    gradient_as_bucket_view=True,  # one copy of the gradients less
+                )
             events.has_checkpoint = state.step > 0
             if rank == 0:
                 mailbox.put.remote(("started", state.step))
@@ -298,6 +366,7 @@ def _run_worker(
                         clip_grad_norm=job.optim.clip_grad_norm,
                         step_function=job.step,
                         batches=batches,
+                        share=job.share(rank=rank, num_workers=num_workers),
                         state=state,
                         config=job.loop,
                         length=job.length,
@@ -321,7 +390,20 @@ def _run_worker(
                 break
         events.wait_for_checkpoint()
     last = next(map(str, list_checkpoints(checkpoints)), "")
+    if store is not None and last:
+        last = f"{store.shown}/checkpoints/{Path(last).name}"
     return {"state": vars(state), "checkpoint": last, "stopped": stopped}
+
+
+def _bring_to_node(store: RunStore, *, rank: int, num_workers: int) -> None:
+    """Have what workers need from a run's store on each node before any of them looks for it."""
+    store.local.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        store.bring("worker")
+    if ray.train.get_context().get_local_rank() == 0:
+        store.bring_initial()
+    if num_workers > 1:
+        dist.barrier()
 
 
 def _resume(
@@ -333,6 +415,7 @@ def _resume(
     *,
     rank: int,
     num_workers: int,
+    store: RunStore | None,
 ) -> TrainState:
     """Load the newest checkpoint that is whole; a run without any starts anew.
 
@@ -340,11 +423,19 @@ def _resume(
     """
     chosen: list[str | None] = [None]
     if rank == 0:
-        there = list_checkpoints(checkpoints)
-        for path in there:
+        there = _candidates(checkpoints, store)
+        for path, is_here in there:
             try:
+                if store is not None and not is_here:
+                    shutil.rmtree(path, ignore_errors=True)  # damaged
+                    store.get_folder(f"checkpoints/{path.name}", path)
                 verify(path)
                 load_checkpoint(path, model=model, optimizer=optimizer, average=average)
+            except DamagedCopy as error:
+                note(f"{error} It is passed over.")
+                assert store is not None
+                store.move(f"checkpoints/{path.name}", f"damaged/{path.name}")
+                continue
             except DamagedCheckpoint as error:
                 note(f"{error} It is passed over.")
                 continue
@@ -359,10 +450,40 @@ def _resume(
     if chosen == [None]:
         return TrainState()
     if chosen == [""]:
+        place = checkpoints if store is None else f"{store.shown}/checkpoints"
         raise DamagedCheckpoint(
-            f"none of the checkpoints in {checkpoints} is whole: put one back from a copy, or choose another --output."
+            f"none of the checkpoints in {place} is whole: put one back from a copy, or choose another --output."
         )
+    if store is not None and num_workers > 1:
+        _share(Path(str(chosen[0])), store, rank=rank)
     return TrainState(**load_checkpoint(str(chosen[0]), model=model, optimizer=optimizer, average=average)["position"])
+
+
+def _candidates(checkpoints: Path, store: RunStore | None) -> list[tuple[Path, bool]]:
+    """Where checkpoints may be, the newest first, each with whether it is here already, or in the store."""
+    found = [(path, True) for path in list_checkpoints(checkpoints)]
+    found += [(checkpoints / name, False) for name in (store.checkpoints() if store else ())]
+    return sorted(found, key=lambda item: (item[0].name, item[1]), reverse=True)
+
+
+def _share(checkpoint: Path, store: RunStore, *, rank: int) -> None:
+    """Have the checkpoint that rank 0 has chosen on every node."""
+    context = ray.train.get_context()
+    state: list[bytes | None] = [(checkpoint / STATE_FILE).read_bytes() if rank == 0 else None]
+    name = f"checkpoints/{checkpoint.name}"
+    is_spread = context.get_local_world_size() < context.get_world_size()
+    if rank == 0 and is_spread and store.read(f"{name}/{STATE_FILE}") != state[0]:
+        store.put_folder(checkpoint, name)  # the store was away when it was written
+    dist.broadcast_object_list(state)
+    own = checkpoint / STATE_FILE
+    if context.get_local_rank() == 0 and not (own.is_file() and own.read_bytes() == state[0]):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        store.get_folder(name, checkpoint)
+    dist.barrier()
+
+
+def _note(mailbox: Any, line: str) -> None:
+    mailbox.put.remote(("note", line))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -437,6 +558,7 @@ class _WorkerEvents:
             self.writer.reserve(self._model, self._optimizer, self._average)
         if self._tracker is None:
             return
+        record = {**record, "workers": self._num_workers}
         self._tracker.log_metrics(curve_names(record), step)
         self._mailbox.put.remote(("progress", {"step": step, **record}))
         if broken:
@@ -565,6 +687,7 @@ _CURVE_GROUPS = {
     "images_per_s": "perf",
     "data_wait_share": "perf",
     "step_s": "perf",
+    "workers": "perf",
     "broken_images": "data",
 }
 

@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmae.methods.mixmae import MixMAE, MixMAEConfig
 from mixmae.mixing import hidden_mask, upsample_group_map
@@ -183,6 +185,10 @@ def test_perfect_predictions_reconstruct_the_originals(monkeypatch, build, norma
         return wanted, hidden
 
     monkeypatch.setattr(method, "decode", perfect)
+    if isinstance(method, MixMAE):
+        monkeypatch.setattr(
+            method, "decode_hidden", lambda encoded, mixed: method.hidden_targets(method.targets(images), mixed)
+        )
     step = method(images, generator=seeded(), with_pictures=True)
     assert step.loss.item() == 0.0
     expected, made = images[step.pictures["partners"]], step.pictures["reconstructions"]
@@ -250,3 +256,57 @@ def test_a_batch_of_as_many_images_as_mix_is_enough(build):
     if mixed > 1:
         with pytest.raises(ValueError, match=f"multiple of {mixed}"):
             method(images_for(method, mixed + 1), generator=seeded())
+
+
+class Waits(TorchDispatchMode):
+    """Keeps the operations for which the host of a GPU waits, because a number of theirs decides what follows."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in pytree.tree_leaves(args[1:])
+        )
+        if by_mask or name in self.NAMES:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+def test_after_the_draws_the_host_of_a_gpu_waits_for_nothing(monkeypatch, build):
+    method = build()
+    images = images_for(method)
+    drawn = method.draw(images, seeded())
+    monkeypatch.setattr(method, "draw", lambda *_: drawn)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # a CPU sorts windows by sizes that it reads
+    with Waits() as waits:
+        method(images, generator=seeded()).loss.backward()
+    assert waits.found == []
+    with Waits() as waits:
+        images[images > 0].sum().item()  # it would be seen
+    assert waits.found == ["index", "_local_scalar_dense"]
+
+
+@every_method
+def test_all_but_the_draws_is_one_graph(build):
+    """Compiled, and not compiled anew from step to step: the draws change, the shapes do not."""
+    method, plain, graphs = build(), build(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    method.compile(backend=backend)
+    images = images_for(method)
+    for seed in range(4):
+        expected = plain(images, generator=seeded(seed)).loss
+        torch.testing.assert_close(method(images, generator=seeded(seed)).loss, expected)
+    # Where one image alone is reconstructed, its hidden cells are some more or fewer: a second graph is for any number.
+    first_alone = isinstance(method, MixMAE) and (method.config.fill != "mix" or not method.config.dual)
+    assert len(graphs) <= 1 + first_alone

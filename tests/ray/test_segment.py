@@ -13,12 +13,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SHORT = [
     *("--augment.image-size", "64", "--augment.shorter-px", "64", "--augment.longer-px", "64", "--slide-stride", "64"),
-    *("--encoder.embed-dim", "16", "--encoder.num-heads", "1", "2", "4"),
+    *("--encoder.embed-dim", "16", "--encoder.num-heads", "1", "2", "4", "--encoder.drop-path", "0.2"),
     *("--head.channels", "16", "--head.aux-channels", "8", "--ema-decay", "0.9"),
-    *("--loop.batch-size", "8", "--loop.steps", "24", "--loop.log-every-steps", "4"),
+    *("--loop.batch-size", "8", "--loop.micro-batch-size", "4", "--loop.steps", "24", "--loop.log-every-steps", "4"),
 ]
-"""The demo recipe, cut down to seconds. Nothing is dropped and norms are of single images, so one worker's run is the
-same as two workers'."""
+"""The demo recipe, cut down to seconds. Micro-batches of one size make one worker's run the same as two workers'."""
 
 
 @pytest.fixture(scope="module")

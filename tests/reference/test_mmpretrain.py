@@ -21,7 +21,7 @@ def test_encoded_reconstructed_and_pooled():
     index = torch.arange(batch)
     group_map, partners = golden["mask"].view(1, 3, 3).long(), torch.stack([index, index.flip(0)], dim=1)
     with torch.no_grad():
-        mixed = method.mix(golden["input"], group_map, partners)
+        mixed = method.mix(golden["input"], method.draw(golden["input"], None, group_map, partners))
         encoded = method.encode(mixed)
         predicted, _ = method.decode(encoded, mixed)  # (4, 2, 9, 3072)
         pooled = method.encoder(golden["input"]).mean(dim=1)

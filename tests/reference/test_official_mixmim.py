@@ -64,7 +64,7 @@ def test_encoded_and_reconstructed(pretraining, official_mix):
     golden, _, method, _ = pretraining
     group_map, partners = official_mix
     with torch.no_grad():
-        mixed = method.mix(golden["input"], group_map, partners)
+        mixed = method.mix(golden["input"], method.draw(golden["input"], None, group_map, partners))
         encoded = method.encode(mixed)
         predicted, _ = method.decode(encoded, mixed)  # (4, 2, 9, 3072)
     assert_close(encoded, golden["encoded"])

@@ -39,3 +39,13 @@ def test_sequences_are_decoded_one_by_one():
 def test_bad_sizes(options):
     with pytest.raises(ValueError, match="must be"):
         DecoderConfig(**options)
+
+
+def test_chosen_tokens_alone_are_those_of_all():
+    torch.manual_seed(0)
+    config = DecoderConfig(dim=8, depth=1, num_heads=2)
+    decoder = PixelDecoder(encoder_dim=8, patch_px=2, channels=3, grid=(3, 3), config=config)
+    tokens, mask = torch.randn(2, 9, 8), hidden_mask(group_maps(), 4).flatten(2)
+    chosen = torch.tensor([71, 3, 40])
+    every = decoder(tokens, mask, (3, 3)).flatten(0, 2)
+    torch.testing.assert_close(decoder(tokens, mask, (3, 3), chosen), every[chosen])

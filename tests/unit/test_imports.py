@@ -17,7 +17,7 @@ LEVELS = {
             ("mixmae.jobs",),
             ("mixmae.inference", "mixmae.timm_models"),
             ("mixmae.convert",),
-            ("mixmae.flops",),
+            ("mixmae.cost", "mixmae.flops"),
             ("mixmae.probing",),
             (
                 "mixmae.finetune",
@@ -39,6 +39,7 @@ ANYONE = {
     *(
         f"mixmae.{name}"
         for name in (
+            "lock",
             "machine",
             "masking",
             "metrics",
@@ -48,6 +49,7 @@ ANYONE = {
             "pixels",
             "share",
             "step",
+            "stores",
             "writing",
         )
     ),

@@ -11,6 +11,7 @@ from mixmae.mixing import (
     check_group_map,
     cyclic_partners,
     draw_group_map,
+    group_sizes,
     hidden_mask,
     mix,
     tokens_per_cell,
@@ -192,3 +193,10 @@ def test_disagreeing_shapes():
     for cell_px in (0, 6, 12):
         with pytest.raises(ValueError, match=f"cell of {cell_px} px would cut .* make cell_px a multiple of 8"):
             tokens_per_cell(cell_px, 8)
+
+
+def test_group_sizes():
+    assert group_sizes(draw_group_map((7, 7), 4, seeded(), 5)) == (13, 12, 12, 12)  # whichever group is the large one
+    assert group_sizes(draw_group_map((4, 4), 2, seeded(), 3, 0.5)) == (8, 4, 4)
+    assert group_sizes(torch.tensor([[[0, 0, 2]]])) == (2, 1, 0)
+    assert group_sizes(torch.tensor([[[0, 0, 1]], [[0, 0, 0]]])) == ()

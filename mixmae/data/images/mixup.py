@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mixmae.machine import to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixupConfig:
@@ -46,7 +48,8 @@ def mix_batch(
     """
     off = config.label_smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=images.device)
-    targets.scatter_(1, labels[:, None].to(images.device), 1 - config.label_smoothing + off)
+    (classes,) = to_device((labels[:, None],), images.device)
+    targets.scatter_(1, classes, 1 - config.label_smoothing + off)
     mixing, choosing, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if mixing >= config.probability or not (config.mixup or config.cutmix):
         return images, targets

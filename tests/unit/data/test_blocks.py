@@ -82,19 +82,23 @@ def test_a_large_chunk_of_nonsense_does_not_cost_minutes(tmp_path, make_jpeg, mo
     assert len(tried) < 100
 
 
-@pytest.mark.parametrize("num_workers", [2, 3, 4])
-def test_workers_together_see_what_one_would(write_shards, num_workers):
+@pytest.mark.parametrize("num_workers", [2, 3, 4, 5])
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_workers_together_see_what_one_would(write_shards, num_workers, micro_batch_size):
     source = open_source(write_shards(50, 20))
     plan = Plan(chunk_sizes=source.chunk_sizes, seed=3, window_rows=32)
     stop_step = 9  # crosses an epoch
     whole = local_batches(source, plan, AUGMENT, share=WorkerShare(batch_size=12), stop_step=stop_step)
     alone = torch.cat([batch.images for batch in whole])
-    shares = [WorkerShare(batch_size=12, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
-    parts = [
-        torch.stack([batch.images for batch in local_batches(source, plan, AUGMENT, share=share, stop_step=stop_step)])
-        for share in shares
-    ]
-    assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), alone)
+    together = []
+    for rank in range(num_workers):
+        share = WorkerShare(
+            batch_size=12, block=2, micro_batch_size=micro_batch_size, rank=rank, num_workers=num_workers
+        )
+        batches = list(local_batches(source, plan, AUGMENT, share=share, stop_step=stop_step))
+        assert [len(batch.images) for batch in batches] == stop_step * list(share.micro_batches)
+        together.append(torch.cat([batch.images for batch in batches]).unflatten(0, (stop_step, share.images)))
+    assert torch.equal(torch.cat(together, dim=1).flatten(0, 1), alone)
 
 
 def test_accumulation_and_resume_change_nothing(write_shards):

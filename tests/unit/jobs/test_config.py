@@ -40,6 +40,38 @@ def test_micro_batches_may_change_unless_paths_are_dropped():
     assert differences(before, now) == ["loop.micro_batch_size was None and is 8, which would drop other paths"]
 
 
+def test_micro_batches_may_not_change_where_images_are_mixed_inside_them():
+    config = FINETUNE_RECIPES["demo_finetune"]()
+    config = replace(config, encoder=replace(config.encoder, drop_path=0.0))
+
+    def found(probability):
+        given = replace(config, mixup=replace(config.mixup, mixup=0.8, probability=probability))
+        return differences(to_json(given), to_json(replace(given, loop=replace(given.loop, micro_batch_size=8))))
+
+    assert found(0.0) == []
+    assert found(1.0) == ["loop.micro_batch_size was None and is 8, which would mix other images"]
+
+
+def test_what_stays_together_on_a_worker():
+    """The images of a mix; where micro-batches draw, whole ones, if they have a size."""
+    plain = PRETRAIN_RECIPES["demo"]()
+    plain = replace(plain, method=MixMAEConfig(num_images=4), loop=replace(plain.loop, batch_size=48))
+    dropping = replace(plain, encoder=replace(plain.encoder, drop_path=0.1))
+    finetuning = FINETUNE_RECIPES["demo_finetune"]()
+
+    def block(config, micro_batch_size):
+        return replace(config, loop=replace(config.loop, micro_batch_size=micro_batch_size)).block
+
+    assert [block(plain, size) for size in (None, 8)] == [4, 4]
+    assert [block(dropping, size) for size in (None, 8, 6)] == [4, 8, 4]  # 6 is refused by the share
+    assert [block(finetuning, size) for size in (None, 8)] == [1, 8]
+    assert plain.share(num_workers=5, rank=4).micro_batches == (12,)
+    with pytest.raises(ValueError, match="micro-batch of 6 images cannot be cut into parts of 4"):
+        replace(dropping, loop=replace(dropping.loop, micro_batch_size=6)).share(num_workers=1)
+    with pytest.raises(ValueError, match=r"batch of 48 images cannot be cut into parts of 32.*loop\.micro-batch-size"):
+        replace(dropping, loop=replace(dropping.loop, micro_batch_size=32)).share(num_workers=1)
+
+
 def test_fields_that_an_earlier_version_did_not_have_are_as_their_defaults():
     config = PRETRAIN_RECIPES["demo"]()
     before = to_json(config)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from mixmae.layers.attention import attend
 from mixmae.layers.positions import relative_position_bias
-from mixmae.layers.windows import WindowAttention, plan_windows
+from mixmae.layers.windows import WindowAttention, plan_sorted, plan_windows
+from mixmae.mixing import draw_group_map, group_sizes, upsample_group_map
+from tests.factories import seeded
 
 DIM, HEADS, BATCH = 8, 2, 3
 
@@ -90,12 +92,11 @@ def test_padding_changes_nothing_without_a_group_map():
 def test_a_shared_map_adds_nothing_of_the_size_of_the_scores(monkeypatch, num_maps, expected):
     seen = []
 
-    def record(query, key, value, attn_mask):
-        seen.append(tuple(attn_mask.shape))
-        return attend(query, key, value, attn_mask=attn_mask)
+    def record(query, key, value, bias):
+        seen.append(tuple(bias.shape))
+        return attend(query, key, value, bias)
 
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr("mixmae.layers.windows.attend", record)
     group_map = torch.zeros(num_maps, 6, 6, dtype=torch.int64) if num_maps else None
     WindowAttention(DIM, HEADS, 3)(torch.randn(BATCH, 6, 6, DIM), plan_windows((6, 6), 3, group_map))
     assert seen == [expected]
@@ -104,3 +105,65 @@ def test_a_shared_map_adds_nothing_of_the_size_of_the_scores(monkeypatch, num_ma
 def test_map_of_another_size():
     with pytest.raises(ValueError, match="does not fit a grid of 4 x 4"):
         plan_windows((4, 4), 2, torch.zeros(1, 2, 2, dtype=torch.int64))
+
+
+SORTED = [
+    ((7, 7), (7, 7), 4, 7, 0.0),  # 13, 12, 12 and 12 tokens
+    ((7, 7), (14, 14), 4, 14, 0.0),
+    ((7, 7), (14, 14), 2, 16, 0.0),  # a window larger than the grid
+    ((4, 4), (8, 8), 4, 8, 0.0),  # groups of one size
+    ((4, 4), (8, 8), 2, 8, 0.5),  # beside them a group of mask tokens, the largest
+    ((2, 5), (4, 10), 3, 10, 0.0),
+]
+CUT = [
+    ((7, 7), (14, 14), 4, 7, 0.0),  # windows along cells
+    ((7, 7), (14, 14), 4, 5, 0.0),  # across cells, and padded
+    ((4, 4), (8, 12), 3, 6, 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("cells", "size", "num_images", "window", "filled", "num_maps"),
+    [(*case, num_maps) for case in SORTED for num_maps in (1, BATCH)] + [(*case, 1) for case in CUT],
+)
+def test_sorted_by_group_it_is_masked_attention(monkeypatch, cells, size, num_images, window, filled, num_maps):
+    """Outputs and all gradients, in float64."""
+    torch.manual_seed(0)
+    attention = WindowAttention(DIM, HEADS, window).double()
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    cell_map = draw_group_map(cells, num_images, seeded(), num_maps, filled)
+    groups, per_cell = upsample_group_map(cell_map, size), size[0] * size[1] // (cells[0] * cells[1])
+    plan = plan_sorted(groups, [count * per_cell for count in group_sizes(cell_map)], window)
+    assert plan is not None
+    x = torch.randn(BATCH, *size, DIM, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def run(work):
+        read = work()
+        gradients = torch.autograd.grad((read * weight).sum(), [x, *attention.parameters()])
+        return [read.detach(), *gradients]
+
+    scores = []
+
+    def record(query, key, value, bias):
+        scores.append(query.shape[1] * query.shape[2] * key.shape[2])
+        return attend(query, key, value, bias)
+
+    expected = run(lambda: attention(x, plan_windows(size, window, groups)))
+    monkeypatch.setattr("mixmae.layers.windows.attend", record)
+    found = run(lambda: plan.unsort(attention(plan.sort(x), plan)))
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    places = torch.cartesian_prod(*(torch.arange(side) // window for side in size))
+    own = torch.cat([places, groups[0].view(-1, 1)], dim=1)  # window and group of each token
+    assert sum(scores) == HEADS * int((own[:, None] == own).all(dim=2).sum())  # no other pair
+
+
+def test_what_is_not_sorted():
+    cell_map = draw_group_map((6, 6), 4, seeded())
+    sizes = group_sizes(cell_map)
+    assert plan_sorted(cell_map, sizes, 6) is not None
+    assert plan_sorted(cell_map.to("meta"), sizes, 5) is None  # several windows, on anything but a CPU
+    assert plan_sorted(draw_group_map((6, 6), 4, seeded(), 3), sizes, 5) is None  # several windows of several maps
+    assert plan_sorted(cell_map, (), 6) is None  # maps with groups of different sizes
+    assert plan_sorted(draw_group_map((5, 5), 4, seeded()), (7, 6, 6, 6), 5) is None  # hardly any tokens

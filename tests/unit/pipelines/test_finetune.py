@@ -71,17 +71,18 @@ class TestMistakes:
         assert "one class" in error(finetune.main, "demo_finetune", "--data", shards("set", [0] * 40))
 
     def test_drop_path(self, error):
-        assert "drop_path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "1.0", code=2)
-        assert "drop_path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "-0.1", code=2)
+        assert "--encoder.drop-path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "1.0", code=2)
+        assert "--encoder.drop-path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "-0.1", code=2)
 
     def test_other_numbers(self, error):
         for flag, value in (("--ema-decay", 1), ("--crop-pct", 0), ("--divergence", 0.5)):
             text = error(finetune.main, "demo_finetune", flag, value, code=2)
             assert flag[2:].replace("-", "_") in text
 
-    def test_batch_not_divisible_by_the_workers(self, error):
-        text = error(finetune.main, "demo_finetune", "--workers", "3", "--loop.batch-size", "32")
-        assert "shared equally by 3 workers" in text
+    def test_more_workers_than_micro_batches_of_a_batch(self, error):
+        flags = ("--loop.batch-size", "32", "--loop.micro-batch-size", "16")
+        text = error(finetune.main, "demo_finetune", "--workers", "3", *flags)
+        assert "32 images, 2 times 16 that stay together, cannot be shared by 3 workers: lower --workers to 2" in text
 
     def test_missing_weights(self, error, tmp_path):
         assert "does not exist" in error(finetune.main, "demo_finetune", "--pretrained", tmp_path / "no.pth")

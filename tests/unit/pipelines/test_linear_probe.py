@@ -117,4 +117,4 @@ def test_the_papers_probe_is_maes():
     assert (config.augment.num_operations, config.augment.erasing, config.augment.flip) == (0, 0, 0.5)
     assert (config.mixup.mixup, config.mixup.cutmix, config.mixup.label_smoothing) == (0, 0, 0)
     assert config.encoder == PRETRAIN_RECIPES["mixmae_swin_base_600ep"]().encoder
-    assert config.share(num_workers=8).micro_batch == 512
+    assert config.share(num_workers=8).micro_batches == 4 * (512,)

@@ -39,7 +39,7 @@ class TestMistakes:
 
     def test_impossible_field_value(self, error):
         text = error(main, "demo", "--method.num-images", "7", code=2)
-        assert "num_images" in text
+        assert "--method.num-images" in text
         assert "2, 3, 4 or 5" in text
 
     def test_missing_data(self, error, tmp_path):
@@ -72,14 +72,22 @@ class TestMistakes:
         text = error(main, "demo", "--method.num-images", "2", "--loop.batch-size", "33", code=2)
         assert "mixed 2 at a time" in text
 
-    def test_batch_not_divisible_by_the_workers(self, error, tmp_path):
-        text = error(main, "demo", "--workers", "3", "--output", tmp_path / "out")
-        assert "shared equally by 3 workers" in text
+    def test_more_workers_than_parts_of_a_batch(self, error, tmp_path):
+        flags = ("--method.num-images", "4", "--loop.batch-size", "32", "--output", tmp_path / "out")
+        for workers in ("9", "9:12"):
+            text = error(main, "demo", "--workers", workers, *flags)
+            assert "A batch of 32 images, 8 times 4 that stay together, cannot be shared by 9 workers" in text
+            assert "lower --workers to 8 or less" in text
 
     def test_micro_batch_not_divisible_by_the_images_of_a_mix(self, error, tmp_path):
-        flags = ("--method.num-images", "2", "--loop.batch-size", "6", "--workers", "2")
+        flags = ("--method.num-images", "2", "--loop.batch-size", "6", "--loop.micro-batch-size", "3")
         text = error(main, "demo", *flags, "--output", tmp_path / "out")
-        assert "3 images at once" in text
+        assert "A micro-batch of 3 images cannot be cut into parts of 2" in text
+
+    @pytest.mark.parametrize("given", ["8:2", "0:4", "a:b", "2:", ":2", "2:3:4", "two", "-1"])
+    def test_workers_that_are_no_numbers(self, error, given):
+        text = error(main, "demo", f"--workers={given}", code=2)
+        assert f"--workers is {given}: " in text
 
     def test_image_size_not_a_multiple_of_the_cells(self, error):
         assert "multiple of 16" in error(main, "demo", "--augment.image-size", "100", code=2)
@@ -128,7 +136,7 @@ class TestMistakes:
     ("flags", "sentence"),
     [
         (("--workers", "-1"), "--workers is -1: it must be at least 1"),
-        (("--output", "s3://bucket/run"), "runs are written to a folder"),
+        (("--output", "file:///bucket/run"), "without file://"),
     ],
 )
 def test_flags_that_cannot_be(error, flags, sentence):

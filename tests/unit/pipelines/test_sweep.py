@@ -26,7 +26,7 @@ class TestMistakes:
             (["demo", "--hours", "0"], "the budget is 0.0 hours"),
             (["demo", "--max-concurrent", "-1"], "--max-concurrent is -1"),
             (["demo", "--optim.layer-decay", "0.6"], "optim.layer_decay varies in the space demo"),
-            (["demo", "--workers-per-trial", "3"], "cannot be shared equally by 3 workers"),
+            (["demo", "--workers-per-trial", "33"], "A batch of 32 images cannot be shared by 33 workers"),
             (["demo", "--pretrained", "nowhere"], "nowhere"),
             (["demo_pretrain", "--pretrained", "nowhere"], "leave out --pretrained"),
             (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
@@ -34,7 +34,7 @@ class TestMistakes:
             (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
             (
                 ["demo_pretrain", "--workers-per-trial", "16"],
-                "sees 2 images at once, which cannot be mixed 4 at a time",
+                "32 images, 8 times 4 that stay together, cannot be shared by 16 workers",
             ),
         ],
     )

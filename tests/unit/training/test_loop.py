@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.step import StepOutput
+from mixmae.training import loop
 from mixmae.training.checkpoint import load_checkpoint, save_checkpoint
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
@@ -347,17 +348,12 @@ def test_a_continued_run_stops_soon_too():
     assert last.step == 1000
 
 
-def test_batches_that_cannot_be_cut_are_refused():
-    with pytest.raises(ValueError, match="shared equally by 3 workers"):
-        LoopConfig(batch_size=8, warmup_epochs=0).share(num_workers=3)
-    with pytest.raises(ValueError, match="multiple of the micro-batch of 3"):
-        LoopConfig(batch_size=8, micro_batch_size=3, warmup_epochs=0).share(num_workers=1)
-    assert LoopConfig(batch_size=8, micro_batch_size=2, warmup_epochs=0).share(num_workers=2).accumulation == 2
-
-
 @pytest.mark.parametrize(
     ("field_name", "value"),
-    [("epochs", 0), ("warmup_epochs", 601), ("steps", 0), ("batch_size", 0), ("max_broken_fraction", 1.5)],
+    [
+        *(("epochs", 0), ("warmup_epochs", 601), ("steps", 0), ("batch_size", 0), ("max_broken_fraction", 1.5)),
+        ("micro_batch_size", 0),
+    ],
 )
 def test_impossible_settings_are_refused(field_name, value):
     with pytest.raises(ValueError, match=field_name):
@@ -399,3 +395,16 @@ def test_what_drops_out_depends_on_the_index_in_the_batch_alone():
     assert [index for index, _ in first] == [0, 2, 4, 6] * 2
     assert len({value for _, value in first}) == 8
     assert [first[0], first[2], first[4], first[6]] == second
+
+
+def test_without_clipping_no_gradient_is_touched():
+    """A norm of infinity would otherwise make every gradient NaN, not only the one that has overflowed."""
+    model = nn.Linear(3, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), 4.0)
+    assert loop._clip(model, None).item() == pytest.approx((6 * 9 + 2 * 16) ** 0.5)
+    model.bias.grad[0] = float("inf")
+    assert not loop._clip(model, None).isfinite()
+    assert model.weight.grad.eq(3.0).all()
+    model.bias.grad[0] = 4.0
+    assert loop._clip(model, 1.0).item() == pytest.approx((6 * 9 + 2 * 16) ** 0.5)  # before clipping
+    assert loop._clip(model, None).item() == pytest.approx(1.0, abs=1e-5)
