@@ -144,20 +144,18 @@ class SwinStage(nn.Module):
         x = add_mix_embedding(self.downsample(x), embedding, index)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
-        windows = {window for window, _ in self.cuts}
-        shifts = any(
-            shifted and window < max(size) for window, shifted in self.cuts
-        )  # not where one window is the grid
-        if group_map is not None and groups is not None and len(windows) == 1 and not shifts:
+        cuts = [(window, shifted and window < max(size)) for window, shifted in self.cuts]
+        by_group = None
+        if group_map is not None and groups is not None and set(cuts) == {(cuts[0][0], False)}:
             tokens_per_cell = groups[0].numel() // group_map[0].numel()
-            by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], *windows)
-            if by_group is not None:
-                x = by_group.sort(x)
-                for block in self.blocks:
-                    x = block(x, by_group)
-                return by_group.unsort(x)
-        plans = {cut: plan_windows(size, cut[0], groups, device=x.device, shifted=cut[1]) for cut in set(self.cuts)}
-        for block, cut in zip(self.blocks, self.cuts, strict=True):
+            by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], cuts[0][0])
+        if by_group is not None:
+            x = by_group.sort(x)
+            for block in self.blocks:
+                x = block(x, by_group)
+            return by_group.unsort(x)
+        plans = {cut: plan_windows(size, cut[0], groups, device=x.device, shifted=cut[1]) for cut in set(cuts)}
+        for block, cut in zip(self.blocks, cuts, strict=True):
             x = block(x, plans[cut])
         return x
 

@@ -283,6 +283,16 @@ class SegmentConfig(DenseConfig):
                 f"augment.image_size ({min(self.augment.size)})."
             )
 
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether paths or channels are dropped, or norms are of the whole micro-batch."""
+        return self.encoder.drop_path > 0 or self.head.dropout > 0 or self.head.norm == "batch"
+
+    @property
+    def block(self) -> int:
+        """Images of a batch that stay together: see RunConfig.block."""
+        return super().block if self.draws_per_micro_batch else 1
+
     def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
         """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""
         share = super().share(num_workers=num_workers, rank=rank)

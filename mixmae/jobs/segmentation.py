@@ -28,7 +28,7 @@ from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import SegmentConfig
 from mixmae.jobs.segmenter import Segmenter, segmenter_of
 from mixmae.jobs.supervised import SupervisedJob
-from mixmae.machine import threads_per_process
+from mixmae.machine import local_processes, threads_per_process
 from mixmae.segmentation.pictures import Shown, segmentation_panel
 from mixmae.segmentation.scores import PixelScores, count_pixels, pixel_scores
 from mixmae.segmentation.step import IGNORE, segmentation_step, unpack_targets
@@ -101,12 +101,7 @@ class SegmentationJob(SupervisedJob):
     def step(self, model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
         images = self.images_on_device(model, batch.images)
         targets = unpack_targets(batch.targets, self.config.augment.size).to(images.device, non_blocking=True)
-        num_pixels = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            num_pixels = (targets != IGNORE).sum().double()
-            dist.all_reduce(num_pixels)
-            num_pixels /= dist.get_world_size()
-        return segmentation_step(model, images, targets, aux_weight=self.config.head.aux_weight, num_pixels=num_pixels)
+        return segmentation_step(model, images, targets, aux_weight=self.config.head.aux_weight)
 
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
         """mIoU, mean and overall accuracy and loss of all pixels of the validation set, of which each worker evaluates
@@ -118,7 +113,7 @@ class SegmentationJob(SupervisedJob):
         confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=segmenter.device)
         loss = torch.zeros((), dtype=torch.float64, device=segmenter.device)
         rows = np.array_split(np.arange(self.validation.num_rows), num_workers)[rank]
-        with ThreadPoolExecutor(threads_per_process(num_workers)) as pool:
+        with ThreadPoolExecutor(threads_per_process(local_processes(num_workers))) as pool:
             for pairs in self._pairs(rows, pool):
                 counted, summed = judge(segmenter, pairs)
                 confusion += counted

@@ -13,32 +13,31 @@ IGNORE = 255
 """The target of pixels that are in no loss and in no figure (as mixmae.data.truth)."""
 
 
-def segmentation_step(
-    model: nn.Module, images: Tensor, targets: Tensor, *, aux_weight: float, num_pixels: Tensor | None = None
-) -> StepOutput:
-    """Compute the mean cross entropy of the pixels that are not ignored.
+def segmentation_step(model: nn.Module, images: Tensor, targets: Tensor, *, aux_weight: float) -> StepOutput:
+    """Compute the mean over images of the cross entropy of their pixels that are not ignored.
 
     Args:
         model: a UPerNet, wrapped by DDP or not.
         images: (B, C, H, W) float, normalised.  targets: (B, H, W) int64, IGNORE where no class is asked.
         aux_weight: of the auxiliary head's loss.
-        num_pixels: what the sum over pixels is divided by, where that is not the number of this batch's own: with
-            several workers their mean number, so that the mean of their losses is the mean over all pixels.
-    Returns: the loss; `loss_main`, `loss_aux` and `pixel_accuracy`. A batch of ignored pixels alone has the loss 0.
-    Source: the mean is torch's, over pixels that count. Older segmentation code divides by all pixels.
+    Returns: the loss; `loss_main`, `loss_aux` and `pixel_accuracy`. An image of ignored pixels alone has the loss 0.
+    Source: others take the mean over all pixels that count of a worker's batch, or over all. The mean over images is
+        the same however a batch is cut into micro-batches and workers.
     """
     scores, auxiliary = model(images, with_auxiliary=True)
     counted = targets != IGNORE
-    own = counted.sum()
-    number = (own if num_pixels is None else num_pixels).clamp(min=1)
+    numbers = counted.sum(dim=(1, 2)).clamp(min=1)  # (B,)
+
+    def mean_loss(scores: Tensor) -> Tensor:
+        pixels = F.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")  # (B, H, W)
+        return (pixels.sum(dim=(1, 2)) / numbers).mean()
+
     scores = resized(scores, targets.shape[-2:]).float()
-    main = F.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="sum") / number
-    right = ((scores.detach().argmax(dim=1) == targets) & counted).sum() / own.clamp(min=1)
-    metrics = {"loss_main": main.detach(), "pixel_accuracy": right}
-    loss = main
+    right = (scores.detach().argmax(dim=1) == targets) & counted
+    loss = main = mean_loss(scores)
+    metrics = {"loss_main": main.detach(), "pixel_accuracy": (right.sum(dim=(1, 2)) / numbers).mean()}
     if auxiliary is not None:
-        auxiliary = resized(auxiliary, targets.shape[-2:]).float()
-        aux = F.cross_entropy(auxiliary, targets, ignore_index=IGNORE, reduction="sum") / number
+        aux = mean_loss(resized(auxiliary, targets.shape[-2:]).float())
         metrics["loss_aux"] = aux.detach()
         loss = main + aux_weight * aux
     return StepOutput(loss=loss, metrics=metrics)

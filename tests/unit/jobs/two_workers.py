@@ -27,6 +27,7 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(changes).items()}
 job = job_on(open_source(data), Path(output) / str(rank), **values)
 model = build_seeded(job)
+share = job.config.share(num_workers=2, rank=rank)
 train(
     model=DistributedDataParallel(model),
     optimizer=build_optimizer(model, job.optim),
@@ -37,11 +38,12 @@ train(
         job.source,
         Plan(chunk_sizes=job.source.chunk_sizes, seed=job.loop.seed, window_rows=job.data.window_rows),
         job.config.augment,
-        share=job.config.share(num_workers=2, rank=rank),
+        share=share,
         stop_step=job.length.total_steps,
     ),
     state=TrainState(),
     config=job.loop,
+    share=share,
     length=job.length,
     events=Silent(),
     device=torch.device("cpu"),

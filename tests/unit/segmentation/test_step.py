@@ -52,16 +52,13 @@ def test_nothing_to_learn():
     assert model.scores.grad.abs().max() == 0
 
 
-def test_workers_with_unlike_shares_have_the_mean_over_all_pixels():
-    """One worker has three pixels that count, the other one: their mean loss is that of the four."""
+def test_a_batch_may_be_cut_anywhere():
+    """One image has three pixels that count, the other one: apart their mean loss is that of both together."""
     parts = [torch.tensor([[[1, 0], [IGNORE, 1]]]), torch.tensor([[[IGNORE, 1], [IGNORE, IGNORE]]])]
     together = segmentation_step(Fixed(_scores().repeat(2, 1, 1, 1)), torch.zeros(1), torch.cat(parts), aux_weight=0.4)
-    mean_number = torch.tensor(4 / 2)
-    apart = [
-        segmentation_step(Fixed(_scores()), torch.zeros(1), part, aux_weight=0.4, num_pixels=mean_number)
-        for part in parts
-    ]
+    apart = [segmentation_step(Fixed(_scores()), torch.zeros(1), part, aux_weight=0.4) for part in parts]
     assert (apart[0].loss + apart[1].loss).item() / 2 == pytest.approx(together.loss.item())
+    assert together.metrics["pixel_accuracy"] == 0.5  # of the second image the only pixel is wrong
 
 
 def test_scores_are_resized_to_the_targets():
