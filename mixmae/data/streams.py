@@ -40,14 +40,17 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from mixmae.data.blocks import Block, BrokenRecord, ImageBatch, as_batch, load_block
 from mixmae.data.images.augment import BaseAugmentConfig, JointAugmentConfig
 from mixmae.data.order import Plan, worker_positions
-from mixmae.data.source import Source
+from mixmae.data.source import DataError, Source
 from mixmae.data.stream_config import StreamConfig
+from mixmae.data.trial import TriedSource
 from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 
 DECODE_NICE = 5
 """How much lower the priority of threads that decode is; on Linux each thread has its own. Training then gets three
 times their share of a core; at 19 it is 70 times, and beside busy programs images would hardly come at all."""
+_MOST_STARTS = 5
+"""Of one decoding task. A node that goes away ends it, too, but hardly so often."""
 
 
 class TrainStream:
@@ -250,12 +253,35 @@ def _loader(
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
         keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
-        work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
-        pool = _pool(threads)
-        block = work(pool=pool) if threads > 1 else pool.submit(work).result()
+        with _careful_where_others_died(source, rows, channels) as images:
+            work = partial(load_block, images, augment, rows, epochs, seed=seed, channels=channels)
+            pool = _pool(threads)
+            block = work(pool=pool) if threads > 1 else pool.submit(work).result()
         return _pack(descriptor["index"][0].as_py(), block)
 
     return load
+
+
+@contextlib.contextmanager
+def _careful_where_others_died(source: Source, rows: NDArray[np.int64], channels: int) -> Iterator[Source]:
+    """The source for a decoding task: where the process of an earlier start of the same task has died, of its memory or
+    of an image, each image is tried first.
+
+    Raises: DataError if that does not help.
+    """
+    worker: Any = ray._private.worker.global_worker
+    starts = worker.core_worker.get_current_task_attempt_number()
+    if starts == 0:
+        yield source
+        return
+    if starts >= _MOST_STARTS:
+        raise DataError(
+            f"the process that decodes {len(rows)} images, from {source.where(int(rows[0]))} to "
+            f"{source.where(int(rows[-1]))}, has ended {starts} times, and no single image was found to end it: see "
+            "whether memory suffices, and repair the images or leave them out."
+        )
+    with contextlib.closing(TriedSource(source, channels)) as tried:
+        yield tried
 
 
 @lru_cache(maxsize=1)
