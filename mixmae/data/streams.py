@@ -12,6 +12,7 @@ Three choices keep it from standing still on few CPUs:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
