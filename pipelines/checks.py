@@ -26,6 +26,8 @@ from packaging.specifiers import SpecifierSet
 
 from mixmae.data.sources.storage import plain_place
 from mixmae.machine import Device, home_folder, own_temporary_folder, ray_folder, usable_cores
+from mixmae.stores import store_uri, without_secrets
+from mixmae.training.run_store import RunStore
 
 GB = 1e9
 LEAST_SHARED_MEMORY = 2 * GB
@@ -304,12 +306,32 @@ def answer_mark(file: Path, content: str, node: str) -> str:
     return ""
 
 
+def _check_store(uri: str) -> Finding:
+    """Whether a run's folder in a store can be written and read."""
+    shown = without_secrets(uri)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            store = RunStore.of(uri, Path(folder))
+            assert store is not None
+            content = secrets.token_hex(8).encode()
+            store.write(f".doctor.{os.getpid()}", content)
+            is_same = store.read(f".doctor.{os.getpid()}") == content
+            store.delete(f".doctor.{os.getpid()}")
+    except (ValueError, OSError) as error:
+        return fail("output", f"{shown} cannot be written and read: {error}", "give an --output that can be written")
+    if not is_same:
+        return fail("output", f"{shown} gives back something else than what was written", "ask who runs the store")
+    return ok("output", f"{shown}, written, read and deleted; from this machine")
+
+
 def check_output(output: Path, answer: Callable[[Path, str], dict[str, str]]) -> Finding:
     """Whether a run's folder can be written, and is the same one on all nodes.
 
     Args: answer: lets every node call answer_mark; returns the troubles by node.
     """
     remedy = "give an --output that can be written"
+    if uri := store_uri(output):
+        return _check_store(uri)
     try:
         file, content = write_mark(output)
     except OSError as error:

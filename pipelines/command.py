@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
+from mixmae.lock import release_all
 from mixmae.machine import ray_folder, settle_environment
 from mixmae.training.failures import TrainingStopped, WorkersFailed
-from mixmae.training.lock import release_all
 from pipelines.console import fail
 
 if TYPE_CHECKING:

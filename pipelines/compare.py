@@ -42,6 +42,7 @@ from mixmae.probing.features import extract_features
 from mixmae.probing.fit import small_set_probe, train_probe
 from mixmae.probing.knn import KnnConfig, knn_classify
 from mixmae.probing.linear import LinearHead
+from mixmae.stores import refuse_store
 from mixmae.training.loop import TrainState, step_seed
 from mixmae.training.optim import OptimConfig
 from mixmae.writing import write_text, writing
@@ -168,6 +169,7 @@ def compare(arguments: Arguments) -> int:
     unknown = [name for name in arguments.only if name not in chosen]
     if unknown:
         raise ValueError(f"There is no arm {unknown[0]!r}: the arms are {', '.join(chosen)}.")
+    refuse_store(arguments.output, "a comparison")
     arguments.output.mkdir(parents=True, exist_ok=True)
     train_set, validation = open_for_training(arguments.data, arguments.output, HELDOUT_IMAGES)
     check_channels(train_set, config.encoder.in_channels)

@@ -34,7 +34,7 @@ from mixmae.inference import Classifier, load_classifier
 from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
-from mixmae.training.run_folder import run_around, weights_of
+from mixmae.training.run_folder import run_around, stem_of, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
 
@@ -76,7 +76,7 @@ def evaluate(arguments: Arguments) -> int:
     )
     source = open_labelled(arguments, classifier)
     run = run_around(arguments.model)
-    folder = arguments.output or Path("evaluations") / (run.name if run else arguments.model.resolve().stem)
+    folder = arguments.output or Path("evaluations") / (run.name if run else stem_of(arguments.model))
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     logits, labels, _, broken = classifier.logits(source)

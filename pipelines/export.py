@@ -25,7 +25,7 @@ from mixmae.convert.metadata import NOT_STATED
 from mixmae.convert.programs import check_onnx, write_onnx, write_pt2
 from mixmae.encoders.build import config_to_json
 from mixmae.flops import count_parameters
-from mixmae.training.run_folder import run_around
+from mixmae.training.run_folder import run_around, stem_of
 from mixmae.writing import writing
 from pipelines.command import command
 
@@ -70,7 +70,7 @@ def export(arguments: Arguments) -> int:
         key=arguments.weights_key,
     )
     run = run_around(arguments.source) if arguments.source.is_dir() else None
-    folder = arguments.output or Path("exports") / (run.name if run else arguments.source.resolve().stem)
+    folder = arguments.output or Path("exports") / (run.name if run else stem_of(arguments.source))
     targets = {name: folder / FILES[name].format(kind=item.kind) for name in dict.fromkeys(arguments.formats)}
     there = [str(path) for path in targets.values() if path.exists()]
     if there and not arguments.overwrite:

@@ -105,11 +105,11 @@ def train_classifier(run: Run, job: ClassificationJob) -> int:
     done = run.train(job)
     if done is None:
         return run.exit_status
-    metrics = done.metrics
+    metrics, best = done.metrics, run.folder.shown(run.folder.best)
     print(
         f"Finished in {done.seconds:.0f} s: top-1 {metrics['final/top1']:.2%}, top-5 {metrics['final/top5']:.2%}, "
         f"loss {metrics['final/loss']:.4f} (validation)\n"
-        f"best        {run.folder.best}  top-1 {metrics['best/top1']:.2%} at step {metrics['best/step']:.0f}\n"
+        f"best        {best}  top-1 {metrics['best/top1']:.2%} at step {metrics['best/step']:.0f}\n"
         f"checkpoint  {done.checkpoint}\n"
         f"{run.ui_line}"
     )

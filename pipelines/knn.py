@@ -33,7 +33,7 @@ from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run
 from mixmae.training.loop import LoopConfig
-from mixmae.training.run_folder import run_around
+from mixmae.training.run_folder import run_around, stem_of
 from mixmae.writing import write_json
 from pipelines.command import command
 
@@ -126,7 +126,7 @@ def knn(arguments: Arguments) -> int:
     """Judge the encoder and write the result.   Returns: the process's exit status."""
     run = run_around(arguments.weights)
     base = run.parent if run else Path("runs")
-    name = run.name if run else arguments.weights.resolve().stem
+    name = run.name if run else stem_of(arguments.weights)
     task = prepare(arguments, base / "data")
     folder = writable_folder(arguments.output or Path("evaluations") / name)
     train, validation, run_id = task.train, task.validation, task.frozen.run_id

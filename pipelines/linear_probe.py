@@ -26,6 +26,7 @@ from mixmae.jobs.record import read_begun
 from mixmae.metrics import UNKNOWN, top_k_accuracy
 from mixmae.probing.fit import LinearProbeConfig, train_probe
 from mixmae.probing.linear import LinearProbe
+from mixmae.stores import refuse_store
 from mixmae.tracking import JournalTracker
 from mixmae.training.checkpoint import save_checkpoint
 from mixmae.training.loop import step_seed
@@ -49,6 +50,8 @@ class Arguments(finetune.Arguments):
 
 def linear_probe(arguments: Arguments, recipe: str) -> int:
     """Run or continue a linear probe.   Returns: the process's exit status."""
+    if arguments.cached:
+        refuse_store(arguments.output, "a probe on cached features")
     folder = output_folder(arguments, recipe)
     before = read_begun(folder)
     if before is not None and before.cached != arguments.cached:

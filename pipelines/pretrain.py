@@ -56,7 +56,7 @@ def pretrain(arguments: Arguments, recipe: str) -> int:
         f"Finished in {done.seconds:.0f} s: loss {metrics['final/loss']:.4f}, "
         f"held-out {'not measured' if heldout_loss is None else f'{heldout_loss:.4f}'}\n"
         f"checkpoint  {done.checkpoint}\n"
-        f"panel       {run.folder.last_panel()}\n"
+        f"panel       {run.folder.shown(run.folder.last_panel())}\n"
         f"{run.ui_line}"
     )
     run.print_broken()

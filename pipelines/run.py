@@ -12,7 +12,7 @@ What is trained is the job's: see mixmae.jobs.
 from __future__ import annotations
 
 import contextlib
-import re
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,16 +27,20 @@ from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
+from mixmae.jobs.estimate import PLAN_FILE, compared_with_plan
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
+from mixmae.lock import Hold, holds, take, taken_over
 from mixmae.machine import Device
 from mixmae.share import WorkerRange
+from mixmae.stores import store_uri
 from mixmae.tracking import (
     Journal,
     RunRef,
     Sender,
     backlog,
     create_run,
+    mark_ended,
     preload,
     reopen_run,
     resolve_uri,
@@ -44,12 +48,14 @@ from mixmae.tracking import (
     start_sending,
     unsent,
 )
-from mixmae.training.checkpoint import list_checkpoints, step_of, verify
-from mixmae.training.failures import TrainingStopped, WorkersFailed
-from mixmae.training.lock import Hold, LockError, holds, take
+from mixmae.training import store_lock
+from mixmae.training.checkpoint import step_of, verify
+from mixmae.training.failures import FolderLost, TrainingStopped, WorkersFailed
 from mixmae.training.loop import TrainState
+from mixmae.training.mirror import HASTE_S, Mirror
 from mixmae.training.progress import ProgressFile
 from mixmae.training.run_folder import RunFolder
+from mixmae.training.run_store import StoreError
 from pipelines.console import ProgressView
 
 if TYPE_CHECKING:
@@ -70,7 +76,10 @@ class RunArguments:
     image files, which is packed once into shards beside the output. Without it: the built-in moths."""
     output: Path | None = None
     """Folder of the run: checkpoints, panels, ledger of broken images. Default: runs/RECIPE[-DATA]. On a cluster it
-    must be one that all nodes share."""
+    must be one that all nodes share, or in a store: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX."""
+    staging: Path | None = None
+    """For an --output in a store: the folder, on a disk of each node, below which the run works. Default: in the cache
+    of this user."""
     workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 0
     """Training processes. 0: one per GPU; without GPUs one per core, or fewer where more would not shorten the steps;
     on a cluster one, so give their number there. 2:8 takes as many from 2 to 8 as there is room for at each start, and
@@ -99,8 +108,8 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.workers not in (0, "0"):
             WorkerRange.parse(self.workers)
-        if self.output is not None and re.match(r"[a-z0-9]+:/", str(self.output)):
-            raise ValueError(f"--output is {self.output}: runs are written to a folder, on a cluster to a shared one.")
+        if self.output is not None:
+            store_uri(self.output)
 
     @property
     def worker_range(self) -> WorkerRange:
@@ -141,7 +150,7 @@ def with_workers(arguments: ArgumentsT) -> ArgumentsT:
 def output_folder(arguments: RunArguments, recipe: str) -> RunFolder:
     """The output folder that was asked for, or the default one."""
     data_name = f"-{Path(plain_place(arguments.data)).name}" if arguments.data else ""
-    return RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}")
+    return RunFolder(arguments.output or Path("runs") / f"{recipe}{data_name}", arguments.staging)
 
 
 @dataclass(kw_only=True)
@@ -163,8 +172,11 @@ class Run:
     """Runs that share the machine."""
     exit_status: int = 130
     """Of the process, if the run was interrupted."""
+    _is_interrupted: bool = False
     sender: Sender | None = None
     """What takes the journal to MLflow, while the run is tracked."""
+    mirror: Mirror | None = None
+    """What copies the driver's files to the store that the folder is in, if it is in one."""
 
     @property
     def data_folder(self) -> Path:
@@ -183,7 +195,7 @@ class Run:
         """
         classes = job.classes if isinstance(job, ClassificationJob) else None
         self.record = replace(self.record, data=job.data, classes=classes)
-        refuse_changes(self.before, self.record, self.folder.path)
+        refuse_changes(self.before, self.record, self.folder.shown())
         if self.before is not None and self.before.data is not None:
             self.record = replace(self.record, data=self.before.data)
             job = replace(job, data=self.before.data)
@@ -244,10 +256,21 @@ class Run:
             {**spec, "parent_run_id": parent_run_id, "origin": origin},
             continues=self.is_continued,
             known=known,
+            limit=self._journal_bytes,
         )
+        if self.mirror is not None:
+            self.mirror.start_journal()
         ref = self.sender.opened()
         self.write(status="running", mlflow=ref)
+        if self.mirror is not None:
+            self.mirror.push()
+        if ref is not None:
+            self._send_left()
         return replace(job, run=ref)
+
+    def _journal_bytes(self) -> float:
+        """Up to where MLflow may have the journal: never more than the store has, from which the run may go on."""
+        return math.inf if self.mirror is None else self.mirror.journal_bytes
 
     def open(self, params: Mapping[str, Any], tags: Mapping[str, str], met: Account) -> RunRef:
         """The MLflow run of a sweep, which logs to it directly, and a record that it is under way.
@@ -268,7 +291,7 @@ class Run:
             "params": params,
             "tags": {
                 **tags,
-                "output": str(self.folder.path),
+                "output": self.folder.shown(),
                 **{f"version.{name}": number for name, number in versions().items()},
             },
             "dataset": {"name": data.name, "digest": data.digest, "source": data.source},
@@ -296,7 +319,7 @@ class Run:
         Raises: LockError if the folder is another run's by now; ValueError if it cannot be written.
         """
         if not holds(*self.hold):
-            raise LockError(f"{self.hold.folder} was taken over by another run: this one leaves it alone.")
+            raise taken_over(*self.hold)
         self.record = replace(self.record, **changes)
         self.folder.write(self.record.to_json())
 
@@ -305,8 +328,21 @@ class Run:
 
         Args: callbacks: of Ray Train.
         Returns: how it ended, or None after SIGINT or SIGTERM, with `exit_status`.
-        Raises: TrainingStopped, WorkersFailed.
+        Raises: TrainingStopped, WorkersFailed; LockError if another run has taken over the folder.
         """
+        if self.mirror is None:
+            return self._train(job, callbacks)
+        try:
+            with self.mirror:
+                return self._train(job, callbacks)
+        except StoreError as error:
+            where = f"{error} What it lacks is in {self.folder.path}, for the same command on this machine."
+            if not self._is_interrupted:
+                raise WorkersFailed(where) from error
+            print(f"note: {where}", flush=True)
+            return None
+
+    def _train(self, job: Job, callbacks: Sequence[Any]) -> Finished | None:
         from mixmae.training.worker import fit
 
         arguments, folder, start = self.arguments, self.folder, time.monotonic()
@@ -323,6 +359,8 @@ class Run:
                         for picture, title in job.pictures.items():
                             self._sender.keep(folder.path / picture, title)
 
+                if self.mirror is not None:
+                    self.mirror.owns_journal = False
                 state, checkpoint = fit(
                     job,
                     folder=folder.path,
@@ -335,11 +373,20 @@ class Run:
                     on_message=receive,
                     callbacks=callbacks,
                     may_write=partial(holds, *self.hold),
+                    store=folder.store,
                 )
+            if self.mirror is not None:
+                self.mirror.bring_results()
             status, tags, step = "FINISHED", {"checkpoint": checkpoint}, state.step
-            metrics = job.final_metrics(state)
+            metrics = job.final_metrics(state) | compared_with_plan(folder.path, state.metrics["images_per_s"])
+            if "plan/reached" in metrics:
+                print(
+                    f"planned {metrics['plan/images_per_s']:.0f} images/s, ran at {metrics['plan/reached']:.2f} of it"
+                )
         except KeyboardInterrupt as interruption:
-            status = "KILLED"
+            status, self._is_interrupted = "KILLED", True
+            if self.mirror is not None:
+                self.mirror.patience_s = HASTE_S
             self.exit_status = getattr(interruption, "exit_status", self.exit_status)
             print("\nInterrupted. The same command continues from the last checkpoint.", flush=True)
             return None
@@ -347,6 +394,8 @@ class Run:
             with contextlib.suppress(Exception):  # a full disk, a lost lock: what stopped the run is what to tell
                 self.write(status="stopped" if isinstance(error, TrainingStopped) else "failed", reason=str(error))
             raise
+        except FolderLost as error:
+            raise taken_over(*self.hold) from error
         finally:
             self.end(status, tags=tags, metrics=metrics, step=step, pictures=job.pictures)
         self.write(status="finished", mlflow=job.ref, checkpoint=checkpoint, metrics={**state.metrics, **metrics})
@@ -374,13 +423,21 @@ class Run:
     ) -> None:
         """Put the end of the run in the journal, and wait for seconds while MLflow gets the rest of it.
 
+        If the folder is another run's by now, so is the run in MLflow: both are left alone.
+
         Args:
             status: FINISHED, FAILED or KILLED.
             metrics: the run's result, points at `step`.
             pictures: titles of files in the folder.
         """
+        with contextlib.suppress(OSError):
+            if not holds(*self.hold):
+                return self._sender.leave()
+        if self.mirror is not None:
+            with contextlib.suppress(StoreError):  # the same comes again, with nothing after it that must be done
+                self.mirror.take_journal()
         journal = Journal(self.folder.path)
-        files: dict[str, str | None] = {self.folder.ledger.name: None, **(pictures or {})}
+        files: dict[str, str | None] = {self.folder.ledger.name: None, PLAN_FILE: None, **(pictures or {})}
         for name, title in files.items():
             if (self.folder.path / name).exists():
                 journal.add(file=name, title=title)
@@ -388,8 +445,18 @@ class Run:
             journal.add_points(metrics, step)
         journal.add(status=status, tags=dict(tags or {}))
         journal.sync()
+        if self.mirror is not None:
+            with contextlib.suppress(StoreError):  # likewise
+                self.mirror.finish()
         if left := self._sender.close():
             print(f"note: {left}", flush=True)
+        else:
+            self._send_left()
+
+    def _send_left(self) -> None:
+        """Give MLflow what it lacks of branches that were put aside; it answers."""
+        if left := send_rest(self.folder.left):
+            print(f"note: of what was put aside, {left}", flush=True)
 
     @property
     def ui_line(self) -> str:
@@ -401,17 +468,19 @@ class Run:
         """What is trained, for how many steps, on what, where to."""
         doing, count = "Continuing" if self.is_continued else job.doing, self.arguments.worker_range
         workers = f"{count} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (count.most > 1)}"
+        working = f", working in {self.folder.path}" if self.mirror else ""
         return (
             f"{doing} {self.record.recipe} on {job.source.name} ({job.source.num_rows} images): "
             f"{job.length.total_steps} steps of {job.loop.batch_size} images, {workers}\n"
             f"data {job.account.line}\n"
-            f"output {self.folder.path}\nMLflow {self.uri}"
+            f"output {self.folder.shown()}{working}\nMLflow {self.uri}"
         )
 
     def print_broken(self) -> None:
         """Print how many images could not be decoded, if any."""
         if broken := self.folder.broken():
-            print(f"{len(broken)} images could not be decoded and were replaced by others: {self.folder.ledger}")
+            where = self.folder.shown(self.folder.ledger)
+            print(f"{len(broken)} images could not be decoded and were replaced by others: {where}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,8 +506,12 @@ def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, *
     folder = output_folder(arguments, recipe)
     record = RunRecord(status="preparing", recipe=recipe, config=to_json(arguments.config), **known)
     before = _run_before(folder, record, arguments)
-    if before is None or before.status != "finished" or arguments.from_step is not None:
-        hold = inside or take(folder.path).hold
+    mirror = None
+    if before is None or before.status != "finished" or arguments.from_step is not None or folder.store is not None:
+        hold = inside or _take(folder)
+        if folder.store is not None:
+            say = partial(print, "note:", flush=True)
+            mirror = Mirror(folder.store, "driver", may_write=partial(holds, *hold), say=say)
         before = _run_before(folder, record, arguments)  # who had the lock may have written since
     if arguments.from_step is not None:
         before = go_back(folder, before, record, arguments.from_step)
@@ -447,21 +520,34 @@ def begin(arguments: RunArguments, recipe: str, *, inside: Hold | None = None, *
     if before is not None and before.status == "finished":
         print(f"This run is finished: {before.checkpoint}\nTo train again choose another --output.")
         _send_rest(folder, arguments.mlflow_uri)
+        if mirror is not None:
+            mirror.push()
         return None
     uri = resolve_uri(arguments.mlflow_uri, folder.path.parent)
     if before is None:
         folder.write(record.to_json())
-    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri, hold=hold)
+    return Run(arguments=arguments, folder=folder, before=before, record=record, uri=uri, hold=hold, mirror=mirror)
+
+
+def _take(folder: RunFolder) -> Hold:
+    """Take the lock of a folder, and have here what there is in a store."""
+    if folder.store is None:
+        return take(folder.path).hold
+    hold = store_lock.take(folder.store).hold
+    folder.bring()
+    return hold
 
 
 def _run_before(folder: RunFolder, record: RunRecord, arguments: RunArguments) -> RunRecord | None:
     """The run in the folder, which is the same as `record`; None if it has none that was begun.   Raises: as begin."""
     before = read_begun(folder)
     if before is None and arguments.resume:
-        raise ValueError(f"{folder.path} holds no run to resume: correct --output, or leave --resume out to start one.")
+        raise ValueError(
+            f"{folder.shown()} holds no run to resume: correct --output, or leave --resume out to start one."
+        )
     if before is not None:
         before = replace(before, config=completed(before.config, arguments.config))
-    refuse_changes(before, record, folder.path, BRANCHABLE if arguments.from_step is not None else frozenset())
+    refuse_changes(before, record, folder.shown(), BRANCHABLE if arguments.from_step is not None else frozenset())
     return before
 
 
@@ -472,16 +558,19 @@ def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: i
     Raises: ValueError if there is no such run, or no whole checkpoint of this step.
     """
     if before is None:
-        raise ValueError(f"{folder.path} holds no run to go back in: correct --output, or leave --from-step out.")
+        raise ValueError(f"{folder.shown()} holds no run to go back in: correct --output, or leave --from-step out.")
     if before.branch and before.branch["step"] == step and not differences(before.config, now.config):
         return before
-    kept = list_checkpoints(folder.path / "checkpoints")
+    kept = folder.checkpoints()
     if step not in map(step_of, kept):
         there = ", ".join(str(step_of(path)) for path in reversed(kept)) or "none"
-        raise ValueError(f"there is no checkpoint of step {step} in {folder.path}: --from-step may be one of {there}.")
-    verify(next(path for path in kept if step_of(path) == step))
+        raise ValueError(
+            f"there is no checkpoint of step {step} in {folder.shown()}: --from-step may be one of {there}."
+        )
+    verify(folder.checkpoint(step))
+    mark_ended(folder.path, "KILLED")
     aside = folder.put_aside(step)
-    print(f"going back to step {step}; what came after it is in {aside}")
+    print(f"going back to step {step}; what came after it is in {folder.shown(aside)}")
     branch = {"step": step, "run_id": before.mlflow.run_id if before.mlflow else ""}
     record = replace(before, status="running", config=now.config, branch=branch, mlflow=None, metrics={}, reason="")
     folder.write(record.to_json())
@@ -489,8 +578,9 @@ def go_back(folder: RunFolder, before: RunRecord | None, now: RunRecord, step: i
 
 
 def _send_rest(folder: RunFolder, uri: str | None) -> None:
-    """Give MLflow what it lacks of a finished run, or of the trials of a finished sweep, and say what came of it."""
-    behind = [path for path in (folder.path, *sorted(folder.path.glob("trials/*"))) if unsent(path)]
+    """Give MLflow what it lacks of a finished run, or of its parts, and say what came of it."""
+    parts = (folder.path, *folder.left, *sorted(folder.path.glob("trials/*")))
+    behind = [path for path in parts if unsent(path)]
     if not behind:
         return
     count = sum(map(backlog, behind))
@@ -499,7 +589,7 @@ def _send_rest(folder: RunFolder, uri: str | None) -> None:
 
 
 def refuse_changes(
-    before: RunRecord | None, now: RunRecord, path: Path, may_change: frozenset[str] = frozenset()
+    before: RunRecord | None, now: RunRecord, path: str, may_change: frozenset[str] = frozenset()
 ) -> None:
     """Raise ValueError if a run that was begun would be continued as another one, as far as is known now.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +21,12 @@ from typing import Any
 
 import tyro
 
-from mixmae.tracking import backlog
+from mixmae.lock import is_running, read_owner
+from mixmae.tracking import backlog, refused
+from mixmae.training import store_lock
 from mixmae.training.checkpoint_files import checkpoints_of, look_at
-from mixmae.training.lock import is_running, read_owner
 from mixmae.training.progress import RESTARTS_FILE, STARTS_FILE, read_lines, read_progress
+from mixmae.training.run_store import RunStore
 from pipelines.command import command
 
 EXIT_STATUS = {"finished": 0, "stopped": 1, "failed": 1, "running": 3, "interrupted": 4, "no run": 5}
@@ -34,24 +37,34 @@ class Arguments:
     """The command line."""
 
     output: tyro.conf.Positional[Path]
-    """Folder of a run or of a sweep: what its --output was."""
+    """Folder of a run or of a sweep, local or in a store: what its --output was."""
     verify: bool = False
     """Read the whole of the newest checkpoint and compare it with its digests, not the lengths of its files alone."""
     json: bool = False
     """Print one JSON object with the same content."""
 
 
-def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
+def report(place: Path, *, verify: bool = False) -> dict[str, Any]:
     """All that a run's folder tells, as JSON values.
 
-    Args: verify: read the bytes of the newest checkpoint.
+    Args: place: the folder, local or in a store.  verify: read the bytes of the newest checkpoint.
     Raises: ValueError for a damaged run.json or lock; OSError if the folder cannot be read.
     """
-    folder = folder.resolve()
+    with tempfile.TemporaryDirectory(prefix="mixmae-status-") as copy:
+        store = RunStore.of(place, Path(copy))
+        if store is None:
+            return _report(place.resolve(), None, verify=verify)
+        store.bring_records()
+        return _report(store.local, store, verify=verify)
+
+
+def _report(folder: Path, store: RunStore | None, *, verify: bool) -> dict[str, Any]:
+    """What report returns.   Args: store: that the folder is a copy of."""
+    shown = str(folder) if store is None else store.shown
     record, owner = _record(folder), read_owner(folder) if folder.is_dir() else None
-    lives = owner is not None and is_running(folder, owner)
+    lives = owner is not None and (is_running(folder, owner) if store is None else store_lock.is_running(store, owner))
     state = _state(record, lives)
-    found: dict[str, Any] = {"output": str(folder), "state": state, "exit_status": EXIT_STATUS[state]}
+    found: dict[str, Any] = {"output": shown, "state": state, "exit_status": EXIT_STATUS[state]}
     if state == "no run":
         return found
     record = record or {}
@@ -65,15 +78,20 @@ def report(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "restarts": read_lines(folder / RESTARTS_FILE),
         "starts": read_lines(folder / STARTS_FILE),
         "broken_images": _broken(folder, record, progress),
-        "mlflow": {**(record.get("mlflow") or {}), "backlog": backlog(folder)},
-        "disk": {"free_bytes": shutil.disk_usage(folder).free},
+        "mlflow": {
+            **(record.get("mlflow") or {}),
+            "backlog": backlog(folder),
+            "refused": refused(folder),
+            "left": {path.name: backlog(path) for path in sorted(folder.glob("left_*_at_step_*"))},
+        },
+        "disk": None if store else {"free_bytes": shutil.disk_usage(folder).free},
     }
     if "space" in record:
         found["trials"] = [_trial(path, lives) for path in sorted((folder / "trials").glob("*"))]
         return found
     looked = []
-    for path in checkpoints_of(folder):
-        looked.append(look_at(path, verify=verify))
+    for path in checkpoints_of(folder) if store is None else map(Path, store.checkpoints()):
+        looked.append(look_at(path, verify=verify) if store is None else store.look_at(path.name, verify=verify))
         if not looked[-1].problem:
             break
     found["checkpoints"] = [{**asdict(item), "path": str(item.path)} for item in looked]
@@ -152,7 +170,12 @@ def show(found: Mapping[str, Any]) -> str:
     mlflow = found["mlflow"]
     where = f"{mlflow['uri']}, run {mlflow['run_id']}" if "run_id" in mlflow else "no run yet"
     lines.append(f"MLflow      {mlflow['backlog']} points are not sent yet; {where}")
-    lines.append(f"disk        {_disk(found)}")
+    if mlflow["refused"]:
+        lines.append(f"            {_refused(mlflow['refused'])}")
+    for name, count in mlflow["left"].items():
+        lines.append(f"            {name}: {count} points are not sent yet")
+    if found["disk"]:
+        lines.append(f"disk        {_disk(found)}")
     for trial in found.get("trials", []):
         lines.append(f"trial       {_show_trial(trial)}")
     return "\n".join(lines)
@@ -188,6 +211,8 @@ def _checkpoint(found: Mapping[str, Any]) -> str:
         return f"{what}: DAMAGED, {found['problem']}"
     if found["checked"] == "bytes":
         return f"{what}: verified, all bytes are those that were written"
+    if found["checked"] == "names":
+        return f"{what}: all files are there (--verify reads the bytes)"
     if found["has_digests"]:
         return f"{what}: all files have their lengths (--verify reads the bytes)"
     return f"{what}: all files have their lengths; not verifiable, an earlier version wrote it without digests"
@@ -205,6 +230,17 @@ def _data(broken: Mapping[str, Any]) -> str:
     limit = "" if broken["limit"] is None else f", {broken['limit']:.1%} may be"
     share = f" of {broken['seen']} seen ({broken['replaced'] / broken['seen']:.2%}{limit})" if broken["seen"] else ""
     return f"{broken['replaced']} broken images replaced{share}; {broken['named']} in broken_images.jsonl"
+
+
+def _refused(entries: Sequence[Mapping[str, Any]]) -> str:
+    names = sorted({str(name) for entry in entries for name in (entry.get("metrics") or [_name(entry)])})
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    why = f"{', '.join(names[:3])}{more}; the last: {entries[-1]['reason']}"
+    return f"{len(entries)} entries were refused ({why}) and are kept in metrics.refused.jsonl"
+
+
+def _name(entry: Mapping[str, Any]) -> Any:
+    return entry.get("image") or entry.get("file") or "the end of the run"
 
 
 def _disk(found: Mapping[str, Any]) -> str:

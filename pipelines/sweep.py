@@ -29,6 +29,7 @@ from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
 from mixmae.jobs.record import RunRecord, read_begun
+from mixmae.stores import refuse_store
 from mixmae.tracking import claim_model_name, finish_run
 from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
@@ -45,6 +46,7 @@ from tune_spaces.space import Space
 def sweep(arguments: Arguments, name: str) -> int:
     """Run or continue a sweep.   Returns: the process's exit status."""
     space = choose_space(arguments, name)
+    refuse_store(arguments.output, "a sweep")
     output = output_folder(arguments, f"sweep_{name}")  # the folder has the sweep's name, not the recipe's
     config, pretrained, weights = arguments.config, None, None
     if isinstance(config, FinetuneConfig) and arguments.pretrained is not None:

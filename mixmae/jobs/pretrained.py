@@ -24,6 +24,7 @@ from mixmae.encoders.build import build_encoder, config_at_size, config_from_jso
 from mixmae.jobs.classification import INITIAL_FILE
 from mixmae.jobs.config import FinetuneConfig
 from mixmae.jobs.record import Pretrained, RunRecord
+from mixmae.stores import store_uri, without_secrets
 from mixmae.training.run_folder import weights_of
 
 
@@ -37,7 +38,7 @@ def read_pretrained(
     others or images cannot be read in so many: then the first layer is adapted.
 
     Args:
-        path: a run's folder or checkpoint, or a file or folder of any format of docs/weights.md.
+        path: a run's folder or checkpoint, or a file or folder of any format of docs/weights.md; local, or in a store.
         config: what the command line asks for.  usual: the recipe's own.
         before: the interrupted run that is continued, if there is one.
         key: of one of several sets of weights in the file, as in convert.read_weights.
@@ -54,9 +55,11 @@ def read_pretrained(
     channels = config.encoder.in_channels
     other_channels = channels != usual.encoder.in_channels
 
-    path = path.expanduser().resolve()
+    uri = store_uri(path)
+    place = path if uri else path.expanduser().resolve()
+    shown = without_secrets(uri) if uri else str(place)
     begun_with = None if before is None else before.pretrained
-    if before is not None and begun_with is not None and (begun_with.path, begun_with.key) == (str(path), key):
+    if before is not None and begun_with is not None and (begun_with.path, begun_with.key) == (shown, key):
         # As it was begun, whatever has become of the file since.
         changes: dict[str, Any] = {name: tuple(before.config[name]) for name in free}
         if not keeps_encoder:
@@ -65,11 +68,11 @@ def read_pretrained(
             changes["encoder"] = replace(own, drop_path=config.encoder.drop_path, in_channels=kept)
         return begun_with, None, replace(config, **changes)
 
-    weights = read_weights(weights_of(path), key=key)
+    weights = read_weights(weights_of(place), key=key)
     metadata = weights.metadata
     run_id = metadata.source.get("run_id") if metadata else None
     pretrained = Pretrained(
-        path=str(path), digest=digest_of(weights.state), run_id=str(run_id) if run_id else None, key=key
+        path=shown, digest=digest_of(weights.state), run_id=str(run_id) if run_id else None, key=key
     )
     theirs = channels_of(weights)
     adapts = keeps_encoder or other_channels or metadata is None or theirs not in MODES
@@ -77,11 +80,11 @@ def read_pretrained(
         weights = with_channels(weights, channels)
         metadata = weights.metadata
         print(
-            f"note: the weights of {path} are for images of {theirs} channels, and the encoder is for {channels}: "
+            f"note: the weights of {shown} are for images of {theirs} channels, and the encoder is for {channels}: "
             f"their first layer is {'summed up' if channels == 1 else 'repeated and rescaled'}"
         )
     if metadata is None:
-        print(f"note: {path} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
+        print(f"note: {shown} does not say its architecture ({weights.unknown}): taking the recipe's encoder")
         return pretrained, weights, config
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
@@ -89,7 +92,7 @@ def read_pretrained(
         changes["encoder"] = config_at_size(own, config.augment.image_size)
         if changes["encoder"] != config.sized_encoder():
             print(
-                f"note: the encoder is the one of {path}, {describe(weights.state)}; the recipe's is "
+                f"note: the encoder is the one of {shown}, {describe(weights.state)}; the recipe's is "
                 f"{size_name(config.encoder) or 'another one'}. Rates, drop path and length stay the recipe's."
             )
     return pretrained, weights, replace(config, **changes)
@@ -103,6 +106,7 @@ def keep_initial(pretrained: Pretrained, weights: Weights, config: FinetuneConfi
     encoder = build_encoder(config.sized_encoder())
     assert isinstance(encoder, nn.Module)
     own = {name: value for name, value in weights.state.items() if name.startswith("encoder.")}
-    load_checked(encoder, replace(weights, state=own), weights_of(Path(pretrained.path)))
+    place = Path(pretrained.path)
+    load_checked(encoder, replace(weights, state=own), place if store_uri(place) else weights_of(place))
     preprocessing = Preprocessing(image_size=config.augment.size, mean=config.pixel_mean, std=config.pixel_std)
     save_encoder(folder / INITIAL_FILE, encoder, preprocessing, source=asdict(pretrained), overwrite=True)

@@ -66,7 +66,7 @@ class RunRecord:
 
     status: Literal["preparing", "running", "finished", "stopped", "failed"]
     """preparing: it has not trained yet, and its folder may be used anew. stopped: training could not go on. failed:
-    its workers did, too often. A run that was interrupted, or killed, still says running: see mixmae.training.lock."""
+    its workers did, too often. A run that was interrupted, or killed, still says running: see mixmae.lock."""
     recipe: str = ""
     """Name of the recipe, of a sweep that of the space."""
     config: Mapping[str, Any]

@@ -4,7 +4,7 @@ What a run logs while it trains goes through a journal in its output folder: tra
 format, sender.py takes it to MLflow.
 """
 
-from mixmae.tracking.journal import Journal, Reader, backlog, points, run_of, unsent
+from mixmae.tracking.journal import Journal, Reader, backlog, mark_ended, points, refused, run_of, unsent
 from mixmae.tracking.pages import save_view
 from mixmae.tracking.registry import claim_model_name, model_link, register_model
 from mixmae.tracking.runs import (
@@ -38,10 +38,12 @@ __all__ = [
     "flatten",
     "log_file",
     "log_table",
+    "mark_ended",
     "metric_history",
     "model_link",
     "points",
     "preload",
+    "refused",
     "register_model",
     "reopen_run",
     "resolve_uri",

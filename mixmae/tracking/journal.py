@@ -6,7 +6,8 @@ metrics.jsonl    one JSON object per line, each with its `time` in ms since 1970
                  step, image, key  a picture's file in the output, for the series `key`
                  file, title       a file of the output, to be kept among the run's artifacts
                  status, tags      RUNNING where the run begins to be continued, else how it ended
-metrics.sent     how many bytes of it MLflow has, and which run they are in
+metrics.sent     how many bytes of it MLflow has or has refused, and which run they are in
+metrics.refused.jsonl   entries that MLflow does not take, each with the `reason`: they are not tried again
 
 Rank 0 writes while it trains, the driver before and after. A step that is trained again after a restart is in the
 journal again; whoever reads it with a Reader sees the first point of each curve at each step, and no other. Nothing
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +33,7 @@ from mixmae.writing import write_json
 
 JOURNAL = "metrics.jsonl"
 SENT = "metrics.sent"
+REFUSED = "metrics.refused.jsonl"
 MAX_WAITING = 100_000
 """Lines that are kept in memory while the folder cannot be written; beyond them the oldest are dropped."""
 
@@ -76,8 +79,9 @@ class Journal:
 class Reader:
     """Reads a journal from its beginning, and goes on where it stopped when there is more."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / JOURNAL
+    def __init__(self, folder: Path, limit: Callable[[], float] = lambda: math.inf) -> None:
+        """Args: limit: up to which byte it reads now."""
+        self._path, self._limit = folder / JOURNAL, limit
         self._offset = 0
         self.last_steps: dict[str, int] = {}
         """The last step of each curve and, under "image:" and its key, of each series of pictures."""
@@ -87,9 +91,12 @@ class Reader:
         found: list[tuple[Entry, int]] = []
         with contextlib.suppress(OSError), self._path.open("rb") as file:  # not there yet, or not now
             file.seek(self._offset)
+            limit = self._limit()
             for line in file:
                 if not line.endswith(b"\n") or (max_entries is not None and len(found) >= max_entries):
                     break  # the first: it is being written, or torn
+                if self._offset + len(line) > limit:
+                    break
                 self._offset += len(line)
                 if entry := self._without_repeats(line):
                     found.append((entry, self._offset))
@@ -156,6 +163,23 @@ def unsent(folder: Path) -> list[Entry]:
 def backlog(folder: Path) -> int:
     """How many points of a run's curves are not in MLflow yet.   Args: folder: the run's output."""
     return sum(len(entry.get("metrics", ())) for entry in unsent(folder))
+
+
+def refused(folder: Path) -> list[Entry]:
+    """What MLflow does not take of a run, with the `reason`."""
+    found = []
+    with contextlib.suppress(OSError):  # nothing was refused
+        for line in (folder / REFUSED).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # torn by a full disk
+                found.append(json.loads(line))
+    return found
+
+
+def mark_ended(folder: Path, status: str) -> None:
+    """Add an end to a journal that has none, as that of a run whose process was killed."""
+    ends = [entry["status"] for entry, _ in Reader(folder).read() if "status" in entry]
+    if (folder / JOURNAL).exists() and (not ends or ends[-1] == "RUNNING"):
+        Journal(folder).add(status=status, tags={})
 
 
 def points(folder: Path, name: str) -> list[tuple[int, float]]:

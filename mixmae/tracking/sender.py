@@ -3,18 +3,20 @@
 MLflow may be away at any time, or its sqlite file locked: the thread tries again until it answers, and nobody else
 waits for it. All points arrive once and in order: MLflow drops a point that it has with the same time and value, so a
 batch that was sent but not noted as sent is sent again without harm; a run that was made, but whose answer was lost, is
-found again by its key.
+found again by its key. What MLflow answers that it does not take, such as a name that it does not allow, is set aside
+in a file, counted and named, and what comes after it goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from PIL import Image
 from mixmae.machine import settle_environment
 from mixmae.tracking.journal import (
     JOURNAL,
+    REFUSED,
     SENT,
     Entry,
     Journal,
@@ -31,11 +34,12 @@ from mixmae.tracking.journal import (
     backlog,
     now_ms,
     read_sent,
+    refused,
     to_line,
     unsent,
 )
 from mixmae.tracking.runs import create_run, drop_twins, log_file
-from mixmae.tracking.store import RunRef, StoreAway, TrackingError, connect, explain, is_gone, link_in_note
+from mixmae.tracking.store import RunRef, StoreAway, TrackingError, connect, explain, is_gone, is_refusal, link_in_note
 from mixmae.writing import writing
 
 START_S, START_SQLITE_S = 10.0, 60.0
@@ -53,7 +57,13 @@ FILE_TRIES = 3
 
 
 def start_sending(
-    folder: Path, uri: str, spec: Mapping[str, Any], *, continues: bool, known: RunRef | None = None
+    folder: Path,
+    uri: str,
+    spec: Mapping[str, Any],
+    *,
+    continues: bool,
+    known: RunRef | None = None,
+    limit: Callable[[], float] = lambda: math.inf,
 ) -> Sender:
     """Begin or continue the journal of a run, and its thread. Nothing is asked of MLflow here: see Sender.opened.
 
@@ -61,6 +71,7 @@ def start_sending(
         spec: of a new run, what create_run takes beside uri, key and start_time.
         continues: whether the run has trained before.
         known: its MLflow run, where that is older than the journal.
+        limit: as Sender has it.
     """
     sent = read_sent(folder)
     if not continues or not (folder / JOURNAL).exists():
@@ -70,10 +81,12 @@ def start_sending(
         sent = Sent(uri=known.uri, run=known, offset=len(first)) if known and continues else Sent(uri=uri)
     if sent.uri != uri:  # to another store all of it goes, to a run of its own
         sent = Sent(uri=uri)
+    if sent.offset == 0:
+        (folder / REFUSED).unlink(missing_ok=True)
     sent.write(folder)
     if continues:
         Journal(folder).add(status="RUNNING")
-    return Sender(folder)
+    return Sender(folder, limit)
 
 
 def send_rest(folders: Iterable[Path], uri: str | None = None) -> str | None:
@@ -116,14 +129,20 @@ def end_later(
 class Sender:
     """The thread. What it has to tell, a line when MLflow goes away and one when it is back, it prints."""
 
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: of the run; its journal has been begun."""
-        self._folder = folder
+    def __init__(self, folder: Path, limit: Callable[[], float] = lambda: math.inf) -> None:
+        """
+        Args:
+            folder: of the run; its journal has been begun.
+            limit: up to which byte of the journal may be sent now: a run that is copied to a store, and continued from
+                there, must not have sent points that its copy does not have.
+        """
+        self._folder, self._limit = folder, limit
         self._sent = read_sent(folder)
-        self._reader = Reader(folder)
+        self._reader = Reader(folder, limit)
         self._queue: deque[tuple[Entry, int]] = deque()
         self._kept: dict[Path, str] = {}
         self._is_checked = False  # whether the store has said that it has the run
+        self._is_told = False  # whether the user knows that something was refused
         self.trouble: TrackingError | None = None
         """Why the last try failed, until one succeeds."""
         self._failures = 0
@@ -176,12 +195,19 @@ class Sender:
             if now > start + MAX_CLOSE_S or now > max(start, self._progress_at) + CLOSE_S:
                 break
         self._stopped.set()
+        if self._is_told:
+            count = len(refused(self._folder))
+            _say(f"note: MLflow has refused {count} entries of this run: see {self._folder / REFUSED}")
         if not unsent(self._folder):
             return None
         return (
             f"MLflow at {self._sent.uri} lacks {backlog(self._folder)} points and the end of the run: {JOURNAL} keeps "
             f"them, and the same command sends them once it answers.{f' ({self.trouble})' if self.trouble else ''}"
         )
+
+    def leave(self) -> None:
+        """Send nothing more: the journal is somebody else's."""
+        self._stopped.set()
 
     def _work(self) -> None:
         while not self._stopped.is_set():
@@ -208,7 +234,8 @@ class Sender:
         self._failures += 1
         self._is_checked = False
         if self._failures == 2 and not self._closing.is_set():  # of a single failure nobody has to know
-            _say(f"note: MLflow is away, training goes on without it: {self.trouble}")
+            what = "is away" if isinstance(self.trouble, StoreAway) else "cannot be used"
+            _say(f"note: MLflow {what}, training goes on without it: {self.trouble}")
         self._tried.set()
         self._closing.wait(min(MAX_PAUSE_S, 2.0 ** min(self._failures, 10) / 2))
         if self._closing.is_set():
@@ -229,7 +256,13 @@ class Sender:
         elif "metrics" in entry:
             self._send_points(self._sent.run)
         else:
-            self._send_other(self._sent.run, entry)
+            try:
+                self._send_other(self._sent.run, entry)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                connect(self._sent.run.uri).get_run(self._sent.run.run_id)  # raises if it was not MLflow that answered
+                self._set_aside([{**entry, "reason": _first_line(error)}])
             self._done(1)
         return True
 
@@ -245,7 +278,8 @@ class Sender:
         if stage == "deleted":
             _say(f"note: the run {run.run_id} is no longer in {run.uri}; its curves go to a new one")
             self._sent = Sent(uri=self._sent.uri)
-            self._reader, self._queue = Reader(self._folder), deque()
+            self._reader, self._queue = Reader(self._folder, self._limit), deque()
+            (self._folder / REFUSED).unlink(missing_ok=True)
 
     def _create(self, entry: Entry, end: int) -> None:
         if "run" not in entry:
@@ -268,8 +302,42 @@ class Sender:
                 break
             batch += found
             num_entries += 1
-        connect(run.uri).log_batch(run.run_id, metrics=batch)
+        client = connect(run.uri)
+        try:
+            client.log_batch(run.run_id, metrics=batch)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self._send_one_by_one(client, run, num_entries)
         self._done(num_entries)
+
+    def _send_one_by_one(self, client: Any, run: RunRef, num_entries: int) -> None:
+        """The points of a batch that was refused, to find those for which it was."""
+        from mlflow.entities import Metric
+
+        found: list[Entry] = []
+        for entry, _ in list(self._queue)[:num_entries]:
+            for name, value in entry["metrics"].items():
+                try:
+                    client.log_batch(run.run_id, metrics=[Metric(name, value, entry["time"], entry["step"])])
+                except Exception as error:
+                    if not is_refusal(error):
+                        raise
+                    found.append({**entry, "metrics": {name: value}, "reason": _first_line(error)})
+        client.get_run(run.run_id)  # raises if what answered was not MLflow
+        self._set_aside(found)
+
+    def _set_aside(self, entries: list[Entry]) -> None:
+        """Keep what MLflow does not take, and say so once."""
+        if not entries:
+            return
+        with contextlib.suppress(OSError), (self._folder / REFUSED).open("ab") as file:
+            file.writelines(map(to_line, entries))
+        if not self._is_told:
+            self._is_told = True
+            first = entries[0]
+            what = next(iter(first.get("metrics", ())), "") or first.get("image") or first.get("file") or "an entry"
+            _say(f"note: MLflow does not take {what} ({first['reason']}): it is kept in {self._folder / REFUSED}")
 
     def _send_other(self, run: RunRef, entry: Entry) -> None:
         client = connect(run.uri)
@@ -288,14 +356,14 @@ class Sender:
                 self._send_file(run, entry)
             except Exception as error:
                 client.get_run(run.run_id)  # raises if MLflow is away
-                if "locked" in str(error) or self._failures < FILE_TRIES:
+                if "locked" in str(error) or (self._failures < FILE_TRIES and not is_refusal(error)):
                     raise
-                _say(f"note: MLflow does not take {entry.get('image') or entry['file']}: {error}")
+                self._set_aside([{**entry, "reason": _first_line(error)}])
 
     def _send_file(self, run: RunRef, entry: Entry) -> None:
         path = self._folder / (entry.get("image") or entry["file"])
         if not path.exists():
-            return
+            return self._set_aside([{**entry, "reason": f"{path} is gone"}])
         if "file" in entry:
             log_file(run, path, title=entry.get("title"))
             return
@@ -325,6 +393,10 @@ class Sender:
             return
         with contextlib.suppress(OSError):  # a full disk: this process knows, and another one may send it again
             self._sent.write(self._folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _say(line: str) -> None:

@@ -141,6 +141,18 @@ def is_gone(error: Exception) -> bool:
     return code == "RESOURCE_DOES_NOT_EXIST" or (code == "INVALID_PARAMETER_VALUE" and "'active' state" in str(error))
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether the store has answered that it will never take what was sent, such as a name that it does not allow.
+
+    Not so: a run that is gone, an address that is another program's, and who may not write there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException) or is_gone(error):
+        return False
+    return error.get_http_status_code() in (400, 409, 413, 422)
+
+
 def link_in_note(run: RunRef, name: str, title: str) -> None:
     """Add a link to one of the run's artifacts to its description, once."""
     client = connect(run.uri)

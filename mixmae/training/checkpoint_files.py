@@ -23,7 +23,7 @@ class CheckpointFiles:
     problem: str
     """What is damaged, in words; empty: nothing that could be seen."""
     checked: str
-    """What was looked at: "bytes" or "sizes"."""
+    """What was looked at: "bytes", "sizes" or, in a store, "names"."""
     has_digests: bool
     """Whether state.json has SHA-256 digests of the files; those of earlier versions had none."""
 

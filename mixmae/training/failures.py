@@ -9,6 +9,10 @@ class WorkersFailed(RuntimeError):
     """Workers failed more often than they may be restarted; the message has the first cause in one line."""
 
 
+class FolderLost(RuntimeError):
+    """Another run has taken over the folder: this one may not write there any more."""
+
+
 class EvaluationSkipped(RuntimeError):
     """Raised by `evaluate` on every rank to skip this evaluation; training continues and the reason is logged once."""
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: a checkpoint is asked for, and the run ends when it is there."""
+"""What ends a run while it trains: SIGINT and SIGTERM, after a checkpoint, and the loss of its folder, at once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from collections.abc import Callable, Iterator, Set
 from types import FrameType
 from typing import Any
 
-from mixmae.training.failures import Interrupted
+from mixmae.training.failures import FolderLost, Interrupted
 
 GRACE_S = 90.0
 """A run that has not ended so long after it was asked to is left."""
+OWNER_LOOK_S = 5.0
+"""Between two looks at whose the folder is."""
 _LOOK_S = 0.2
 
 
 class StopRequest:
-    """Whether somebody has asked this process to end."""
+    """Whether somebody has asked this process to end, or it has to."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_write: Callable[[], bool] = lambda: True) -> None:
+        """Args: may_write: whether the run still has its folder."""
+        self._may_write, self._looked = may_write, time.monotonic()
         self.signal = 0
         """Number of the first signal; 0: none has come."""
         self.times = 0
@@ -35,7 +39,7 @@ class StopRequest:
 
         Args:   mailbox: tells the workers to save and to end.  heard: kinds of messages that have come from them:
                 before they have started there is nothing to save.
-        Raises: Interrupted where there is nothing to wait for, at a second signal, and after GRACE_S.
+        Raises: Interrupted where there is nothing to wait for, at a second signal, and after GRACE_S; FolderLost.
         """
         result: list[Any] = []
         failure: list[BaseException] = []
@@ -51,6 +55,7 @@ class StopRequest:
         deadline = None
         while thread.is_alive():
             thread.join(_LOOK_S)
+            self._look_at_owner()
             if not self.signal:
                 continue
             if "started" not in heard or self.times > 1 or (deadline and time.monotonic() > deadline):
@@ -66,18 +71,30 @@ class StopRequest:
         return result[0]
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but not longer than until a signal.   Raises: Interrupted."""
+        """Wait, but not longer than until a signal.   Raises: Interrupted, FolderLost."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.signal:
+            self._look_at_owner()
             time.sleep(min(_LOOK_S, max(0.0, end - time.monotonic())))
         if self.signal:
             raise Interrupted(self.signal)
 
+    def _look_at_owner(self) -> None:
+        if time.monotonic() < self._looked + OWNER_LOOK_S:
+            return
+        self._looked = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # storage that is away, or a damaged file, says nothing
+            if not self._may_write():
+                raise FolderLost
+
 
 @contextlib.contextmanager
-def signals() -> Iterator[StopRequest]:
-    """Listen to SIGINT and SIGTERM while the context is open; a process's main thread alone can."""
-    request = StopRequest()
+def signals(may_write: Callable[[], bool] = lambda: True) -> Iterator[StopRequest]:
+    """Listen to SIGINT and SIGTERM while the context is open; a process's main thread alone can.
+
+    Args: may_write: whether the run still has its folder.
+    """
+    request = StopRequest(may_write)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,13 +32,13 @@ from mixmae.share import WorkerRange, WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.budget import FailureBudget
 from mixmae.training.checkpoint import (
+    STATE_FILE,
     CheckpointError,
     DamagedCheckpoint,
     list_checkpoints,
     load_checkpoint,
     read_state,
     save_checkpoint,
-    step_of,
     verify,
 )
 from mixmae.training.diverged import write_diverged
@@ -57,7 +58,9 @@ from mixmae.training.loop import (
     train,
 )
 from mixmae.training.mailbox import Message, deliver, open_mailbox, reading
+from mixmae.training.mirror import Mirror
 from mixmae.training.optim import OptimConfig, build_optimizer
+from mixmae.training.run_store import DamagedCopy, RunStore
 from mixmae.training.saving import CheckpointWriter
 from mixmae.training.schedule import RunLength
 from mixmae.training.watchdog import Watchdog
@@ -147,6 +150,7 @@ def fit(
     on_message: Callable[[Message], None],
     callbacks: Sequence[Any] = (),
     may_write: Callable[[], bool] = _always,
+    store: RunStore | None = None,
 ) -> tuple[TrainState, str]:
     """Train to the end on a worker group, starting a new one from the last checkpoint when it fails.
 
@@ -158,9 +162,11 @@ def fit(
         runs_at_once: runs that share the cores of each node.
         on_message: called in this process, from another thread, with the messages of rank 0.
         callbacks: of Ray Train; they see the step and the latest metrics with every checkpoint.
-        may_write: asked by rank 0 before it writes a checkpoint; pickled.
+        may_write: asked by rank 0 before it writes a checkpoint, and here all the time; pickled.
+        store: that the folder, one of each node's own then, is copied to.
     Returns: the final state and the path of the last checkpoint.
-    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed.
+    Raises: TrainingStopped when training cannot go on; Interrupted after SIGINT or SIGTERM; WorkersFailed; FolderLost
+        when the run may not write any more.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -176,10 +182,11 @@ def fit(
         "keep": checkpoints_to_keep,
         "runs_at_once": runs_at_once,
         "may_write": may_write,
+        "store": store,
     }
     num_blocks = job.share(rank=0, num_workers=1).num_blocks
     elastic = Elastic(workers, use_gpu=use_gpu, num_blocks=num_blocks, note=lambda line: on_message(("note", line)))
-    with signals() as asked_to_stop:
+    with signals(may_write) as asked_to_stop:
         while True:
             num_workers = elastic.choose(asked_to_stop.sleep)
             on_message(("workers", {"count": num_workers, "of": str(workers)}))
@@ -205,7 +212,7 @@ def fit(
             except ray.train.TrainingFailedError as error:
                 elastic.failed()
                 cause = causes[0] if causes else _cause(error)
-                step = next(map(step_of, list_checkpoints(checkpoints)), -1)
+                step = _newest_step(checkpoints, store)
                 wait = budget.spend(step, cause)
                 on_message(("restart", f"{cause}; starting again in {wait:.0f} s" if wait >= 5 else cause))
                 asked_to_stop.sleep(wait)
@@ -215,6 +222,14 @@ def fit(
     if state.step < job.length.total_steps:
         raise Interrupted(asked_to_stop.signal)
     return state, outcome["checkpoint"]
+
+
+def _newest_step(checkpoints: Path, store: RunStore | None) -> int:
+    """The step of the newest checkpoint, as far as it can be seen; -1: there is none."""
+    names = [path.name for path in list_checkpoints(checkpoints)[:1]]
+    with contextlib.suppress(OSError):
+        names += [] if store is None else store.checkpoints()[:1]
+    return max((int(name.removeprefix("step_")) for name in names), default=-1)
 
 
 def _trainer(
@@ -269,6 +284,7 @@ def _run_worker(
     keep: int | None,
     runs_at_once: int,
     may_write: Callable[[], bool],
+    store: RunStore | None,
 ) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
@@ -279,6 +295,8 @@ def _run_worker(
     else:
         torch.set_float32_matmul_precision("high")
 
+    if store is not None:
+        _bring_to_node(store, rank=rank, num_workers=num_workers)
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
     optimizer = build_optimizer(model, job.optim)
@@ -288,9 +306,14 @@ def _run_worker(
     if job.loop.compile:
         model.compile()  # in place: names in checkpoints stay as they are
     with contextlib.ExitStack() as stack:
+        if store is not None and rank == 0:
+            say = partial(_note, mailbox)
+            # The first to come, so that it ends last, when all is written: it waits for the store.
+            stack.enter_context(Mirror(store, "worker", keep=keep, may_write=may_write, say=say))
         events = _WorkerEvents(job, model, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
         stack.callback(events.close)
-        events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=may_write, report=events.note)
+        writes_here = may_write if store is None else _always  # the mirror asks
+        events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=writes_here, report=events.note)
         events.watchdog = Watchdog(checkpoints.parent / f"stacks_rank{rank}.txt", events.failed)
         stack.callback(events.watchdog.close)
         went_back: set[int] = set()
@@ -298,7 +321,9 @@ def _run_worker(
         stopped = None
         while True:
             try:
-                state = _resume(checkpoints, model, optimizer, average, events.note, rank=rank, num_workers=num_workers)
+                state = _resume(
+                    checkpoints, model, optimizer, average, events.note, rank=rank, num_workers=num_workers, store=store
+                )
             except CheckpointError as error:
                 return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
             if num_workers > 1 and trained is model:
@@ -345,7 +370,20 @@ def _run_worker(
                 break
         events.wait_for_checkpoint()
     last = next(map(str, list_checkpoints(checkpoints)), "")
+    if store is not None and last:
+        last = f"{store.shown}/checkpoints/{Path(last).name}"
     return {"state": vars(state), "checkpoint": last, "stopped": stopped}
+
+
+def _bring_to_node(store: RunStore, *, rank: int, num_workers: int) -> None:
+    """Have what workers need from a run's store on each node before any of them looks for it."""
+    store.local.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        store.bring("worker")
+    if ray.train.get_context().get_local_rank() == 0:
+        store.bring_initial()
+    if num_workers > 1:
+        dist.barrier()
 
 
 def _resume(
@@ -357,6 +395,7 @@ def _resume(
     *,
     rank: int,
     num_workers: int,
+    store: RunStore | None,
 ) -> TrainState:
     """Load the newest checkpoint that is whole; a run without any starts anew.
 
@@ -364,11 +403,19 @@ def _resume(
     """
     chosen: list[str | None] = [None]
     if rank == 0:
-        there = list_checkpoints(checkpoints)
-        for path in there:
+        there = _candidates(checkpoints, store)
+        for path, is_here in there:
             try:
+                if store is not None and not is_here:
+                    shutil.rmtree(path, ignore_errors=True)  # damaged
+                    store.get_folder(f"checkpoints/{path.name}", path)
                 verify(path)
                 load_checkpoint(path, model=model, optimizer=optimizer, average=average)
+            except DamagedCopy as error:
+                note(f"{error} It is passed over.")
+                assert store is not None
+                store.move(f"checkpoints/{path.name}", f"damaged/{path.name}")
+                continue
             except DamagedCheckpoint as error:
                 note(f"{error} It is passed over.")
                 continue
@@ -383,10 +430,40 @@ def _resume(
     if chosen == [None]:
         return TrainState()
     if chosen == [""]:
+        place = checkpoints if store is None else f"{store.shown}/checkpoints"
         raise DamagedCheckpoint(
-            f"none of the checkpoints in {checkpoints} is whole: put one back from a copy, or choose another --output."
+            f"none of the checkpoints in {place} is whole: put one back from a copy, or choose another --output."
         )
+    if store is not None and num_workers > 1:
+        _share(Path(str(chosen[0])), store, rank=rank)
     return TrainState(**load_checkpoint(str(chosen[0]), model=model, optimizer=optimizer, average=average)["position"])
+
+
+def _candidates(checkpoints: Path, store: RunStore | None) -> list[tuple[Path, bool]]:
+    """Where checkpoints may be, the newest first, each with whether it is here already, or in the store."""
+    found = [(path, True) for path in list_checkpoints(checkpoints)]
+    found += [(checkpoints / name, False) for name in (store.checkpoints() if store else ())]
+    return sorted(found, key=lambda item: (item[0].name, item[1]), reverse=True)
+
+
+def _share(checkpoint: Path, store: RunStore, *, rank: int) -> None:
+    """Have the checkpoint that rank 0 has chosen on every node."""
+    context = ray.train.get_context()
+    state: list[bytes | None] = [(checkpoint / STATE_FILE).read_bytes() if rank == 0 else None]
+    name = f"checkpoints/{checkpoint.name}"
+    is_spread = context.get_local_world_size() < context.get_world_size()
+    if rank == 0 and is_spread and store.read(f"{name}/{STATE_FILE}") != state[0]:
+        store.put_folder(checkpoint, name)  # the store was away when it was written
+    dist.broadcast_object_list(state)
+    own = checkpoint / STATE_FILE
+    if context.get_local_rank() == 0 and not (own.is_file() and own.read_bytes() == state[0]):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        store.get_folder(name, checkpoint)
+    dist.barrier()
+
+
+def _note(mailbox: Any, line: str) -> None:
+    mailbox.put.remote(("note", line))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

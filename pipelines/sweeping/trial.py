@@ -15,10 +15,10 @@ from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
+from mixmae.lock import Hold
 from mixmae.tracking import RunRef, end_later, metric_history, points
 from mixmae.training.checkpoint import read_state
 from mixmae.training.failures import TrainingStopped
-from mixmae.training.lock import Hold
 from mixmae.training.run_folder import RunFolder
 from pipelines import finetune
 from pipelines.run import begin

@@ -1,4 +1,4 @@
-"""Two runs that are started with one output: one trains, the other says whose the folder is."""
+"""Two runs with one output: one trains, and the other says whose the folder is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.ray.conftest import TINY, command, environment
+from tests.ray.conftest import TINY, command, environment, has_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -44,3 +44,31 @@ def test_of_two_runs_started_at_the_same_moment_one_is_refused(tmp_path, photos)
     lock = json.loads((output / "run.lock").read_text())
     assert lock["generation"] == 1
     assert lock["released"].startswith("20")
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_was_taken_over_ends_and_leaves_it_alone(tmp_path, photos):
+    output = tmp_path / "run"
+    data = ["--data", str(photos), "--loop.max-broken-fraction", "0.2", "--workers", "1"]
+    with subprocess.Popen(
+        command("demo", "--output", output, *data, *TINY, "--loop.steps", "100000"),
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            while not has_checkpoint(output) and not (output / "progress.json").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.2)
+            lock = json.loads((output / "run.lock").read_text()) | {"generation": 2, "token": "x" * 16, "host": "cloud"}
+            other = output / "run.lock.2"
+            other.write_text(json.dumps(lock, indent=1) + "\n")
+            other.replace(output / "run.lock")
+            printed, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1, printed + said
+    assert f"{output} was taken over by {lock['user']} on cloud" in said
+    assert "this one has ended and leaves the folder alone" in said
+    assert "Traceback" not in said
+    assert json.loads((output / "run.lock").read_text()) == lock
+    assert json.loads((output / "run.json").read_text())["status"] == "running"
+    assert '"status"' not in (output / "metrics.jsonl").read_text()

@@ -32,6 +32,7 @@ ANYONE = {
     *(
         f"mixmae.{name}"
         for name in (
+            "lock",
             "machine",
             "masking",
             "metrics",
@@ -41,6 +42,7 @@ ANYONE = {
             "pixels",
             "share",
             "step",
+            "stores",
             "writing",
         )
     ),

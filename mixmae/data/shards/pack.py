@@ -35,6 +35,7 @@ from mixmae.data.sources import layout_of
 from mixmae.data.sources.open import MANIFEST_NAME
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import writable_folder
+from mixmae.lock import in_turn
 from mixmae.machine import usable_cores
 from mixmae.writing import write_json
 
@@ -42,6 +43,8 @@ SUMMARY_IMAGES = 64
 """Images of each shard that are decoded for the manifest's mean and std: its first, which are shuffled."""
 
 _PROGRESS_NAME = ".making.json"
+_LOCK_NAME = ".lock"
+"""A folder in the output, with the lock on it."""
 _LEFTOVER = re.compile(r"\.partial\..*|\..*\.tmp")
 """Files that an interrupted run was writing; the second form is that of earlier versions."""
 
@@ -102,7 +105,8 @@ def make_shards(
 ) -> MadeShards:
     """Write a source as shards with a manifest; if they are there already and up to date, do nothing.
 
-    An interrupted run is continued: finished shards are kept if the source has not changed.
+    An interrupted run is continued: finished shards are kept if the source has not changed. Of two commands that make
+    the same shards at one time, the second waits for the first.
 
     Args:
         source: what open_source takes, or a built-in set: "moths", "moths:0.6", "shapes".
@@ -115,7 +119,6 @@ def make_shards(
         run_jobs: runs the jobs that write one shard each, in threads or on a cluster.  report: gets progress lines.
     Raises: DataError if the source has no usable image or the output may not be written.
     """
-    started = time.monotonic()
     if shard_mb <= 0:
         raise DataError(f"shard_mb is {shard_mb}: give the size of a shard in megabytes, such as 128")
     if resize_longer_side is not None and resize_longer_side < 1:
@@ -129,12 +132,31 @@ def make_shards(
         plan = plan_source(str(source), shard_mb=shard_mb, resize_longer_side=resize_longer_side, tile=tiles, seed=seed)
     for line in plan.report:
         report(f"note: {line}")
-    finished = read_json(folder / MANIFEST_NAME)
-    if finished is not None and finished.get("fingerprint") == plan.fingerprint and _is_whole(folder, finished):
-        report(f"{folder} already holds these shards, up to date: nothing to do")
-        return _result(folder, finished, made=False)
-    _prepare_output(folder, plan, overwrite)
-    if not built_in(str(source)) and tiles is not False and restart_tiles.tool_path() is None:
+    if made := _finished(folder, plan, report):
+        return made
+    if not (folder / _LOCK_NAME).exists():
+        _to_delete(folder, plan, overwrite)  # raises before anything is written to a folder of something else
+    with in_turn(folder / _LOCK_NAME, str(folder), report):
+        if made := _finished(folder, plan, report):  # by the one that was waited for
+            return made
+        return _make(folder, plan, tiles=tiles, workers=workers, overwrite=overwrite, run_jobs=run_jobs, report=report)
+
+
+def _make(
+    folder: Path,
+    plan: ShardPlan,
+    *,
+    tiles: bool | None,
+    workers: int,
+    overwrite: bool,
+    run_jobs: RunJobs,
+    report: Callable[[str], None],
+) -> MadeShards:
+    """What make_shards does while nobody else writes to the folder."""
+    started = time.monotonic()
+    for path in _to_delete(folder, plan, overwrite):
+        path.unlink()
+    if "tiles" in plan.origin and tiles is not False and restart_tiles.tool_path() is None:
         report(
             "note: jpegtran is not installed, so JPEGs are stored as they are: training decodes all of each image "
             "instead of the crop alone, at about two thirds of the speed. To install it: apt-get install "
@@ -215,24 +237,36 @@ def _finish(folder: Path, plan: ShardPlan, done: dict[str, WrittenShard]) -> dic
     return summaries
 
 
-def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether all shards that the manifest lists are there in their full size."""
+def _finished(folder: Path, plan: ShardPlan, report: Callable[[str], None]) -> MadeShards | None:
+    """The shards of the plan, if they are all there already in their full size."""
+    manifest = read_json(folder / MANIFEST_NAME)
+    if manifest is None or manifest.get("fingerprint") != plan.fingerprint:
+        return None
     shards = [shard for split in manifest["splits"].values() for shard in split["files"]]
-    return all(
+    is_whole = all(
         (folder / shard["name"]).is_file() and (folder / shard["name"]).stat().st_size == shard["bytes"]
         for shard in shards
     )
+    if not is_whole:
+        return None
+    report(f"{folder} already holds these shards, up to date: nothing to do")
+    return _result(folder, manifest, made=False)
 
 
-def _prepare_output(folder: Path, plan: ShardPlan, overwrite: bool) -> None:
-    """Keep the shards of an interrupted run over the same source, delete other shards if told to, refuse all else."""
+def _to_delete(folder: Path, plan: ShardPlan, overwrite: bool) -> list[Path]:
+    """The files that have to go: other shards, if that is wanted, and what an interrupted run over the same source left
+    half written; its shards stay.
+
+    Raises: DataError if there is anything else.
+    """
     ours = [path for path in folder.iterdir() if path.suffix == ".parquet" or path.name == MANIFEST_NAME]
     ours += [path for path in folder.glob(f"*{INDEX_SUFFIX}") if path not in ours]
     if any(str(path) in plan.files for path in ours):
         raise DataError(f"the output folder {folder} holds the source itself: choose another one")
     leftovers = [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
     ours = [path for path in ours if path not in leftovers]
-    others = [path for path in folder.iterdir() if path not in [*ours, *leftovers] and path.name != _PROGRESS_NAME]
+    known = {*ours, *leftovers, folder / _PROGRESS_NAME, folder / _LOCK_NAME}
+    others = [path for path in folder.iterdir() if path not in known]
     progress = read_json(folder / _PROGRESS_NAME)
     continues = progress is not None and progress.get("fingerprint") == plan.fingerprint
     if not continues and (ours or others) and not overwrite:
@@ -241,8 +275,7 @@ def _prepare_output(folder: Path, plan: ShardPlan, overwrite: bool) -> None:
             f"the output folder {folder} is not empty (it holds {first}): choose another one, or pass --overwrite to "
             f"replace the shards in it"
         )
-    for path in leftovers if continues else [*ours, *leftovers]:
-        path.unlink()
+    return leftovers if continues else [*ours, *leftovers]
 
 
 def _result(folder: Path, manifest: dict[str, Any], *, made: bool) -> MadeShards:

@@ -20,7 +20,8 @@ from mixmae.data.source import Chunked, DataError, Sample, short_digest
 from mixmae.data.sources.contents import content_digests
 from mixmae.data.sources.labels import number_classes
 from mixmae.data.sources.splits import split_of_folder
-from mixmae.data.sources.storage import Storage, StoredFile, is_uri, locate
+from mixmae.data.sources.storage import Storage, StoredFile, locate
+from mixmae.stores import is_uri
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")

@@ -23,8 +23,9 @@ from mixmae.data.sources.joined import join
 from mixmae.data.sources.parquet import open_parquet
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, index_path
 from mixmae.data.sources.splits import SPLITS, num_stored_images, split_holdout, split_of
-from mixmae.data.sources.storage import Storage, StoredFile, is_uri, locate, suffix_of
+from mixmae.data.sources.storage import Storage, StoredFile, locate, suffix_of
 from mixmae.data.sources.tars import open_tars
+from mixmae.stores import is_uri
 
 Location = str | Path | Sequence[str | Path | tuple[str | Path, float]]
 """What open_source takes: a path, a glob or a URI, or a list of these, each alone or as (path, weight)."""

@@ -229,6 +229,13 @@ def open_parquet(
     schema = schemas[0]
     image_column = _image_column(schema, storage.shown(files[0].path))
     label_column, notes = _label_column(schema, storage.shown(files[0].path))
+    for file, (_, stamp) in zip(files, checked, strict=True):
+        if stamp is None and index_path(file.path) in sidecars:
+            notes.add(
+                "sidecars (.index) are damaged or another shard's: whole row groups are read",
+                index_path(file.relative),
+                "delete them, or make the shards again",
+            )
     has_restarts = _has_restarts(schema)
     for file, own in zip(files, schemas, strict=True):
         _check_alike(storage, file, own, files[0], schema, image_column, label_column, has_restarts)

@@ -2,7 +2,8 @@
 
 `train-00000-of-00004.index` is an Arrow file with a row for each row of `train-00000-of-00004.parquet`: offset and
 length of the image's bytes, label, path and restart offsets. Its metadata holds the shard's size and the checksum of
-its footer: if the shard is written again, the sidecar no longer counts. Without one, readers fetch whole row groups.
+its footer: if the shard is written again, the sidecar no longer counts; and a checksum of its own columns: neither does
+it if a label or an address is not what was written. Without one, readers fetch whole row groups.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as pa_ipc
 from numpy.typing import NDArray
 
@@ -40,6 +42,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _STAMP = b"shard"
+_DIGEST = b"columns"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +103,9 @@ def write_index(
             pa.array(paths, type=pa.string()),
             pa.array(restarts, type=pa.large_list(pa.uint32())),
         ],
-        schema=_SCHEMA.with_metadata({_STAMP: stamp}),
+        schema=_SCHEMA,
     )
-    write_arrow(destination, table)
+    write_arrow(destination, table.replace_schema_metadata({_STAMP: stamp, _DIGEST: _digest(table)}))
     return True
 
 
@@ -132,12 +135,36 @@ def index_is_fresh(storage: Storage, path: str, stamp: bytes, num_rows: int) -> 
         (table.schema.metadata or {}).get(_STAMP) == stamp
         and table.schema.remove_metadata().equals(_SCHEMA)
         and table.num_rows == num_rows
+        and _is_as_written(table)
     )
+
+
+def _is_as_written(table: pa.Table) -> bool:
+    """Whether the columns are those that were written; sidecars of earlier versions do not tell."""
+    digest = (table.schema.metadata or {}).get(_DIGEST)
+    return digest is None or _digest(table) == digest
+
+
+def _digest(table: pa.Table) -> bytes:
+    """SHA-256 of the values of all columns, whatever Arrow keeps beside them."""
+    digest = hashlib.sha256()
+    for column in table.columns:
+        values = column.combine_chunks()
+        digest.update(values.is_valid().to_numpy(zero_copy_only=False).tobytes())
+        if pa.types.is_string(values.type):
+            lengths, parts = pc.binary_length(values), b"".join(values.cast(pa.binary()).drop_null().to_pylist())
+        elif pa.types.is_large_list(values.type):
+            lengths, parts = pc.list_value_length(values), values.flatten().to_numpy().tobytes()
+        else:
+            lengths, parts = values, b""
+        digest.update(lengths.fill_null(0).to_numpy().astype("<i8").tobytes())
+        digest.update(parts)
+    return digest.hexdigest().encode()
 
 
 @lru_cache(maxsize=4096)
 def load_index(storage: Storage, path: str, stamp: bytes) -> ShardIndex | None:
-    """A sidecar that index_is_fresh has approved, kept per process; None if it has gone since.
+    """A sidecar that index_is_fresh has approved, kept per process; None if it has gone, or was damaged, since.
 
     Raises: DataError if it belongs to another shard now.
     """
@@ -147,6 +174,8 @@ def load_index(storage: Storage, path: str, stamp: bytes) -> ShardIndex | None:
         return None
     if (table.schema.metadata or {}).get(_STAMP) != stamp:
         raise DataError(f"{storage.shown(path)} has changed since it was opened: were the shards written again?")
+    if not _is_as_written(table):
+        return None
     offset, length, label, paths, restarts = (column.combine_chunks() for column in table.columns)
     return ShardIndex(offset.to_numpy(), length.to_numpy(), label.to_numpy(), paths, restarts)
 

@@ -23,6 +23,7 @@ import pyarrow.fs as pa_fs
 from mixmae.data.account import Note, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import DataError
+from mixmae.stores import connect, is_uri, without_secrets
 
 INDEX_SUFFIX = ".index"
 """Of the files that we keep beside tars and shards."""
@@ -30,8 +31,6 @@ _GAP_BYTES = 256 * 1024
 """Remote ranges closer than this are fetched in one request: about what a store sends while a request waits."""
 _REQUEST_BYTES = 16 * 1024 * 1024
 _REMOTE_READERS = 16
-_GOOGLE_RETRY_S = 20
-"""Google's client would try for 15 minutes to reach a store that is not there; S3's gives up after some seconds."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def locate(location: str | Path) -> tuple[Storage, str]:
         text = unquote(urlsplit(text).path)
     if not is_uri(text):
         return Storage(), str(Path(text).expanduser().absolute())
-    return Storage(text), _connect(text)[1].rstrip("/")
+    return Storage(text), _connect(text)[1]
 
 
 def writable_folder(location: str | Path) -> Path:
@@ -253,17 +252,11 @@ def writable_folder(location: str | Path) -> Path:
     return folder
 
 
-def is_uri(text: str) -> bool:
-    """Whether this is a URI, and not a local path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
-
-
 def plain_place(location: str) -> str:
     """A local path as an absolute one, a URI without its user, password and query: what may be logged."""
     if not is_uri(location):
         return escaped(str(Path(location).expanduser().absolute()))
-    parts = urlsplit(location)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return without_secrets(location)
 
 
 def is_hidden(relative: str) -> bool:
@@ -276,21 +269,11 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-@lru_cache(maxsize=64)
 def _connect(uri: str) -> tuple[Any, str]:
-    bounded = uri
-    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
-        bounded += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GOOGLE_RETRY_S}"
     try:
-        filesystem, path = pa_fs.FileSystem.from_uri(bounded)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        shown = plain_place(uri)
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{shown} cannot be opened ({reason}): give a local path or a URI that pyarrow knows, such as "
-            f"s3://bucket/prefix or gs://bucket/prefix, and check the credentials"
-        ) from error
-    return filesystem, path
+        return connect(uri)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 _LOCAL = pa_fs.LocalFileSystem()

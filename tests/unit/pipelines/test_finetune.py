@@ -71,8 +71,8 @@ class TestMistakes:
         assert "one class" in error(finetune.main, "demo_finetune", "--data", shards("set", [0] * 40))
 
     def test_drop_path(self, error):
-        assert "drop_path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "1.0", code=2)
-        assert "drop_path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "-0.1", code=2)
+        assert "--encoder.drop-path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "1.0", code=2)
+        assert "--encoder.drop-path" in error(finetune.main, "demo_finetune", "--encoder.drop-path", "-0.1", code=2)
 
     def test_other_numbers(self, error):
         for flag, value in (("--ema-decay", 1), ("--crop-pct", 0), ("--divergence", 0.5)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,15 +14,18 @@ from torch import nn
 from mixmae.data.prepare import open_for_training
 from mixmae.jobs.config import to_json
 from mixmae.jobs.record import RunRecord, read_record
-from mixmae.tracking import RunRef, backlog, end_later, start_sending
+from mixmae.lock import release_all
+from mixmae.tracking import Journal, RunRef, backlog, end_later, run_of, start_sending
+from mixmae.tracking.journal import Sent
 from mixmae.training import cluster
 from mixmae.training.checkpoint import list_checkpoints, save_checkpoint, step_of
-from mixmae.training.lock import release_all
+from mixmae.training.mirror import Mirror
 from mixmae.training.run_folder import RunFolder
 from pipelines.pretrain import Arguments
 from pipelines.recipes import PRETRAIN_RECIPES
 from pipelines.run import begin, with_workers
 from tests.mlflow_server import free_port
+from tests.s3_server import serve_s3
 
 
 def test_a_folder_that_has_grown_is_packed_anew(tmp_path):
@@ -146,6 +150,32 @@ class TestGoingBack:
         release_all()
         assert run.record.branch == {"step": 20, "run_id": "abc"}
 
+    @pytest.mark.timeout(120)
+    def test_mlflow_gets_what_it_lacks_of_what_was_put_aside(self, given, tmp_path, mlflow_db, capsys):
+        from mlflow import MlflowClient
+
+        spec = {"experiment": "e", "name": "run", "params": {}, "tags": {}}
+        nobody = f"http://127.0.0.1:{free_port()}"
+        sending = start_sending(given.output, nobody, spec, continues=False)
+        Journal(given.output).add_points({"train/loss": 0.5}, 30)
+        sending.leave()  # it was killed
+        shutil.copy(mlflow_db, tmp_path / "mlflow.db")
+        Sent(uri=given.mlflow_uri).write(given.output)  # and its store was away
+        run = begin(replace(given, from_step=20), "demo")
+        spec = {**spec, "name": "branch"}
+        run.sender = start_sending(given.output, given.mlflow_uri, spec, continues=True)
+        assert run.sender.opened()
+        assert backlog(given.output / "left_0_at_step_20") == 1
+        run.end("FINISHED")
+        release_all()
+        assert backlog(given.output / "left_0_at_step_20") == 0
+        client = MlflowClient(tracking_uri=given.mlflow_uri)
+        ref = run_of(given.output / "left_0_at_step_20")
+        found = client.get_run(ref.run_id)
+        assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 0.5})
+        assert client.get_run(run_of(given.output).run_id).info.status == "FINISHED"
+        assert "put aside" not in capsys.readouterr().out.replace("what came after it is in", "")
+
     def test_what_cannot_be(self, given, tmp_path):
         with pytest.raises(ValueError, match=r"no checkpoint of step 25 in .*: --from-step may be one of 10, 20, 30"):
             begin(replace(given, from_step=25), "demo")
@@ -162,3 +192,50 @@ class TestGoingBack:
             begin(replace(given, from_step=20), "demo")
         release_all()
         assert self.steps(given.output) == [30, 20, 10]
+
+
+@pytest.mark.timeout(120)
+def test_a_run_in_a_store_begins_goes_on_elsewhere_and_goes_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mixmae.training.store_lock.SETTLE_S", 0.1)
+    mlflow_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with serve_s3() as server:
+        first = replace(
+            arguments(batch_size=16), output=Path(server.uri("r")), staging=tmp_path / "one", mlflow_uri=mlflow_uri
+        )
+        run = begin(first, "demo")
+        assert not run.is_continued
+        run.write(status="running")
+        (run.folder.path / "metrics.jsonl").write_text('{"run": {}, "key": "k", "time": 0}\n')
+        run.mirror.push()
+        store = run.folder.store
+        store.bring("worker")
+        for step in (10, 20, 30):
+            path = store.local / "checkpoints" / f"step_{step:07d}"
+            save_checkpoint(path, model=nn.Linear(2, 2), optimizer=None, state={"position": {"step": step}})
+            Mirror(store, "worker").push()
+            run.folder.add_evaluation({"step": step, "x": 1.0})
+        run.mirror.push()
+        with pytest.raises(ValueError, match=r"s3://runs/r holds a run begun with other settings"):
+            begin(
+                replace(first, config=replace(first.config, augment=replace(first.config.augment, image_size=96))),
+                "demo",
+            )
+        release_all()
+        second = replace(first, staging=tmp_path / "two")
+        with pytest.raises(ValueError, match=r"no checkpoint of step 25 in s3://runs/r: .* one of 10, 20, 30"):
+            begin(replace(second, from_step=25), "demo")
+        release_all()
+        run = begin(second, "demo")
+        assert run.is_continued
+        assert (tmp_path / "two" / run.folder.path.name / "evaluations.jsonl").read_text().count("\n") == 3
+        release_all()
+        run = begin(replace(second, from_step=20), "demo")
+        assert run.record.branch["step"] == 20
+        run.mirror.push()
+        release_all()
+        assert "what came after it is in s3://runs/r/left_0_at_step_20" in capsys.readouterr().out
+        assert [step_of(Path(name)) for name in store.checkpoints()] == [20, 10]
+        assert server.read("r/left_0_at_step_20/metrics.jsonl").endswith(b'"status": "KILLED", "tags": {}}\n')
+        assert b'"branch"' in server.read("r/run.json")
+        assert server.read("r/evaluations.jsonl").count(b"\n") == 2
+        assert "metrics.jsonl" not in server.names("r")

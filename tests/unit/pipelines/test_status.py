@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from mixmae.lock import LOCK_FILE, release_all, take
+from mixmae.tracking import Journal
+from mixmae.training import store_lock
 from mixmae.training.checkpoint import save_checkpoint
-from mixmae.training.lock import LOCK_FILE, release_all, take
 from mixmae.training.progress import ProgressFile
+from mixmae.training.run_store import RunStore
 from mixmae.writing import write_json
 from pipelines import status
+from tests.s3_server import serve_s3
 
 ROOT = Path(__file__).parents[3]
 RECORD: dict[str, Any] = {
@@ -118,7 +122,7 @@ def test_a_run_under_way_has_an_owner_and_an_end(folder, capsys):
 
 def test_an_owner_that_died(folder, capsys):
     with subprocess.Popen(
-        [sys.executable, "-c", f"from mixmae.training.lock import take; import pathlib, os\n"
+        [sys.executable, "-c", f"from mixmae.lock import take; import pathlib, os\n"
          f"take(pathlib.Path({str(folder)!r})); os.kill(os.getpid(), 9)"], cwd=ROOT,
     ) as owner:  # fmt: skip
         pass
@@ -128,14 +132,14 @@ def test_an_owner_that_died(folder, capsys):
 
 
 def test_an_owner_elsewhere_is_believed_while_its_heartbeat_is_fresh_or_moves(folder, capsys, monkeypatch):
-    monkeypatch.setattr("mixmae.training.lock.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("mixmae.lock.HEARTBEAT_S", 0.2)
     take(folder, heartbeat_s=0.1)
     content = (folder / LOCK_FILE).read_text()
     own = json.loads(content)["host"]
     release_all()
     (folder / LOCK_FILE).write_text(content.replace(f'"host": "{own}"', '"host": "elsewhere"'))
     assert ask(folder, capsys)[0] == 3
-    monkeypatch.setattr("mixmae.training.lock.WATCH_S", 0.0)  # as if it were old
+    monkeypatch.setattr("mixmae.lock.WATCH_S", 0.0)  # as if it were old
     assert ask(folder, capsys)[0] == 4
 
 
@@ -201,6 +205,16 @@ def test_json_has_the_same(folder, capsys):
     assert found["mlflow"]["backlog"] == 0
 
 
+def test_what_mlflow_refused_and_what_was_put_aside(folder, capsys):
+    Journal(folder).add_points({"a=b": 1.0}, 1)
+    (folder / "metrics.refused.jsonl").write_text('{"metrics": {"a=b": 1}, "step": 1, "reason": "Invalid name"}\n{"to')
+    (folder / "left_0_at_step_50").mkdir()
+    Journal(folder / "left_0_at_step_50").add_points({"x": 1.0, "y": 1.0}, 60)
+    _, text = ask(folder, capsys)
+    assert "1 entries were refused (a=b; the last: Invalid name) and are kept in metrics.refused.jsonl" in text
+    assert "left_0_at_step_50: 2 points are not sent yet" in text
+
+
 def test_nothing_there(tmp_path, capsys):
     for path in (tmp_path / "no folder", tmp_path):
         code, text = ask(path, capsys)
@@ -245,3 +259,34 @@ print({{"ray", "mlflow", "torch", "numpy"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.endswith("set()\n")
+
+
+def test_a_run_in_a_store(folder, capsys):
+    with serve_s3() as server:
+        place = server.uri("r")
+        assert ask(Path(place), capsys) == (
+            5, "output      s3://runs/r\nstate       no run there: check the path, or start one with --output s3://runs/r\n"
+        )  # fmt: skip
+        store = RunStore.of(place, folder.parent / "staging")
+        for path in folder.glob("*.json*"):
+            store.put(path, path.name)
+        for path in folder.glob("checkpoints/*"):
+            store.put_folder(path, f"checkpoints/{path.name}")
+        code, text = ask(Path(place), capsys)
+        assert code == 4
+        assert "output      s3://runs/r\nstate       interrupted; the same command continues" in text
+        assert "step_0000100, 0.0 MB: all files are there (--verify reads the bytes)" in text
+        assert "2 in broken_images.jsonl" in text
+        assert "disk " not in text
+        assert "verified, all bytes are those that were written" in ask(Path(place), capsys, "--verify")[1]
+        server.write("r/checkpoints/step_0000100/optimizer.pt", b"x")
+        text = ask(Path(place), capsys, "--verify")[1]
+        assert "step_0000100, 0.0 MB: DAMAGED" in text
+        assert "step_0000050, 0.0 MB: verified" in text
+        lock = store_lock.take(store, settle_s=0.1)
+        assert ask(Path(place), capsys)[0] == 3
+        lock.release()
+        server.stop()
+        with pytest.raises(SystemExit):
+            ask(Path(place), capsys)
+        assert "error: s3://runs/r gives no answer" in capsys.readouterr().err

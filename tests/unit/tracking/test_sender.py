@@ -27,6 +27,7 @@ from mixmae.tracking import (
     backlog,
     create_run,
     end_later,
+    refused,
     reopen_run,
     run_of,
     send_rest,
@@ -254,6 +255,58 @@ def test_a_run_that_was_deleted_is_made_again_with_all_its_points(uri, folder, c
     assert sending.close() is None
     assert f"the run {ref.run_id} is no longer in {uri}" in capsys.readouterr().out
     assert check(uri, folder, 15).info.run_id != ref.run_id
+
+
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_what_mlflow_refuses_is_set_aside_and_the_rest_goes_on(where, uri, server, folder, capsys):
+    from mlflow import MlflowClient
+
+    uri = uri if where == "sqlite" else server.address
+    sending = start_sending(folder, uri, SPEC, continues=False)
+    ref = sending.opened()
+    assert ref is not None
+    log(folder, range(5))
+    Journal(folder).add_points({"train/loss": 1 / 6, "not=allowed": 3.0, "train/lr": 0.5}, 5)
+    log(folder, range(6, 10))
+    Journal(folder).add(step=9, image="panels/gone.png", key="reconstruction")
+    Journal(folder).add(status="RUNNING", tags={"x" * 1000: "a key that is too long"})
+    log(folder, range(10, 12))
+    end_later(folder, ref, status="FINISHED")
+    assert sending.close() is None
+    check(uri, folder, 12)
+    assert backlog(folder) == 0
+    said = capsys.readouterr().out
+    assert said.count("note: MLflow does not take not=allowed") == 1
+    assert "MLflow has refused 3 entries of this run" in said
+    assert "away" not in said
+    bad, gone, tag = refused(folder)
+    assert (bad["step"], bad["metrics"]) == (5, {"not=allowed": 3.0})
+    assert "not=allowed" in bad["reason"]
+    assert gone["image"] == "panels/gone.png"
+    assert tag["status"] == "RUNNING"
+    # To a new run all of it goes once more, and so do the refusals.
+    MlflowClient(tracking_uri=uri).delete_run(ref.run_id)
+    sending = start_sending(folder, uri, SPEC, continues=True)
+    end_later(folder, ref, status="FINISHED")
+    assert sending.close() is None
+    assert check(uri, folder, 12).info.run_id != ref.run_id
+    assert len(refused(folder)) == 3
+
+
+def test_what_the_runs_store_has_not_got_is_not_sent(uri, folder):
+    allowed = [10**9]
+    sending = start_sending(folder, uri, SPEC, continues=False, limit=lambda: allowed[0])
+    assert sending.opened()
+    log(folder, range(5))
+    wait_for(lambda: not backlog(folder))
+    allowed[0] = (folder / "metrics.jsonl").stat().st_size + 3
+    log(folder, range(5, 8))
+    time.sleep(3)
+    assert backlog(folder) == 6
+    allowed[0] = 10**9
+    end_later(folder, None, status="FINISHED")
+    assert sending.close() is None
+    check(uri, folder, 8)
 
 
 def test_a_run_that_is_older_than_journals_goes_on(uri, folder):

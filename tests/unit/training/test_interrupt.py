@@ -1,4 +1,4 @@
-"""Signals while work is done in a thread; needs no Ray."""
+"""Signals, and the loss of the folder, while work is done in a thread; needs no Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from mixmae.training.failures import Interrupted
+from mixmae.training.failures import FolderLost, Interrupted
 from mixmae.training.interrupt import signals
 
 pytestmark = pytest.mark.timeout(30)
@@ -76,3 +76,24 @@ def test_a_pause_ends_with_a_signal():
         later(0.2, signal.SIGTERM)
         with pytest.raises(Interrupted):
             request.sleep(1e9)
+
+
+@pytest.mark.parametrize("waits_for", ["work", "pause"])
+def test_who_has_lost_the_folder_ends_and_storage_that_is_away_says_nothing(waits_for, monkeypatch):
+    monkeypatch.setattr("mixmae.training.interrupt.OWNER_LOOK_S", 0.0)
+    answers = iter([OSError("away"), True, ValueError("damaged"), True, False])
+
+    def may_write() -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with signals(may_write) as request:
+        wait = {
+            "work": lambda: request.run(threading.Event().wait, Mailbox(), {"started"}),
+            "pause": lambda: request.sleep(1e9),
+        }
+        with pytest.raises(FolderLost):
+            wait[waits_for]()
+    assert next(answers, None) is None

@@ -71,3 +71,26 @@ def test_an_evaluation_of_a_step_that_was_trained_again_replaces_the_first(tmp_p
         {"step": 10, "x": 0.15},
         {"step": 20, "x": 0.25},
     ]
+
+
+def test_what_is_put_aside_has_the_pictures_that_its_journal_names(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "panels").mkdir()
+    for step in (10, 20):
+        (tmp_path / "panels" / f"step_{step:07d}.png").write_bytes(b"png")
+    for name in ("metrics.jsonl", "metrics.refused.jsonl", "probe.png"):
+        (tmp_path / name).write_text("")
+    assert folder.left == []
+    aside = folder.put_aside(10)
+    assert folder.left == [aside]
+    assert sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()) == [
+        "metrics.jsonl",
+        "metrics.refused.jsonl",
+        "panels/step_0000010.png",
+        "panels/step_0000020.png",
+        "probe.png",
+    ]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png") if aside not in path.parents) == [
+        "panels/step_0000010.png",
+        "probe.png",
+    ]

@@ -114,7 +114,7 @@ def test_shards_are_small_pieces_without_compression(folder, tmp_path):
     manifest = json.loads((made.folder / "manifest.json").read_text())
     assert manifest["splits"]["train"]["rows"] == made.rows["train"]
     assert len(manifest["splits"]["train"]["files"][0]["sha256"]) == 64
-    assert not [path for path in made.folder.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in made.folder.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_the_same_source_gives_the_same_shards(folder, tmp_path):
@@ -195,8 +195,49 @@ def test_a_killed_run_is_continued_to_the_same_files(folder, tmp_path):
     assert len(indexes) == len(list(out.glob("[!.]*.parquet")))
 
 
+def test_of_two_commands_at_once_the_second_waits_for_the_first(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(200)))
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "pipelines" / "make_shards.py"), str(source), str(out)]
+    both = [
+        subprocess.Popen(
+            [*command, "--shard-mb", "0.005", "--workers", "1", "--overwrite"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert sorted("up to date: nothing to do" in text for text in printed) == [False, True]
+    second = next(text for text in printed if "nothing to do" in text)
+    assert second.count(f"is making {out}: waiting until it is done") <= 1  # 0: it was slower to start than the first
+    straight = make_shards(source, tmp_path / "straight", shard_mb=0.005)
+    assert contents(out) == contents(straight.folder)
+
+
+def test_while_another_command_makes_them_it_waits(folder, tmp_path):
+    source = folder(*(f"{i}.jpg" for i in range(40)))
+    (tmp_path / "out").mkdir()
+    holder = "import sys, time; from pathlib import Path; from mixmae.lock import take; take(Path(sys.argv[1]));"
+    other = subprocess.Popen(
+        [sys.executable, "-c", holder + "print(flush=True); time.sleep(3)", str(tmp_path / "out" / ".lock")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    other.stdout.readline()
+    lines: list[str] = []
+    assert make_shards(source, tmp_path / "out", report=lines.append).made
+    assert other.poll() is not None, "it has not waited"
+    waited = [line for line in lines if "waiting" in line]
+    assert len(waited) == 1
+    assert f"(process {other.pid}) is making {tmp_path / 'out'}: waiting until it is done" in waited[0]
+    other.communicate()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 class TestAnySource:

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,7 +14,7 @@ from mixmae.data.shards.write import StoredImage, shard_name, shard_schema, writ
 from mixmae.data.source import read_rows
 from mixmae.data.sources import open_source
 from mixmae.data.sources.parquet import ParquetSource
-from mixmae.data.sources.shard_index import INDEX_SUFFIX, load_index
+from mixmae.data.sources.shard_index import INDEX_SUFFIX, load_index, write_arrow
 
 
 def whole_groups(source: ParquetSource) -> ParquetSource:
@@ -59,7 +60,7 @@ def test_both_ways_of_reading_give_the_same(folder):
     assert source.where(101) == f"{folder}/train-00001-of-00002.parquet#1 / höfe/101 50%.jpg"
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "of another shard", "garbage"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "of another shard", "garbage", *range(5)])
 def test_without_a_true_sidecar_row_groups_are_read(folder, damage):
     reference = open_source(folder)
     read_rows(reference, range(200))  # the sidecars are in memory now
@@ -68,11 +69,42 @@ def test_without_a_true_sidecar_row_groups_are_read(folder, damage):
     first.unlink()
     if damage != "missing":
         contents = {"empty": b"", "cut": data[:-40], "of another shard": second.read_bytes(), "garbage": data[::-1]}
-        first.write_bytes(contents[damage])
+        first.write_bytes(contents[damage] if damage in contents else with_another_value(data, damage))
     source = open_source(folder)
     assert [stamp is None for stamp in source.stamps] == [True, False]
     assert not source.exact_reads
     assert_same(source, reference)
+    said = [note for met in source.met for note in met.notes if "sidecars" in note.what]
+    assert [note.example for note in said] == ([] if damage == "missing" else [first.name])
+
+
+def with_another_value(sidecar: bytes, column: int) -> bytes:
+    """A sidecar with one bit of a column's values flipped."""
+    table = pa.ipc.open_file(pa.BufferReader(sidecar)).read_all()
+    chunk = table.column(column).chunk(0)
+    values = chunk.buffers()[-1].to_pybytes()  # of strings and lists, what they hold
+    at = sidecar.index(values)
+    assert sidecar.count(values) == 1
+    place = at + 8 * 50 if column < 3 else at + 3
+    return sidecar[:place] + bytes([sidecar[place] ^ 1]) + sidecar[place + 1 :]
+
+
+def test_damage_that_comes_while_it_is_used_and_sidecars_of_earlier_versions(folder):
+    first = folder / f"train-00000-of-00002{INDEX_SUFFIX}"
+    data = first.read_bytes()
+    source = open_source(folder)
+    expected = read_rows(whole_groups(source), range(200))
+    first.write_bytes(with_another_value(data, 2))
+    load_index.cache_clear()
+    assert read_rows(source, range(200)) == expected
+    table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    stamp = {b"shard": table.schema.metadata[b"shard"]}
+    assert set(table.schema.metadata) > set(stamp)
+    write_arrow(first, table.replace_schema_metadata(stamp))
+    load_index.cache_clear()
+    source = open_source(folder)
+    assert source.exact_reads
+    assert read_rows(source, range(200)) == expected
 
 
 def test_a_shard_that_is_written_again_needs_its_own_sidecar(folder, make_jpeg):

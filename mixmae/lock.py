@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one run at a time writes there, and everybody can read whose it is.
+"""The lock on a folder, such as a run's: one process at a time writes there, and everybody can read whose it is.
 
 run.lock is one JSON object: who holds it, since when, a heartbeat, and a generation that grows with each taking. At the
 end it stays there, marked as released, so that no generation comes twice.
@@ -21,11 +21,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_S = 5.0
@@ -44,11 +45,26 @@ class LockError(ValueError):
     """The folder is another run's; the message says whose, and what to do."""
 
 
+class InUse(LockError):
+    """Somebody else has the folder, and lives."""
+
+
+class LockPlace(Protocol):
+    """A store that a run's folder is in (mixmae.training.run_store); a run works in a folder of its machine then."""
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def shown(self) -> str: ...
+    def read(self, name: str) -> bytes | None: ...
+
+
 class Hold(NamedTuple):
     """What a process on any node needs to ask whether its run still has the folder: holds(*hold)."""
 
     folder: Path
     generation: int
+    store: LockPlace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +140,26 @@ class Lock:
         self._done.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            _write(self._file, replace(self._owner, heartbeat=_now(), released=_now()))
+            _write(self._file, replace(self._owner, heartbeat=now(), released=now()))
         with contextlib.suppress(OSError):  # NFS reports a write that failed here
             os.close(self._file)
-        _held.pop(self.hold.folder, None)
+        held.pop(self.hold.folder, None)
 
     def _beat(self) -> None:
         while not self._done.wait(self._heartbeat_s):
             with contextlib.suppress(OSError):  # the storage may be back at the next one
-                _write(self._file, replace(self._owner, heartbeat=_now()))
+                _write(self._file, replace(self._owner, heartbeat=now()))
 
 
-_held: dict[Path, Lock] = {}
-"""The locks of this process."""
+class HeldLock(Protocol):
+    """A lock of this process, on a folder or in a store."""
+
+    def is_ours(self) -> bool: ...
+    def release(self) -> None: ...
+
+
+held: dict[Path | str, HeldLock] = {}
+"""The locks of this process, by the folder, or the URI of the store."""
 
 
 def take(
@@ -155,14 +178,16 @@ def take(
     Raises: LockError if another run has it; ValueError if the folder cannot be written.
     """
     folder = folder.resolve()
-    if folder in _held and _held[folder].is_ours():
-        return _held[folder]
+    known = held.get(folder)
+    if isinstance(known, Lock) and known.is_ours():
+        return known
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = None
         while lock is None:
             before = read_owner(folder)
-            _refuse_living(before, folder, folder / LOCK_FILE, watch_s, say)
+            if before is not None:
+                refuse_living(before, str(folder), partial(_bytes, folder / LOCK_FILE), watch_s, say)
             lock = _claim(folder, before, heartbeat_s, watch_s, say)
     except OSError as error:
         raise ValueError(
@@ -170,31 +195,80 @@ def take(
         ) from error
     if before is not None and not before.is_released:
         say(f"note: the lock of {before.name}, which is gone, was taken over")
-    _held[folder] = lock
+    held[folder] = lock
     return lock
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the lock of a folder while the context is open; who comes while another process has it waits for it.
+
+    Args: what: the other one makes, for the line that is said then.
+    Raises: as take, but not InUse.
+    """
+    lock, is_told = None, False
+    while lock is None:
+        try:
+            lock = take(folder, say=say)
+        except InUse:
+            owner = read_owner(folder)
+            if not is_told and owner is not None:
+                is_told = True
+                say(f"note: {owner.name} is making {what}: waiting until it is done")
+            time.sleep(1.0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def release_all() -> None:
     """Give back all locks of this process."""
-    for lock in list(_held.values()):
+    for lock in list(held.values()):
         lock.release()
 
 
-def holds(folder: Path, generation: int) -> bool:
+def holds(folder: Path, generation: int, store: LockPlace | None = None) -> bool:
     """Whether the run that took this generation of a folder's lock still has it; any process on any node may ask.
 
+    Args:   store: that the folder is copied to: then the lock is there.
     Raises: OSError if the folder cannot be read, which says nothing about the lock.
     """
-    owner = read_owner(folder)
+    if store is None:
+        owner = read_owner(folder)
+    elif store.uri in held:  # it asks the store itself, with each heartbeat
+        return held[store.uri].is_ours()
+    else:
+        content = store.read(LOCK_FILE)
+        owner = None if content is None else parse(content.decode(errors="replace"))
     return owner is not None and owner.generation == generation and not owner.is_released
+
+
+def taken_over(folder: Path, generation: int, store: LockPlace | None = None) -> LockError:
+    """What a run has to say that no longer holds its folder.   Args: as holds."""
+    owner, shown = None, str(folder) if store is None else store.shown
+    with contextlib.suppress(OSError, LockError):
+        if store is None:
+            owner = read_owner(folder)
+        elif content := store.read(LOCK_FILE):
+            owner = parse(content.decode(errors="replace"))
+    by = f"by {owner.name}" if owner and owner.generation != generation else "by another run"
+    return LockError(
+        f"{shown} was taken over {by}, which saw no sign of life of this run: this one has ended and leaves the "
+        f"folder alone. `python pipelines/status.py {shown}` tells how the other one is."
+    )
 
 
 def is_running(folder: Path, owner: Owner) -> bool:
     """Whether the run of a folder's owner goes on; one elsewhere whose heartbeat is old is watched for two more."""
+    return is_moving(owner, partial(_bytes, folder / LOCK_FILE), HEARTBEAT_S, WATCH_S)
+
+
+def is_moving(owner: Owner, read: Callable[[], bytes | None], heartbeat_s: float, watch_s: float) -> bool:
+    """As is_running, of any lock.   Args: read: its content, now."""
     if owner.is_released or owner.is_here:
         return not owner.is_released and owner.is_alive
-    file = folder / LOCK_FILE
-    return abs(owner.age_s) < WATCH_S or _changes(file, _bytes(file), 2.2 * HEARTBEAT_S)
+    return abs(owner.age_s) < watch_s or _changes(read, 2.2 * heartbeat_s)
 
 
 def read_owner(folder: Path) -> Owner | None:
@@ -208,7 +282,7 @@ def read_owner(folder: Path) -> Owner | None:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        if owner := _parse(text):
+        if owner := parse(text):
             return owner
         time.sleep(0.1)
     raise LockError(f"{file} is damaged: if no run writes to the folder, remove that file.")
@@ -218,14 +292,15 @@ def _claim(
     folder: Path, before: Owner | None, heartbeat_s: float, watch_s: float, say: Callable[[str], None]
 ) -> Lock | None:
     """Try to become the next owner after `before`; None if somebody else was faster, and one has to look again."""
-    owner = _this_process(generation=before.generation + 1 if before else 1)
+    owner = this_process(generation=before.generation + 1 if before else 1)
     claim = folder / f"{LOCK_FILE}.{owner.generation}"
     try:
         file = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
     except FileExistsError:  # another run is between its claim and the lock, or died there
         time.sleep(0.2)
         with contextlib.suppress(FileNotFoundError):
-            _refuse_living(_parse(claim.read_text(encoding="utf-8")), folder, claim, watch_s, say)
+            other = parse(claim.read_text(encoding="utf-8"))
+            refuse_living(other, str(folder), partial(_bytes, claim), watch_s, say)
             claim.unlink()
         return None
     is_taken = False
@@ -245,44 +320,47 @@ def _claim(
     return Lock(folder, owner, file, heartbeat_s) if is_taken else None
 
 
-def _refuse_living(owner: Owner | None, folder: Path, file: Path, watch_s: float, say: Callable[[str], None]) -> None:
-    """Return if the owner that `file` names is none, has released it, or is dead, which may have to be watched.
+def refuse_living(
+    owner: Owner | None, shown: str, read: Callable[[], bytes | None], watch_s: float, say: Callable[[str], None]
+) -> None:
+    """Return if an owner has released the lock, or is dead, which may have to be watched.
 
-    Raises: LockError if it lives.
+    Args:   owner: None if what it wrote is not whole.  shown: the folder.  read: the content of the lock, now.
+    Raises: InUse if it lives.
     """
     if owner is not None and (owner.is_released or (owner.is_here and not owner.is_alive)):
-        return
-    if owner is None and file.name == LOCK_FILE:
         return
     seen_s = owner.age_s if owner else 0.0
     if owner is None or not owner.is_here:
         if owner is not None:
-            say(f"note: {folder} belongs to {owner.name}: watching for up to {watch_s:.0f} s whether that still runs")
-        if not _changes(file, _bytes(file), watch_s):
+            say(f"note: {shown} belongs to {owner.name}: watching for up to {watch_s:.0f} s whether that still runs")
+        if not _changes(read, watch_s):
             return
-        owner, seen_s = _read(file), 0.0
+        content = read()
+        owner, seen_s = None if content is None else parse(content.decode(errors="replace")), 0.0
         if owner is None or owner.is_released:
             return  # it is looked at again
     kill = f"kill -INT {owner.pid}" if owner.is_here else f"ssh {owner.host} kill -INT {owner.pid}"
     stop = f"ray job stop {owner.job}" if owner.job else kill
     since = datetime.fromisoformat(owner.started).astimezone().strftime("%d %B %H:%M:%S")
-    raise LockError(
-        f"{folder} is in use by {owner.name} since {since}, heartbeat {seen_s:.0f} s ago: choose another --output, or "
+    raise InUse(
+        f"{shown} is in use by {owner.name} since {since}, heartbeat {seen_s:.0f} s ago: choose another --output, or "
         f"stop that run first ({stop})."
     )
 
 
-def _changes(file: Path, before: bytes | None, watch_s: float) -> bool:
-    """Whether a file's content changes within some seconds."""
-    deadline = time.monotonic() + watch_s
+def _changes(read: Callable[[], bytes | None], watch_s: float) -> bool:
+    """Whether the content of a lock changes within some seconds."""
+    before, deadline = read(), time.monotonic() + watch_s
     while time.monotonic() < deadline:
-        if _bytes(file) != before:
+        if read() != before:
             return True
         time.sleep(min(0.5, watch_s / 10))
     return False
 
 
-def _this_process(generation: int) -> Owner:
+def this_process(generation: int) -> Owner:
+    """This process as the owner of a lock from now on."""
     ticks = _started_ticks(os.getpid())
     assert ticks is not None
     try:
@@ -298,8 +376,8 @@ def _this_process(generation: int) -> Owner:
         user=user,
         job=job,
         command=shlex.join(sys.argv)[:500],
-        started=_now(),
-        heartbeat=_now(),
+        started=now(),
+        heartbeat=now(),
         released=NEVER,
         generation=generation,
         token=secrets.token_hex(8),
@@ -340,19 +418,25 @@ def _pid_space() -> str:
         return ""
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as a lock has it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def dump(owner: Owner) -> bytes:
+    """What a lock file holds. That of a process always has one length."""
+    return (json.dumps(asdict(owner), indent=1) + "\n").encode()
+
+
 def _write(file: int, owner: Owner) -> None:
-    """Write an owner in place. All its texts have one length: who reads meanwhile gets whole JSON."""
-    os.pwrite(file, (json.dumps(asdict(owner), indent=1) + "\n").encode(), 0)
+    """Write an owner in place: who reads meanwhile gets whole JSON."""
+    os.pwrite(file, dump(owner), 0)
     os.fsync(file)
 
 
 def _read(file: Path) -> Owner | None:
     content = _bytes(file)
-    return None if content is None else _parse(content.decode(errors="replace"))
+    return None if content is None else parse(content.decode(errors="replace"))
 
 
 def _bytes(file: Path) -> bytes | None:
@@ -362,7 +446,7 @@ def _bytes(file: Path) -> bytes | None:
         return None
 
 
-def _parse(text: str) -> Owner | None:
+def parse(text: str) -> Owner | None:
     """The owner in a lock file; None if it is not whole."""
     try:
         content = json.loads(text)

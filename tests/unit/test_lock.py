@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.training.lock import LOCK_FILE, LockError, holds, read_owner, release_all, take
+from mixmae.lock import LOCK_FILE, LockError, holds, read_owner, release_all, take
 from pipelines.command import command
 from pipelines.run import RunFolder
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(60)
 
 HOLDER = """
 import sys
 from pathlib import Path
-from mixmae.training.lock import LockError, holds, take
+from mixmae.lock import LockError, holds, take
 folder = Path(sys.argv[1])
 try:
     lock = take(folder, heartbeat_s=0.05, watch_s=float(sys.argv[2]), say=lambda line: print(line, flush=True))
@@ -191,7 +191,7 @@ def test_an_owner_elsewhere_is_watched_and_knows_that_it_lost(tmp_path, holder):
 def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat_and_not_by_the_clock(tmp_path, holder, monkeypatch):
     owner = holder(tmp_path)
     assert owner.line() == "taken 1"
-    monkeypatch.setattr("mixmae.training.lock._pid_space", lambda: "another container")
+    monkeypatch.setattr("mixmae.lock._pid_space", lambda: "another container")
     monkeypatch.setattr(time, "time", lambda: 1e6)
     with pytest.raises(LockError, match=r"heartbeat 0 s ago.*\(ssh \S+ kill -INT \d+\)"):
         take(tmp_path, watch_s=30, say=lambda line: None)

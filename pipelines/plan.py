@@ -1,0 +1,251 @@
+"""Say what a run of a recipe will cost before it is started: memory, time, cores to decode, bytes, disk.
+
+    python pipelines/plan.py RECIPE [--gpus 8 --card H100] [--data SOURCE] [--output FOLDER] [any field of the recipe]
+
+On a card, memory is counted exactly and time is a bound that no run is below (mixmae/cost.py): no GPU is needed. With
+--gpus 0 the run is on this machine's cores: a few of its steps are made here, on all workers at once, and of its images
+read. With --output the plan lies in the run's folder, and the run says at its end how it compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from mixmae.cost import CARDS, GIB, USABLE_MEMORY, StepCost, largest_micro_batch
+from mixmae.data.prepare import open_for_training
+from mixmae.data.source import Source
+from mixmae.flops import count_macs, count_parameters
+from mixmae.jobs.config import FinetuneConfig, PretrainConfig, RunConfig
+from mixmae.jobs.estimate import PLAN_FILE, Estimate, build_on_meta, cost_of, decode_rate, measure_steps
+from mixmae.machine import usable_cores
+from mixmae.methods.mixmae import MixMAEConfig
+from mixmae.share import WorkerShare
+from mixmae.writing import write_json
+from pipelines.command import recipe_command
+from pipelines.recipes import PRETRAIN_RECIPES
+from pipelines.recipes.finetune import FINETUNE_RECIPES
+
+IMAGENET_IMAGES = 1_281_167
+IMAGENET_BYTES = 140e9
+"""Training images of ImageNet-1K, and their files."""
+DECODE_RATE = 999.0
+"""Images per second and core: JPEGs like ImageNet's, stored in restart tiles, crops of 224 px, on an AMD EPYC
+(docs/benchmarks/ingest_cpu2_202611.md); without the tiles about two thirds of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line: the machine, the images, the recipe."""
+
+    config: Annotated[PretrainConfig | FinetuneConfig, tyro.conf.arg(name="")]
+    """The recipe's fields; any of them can be changed."""
+    gpus: int = 1
+    """GPUs of the run, one worker each; 0: on the cores of this machine."""
+    card: Literal["H200", "H100", "A100", "A100-40GB", "L40S", "L4", "RTX4090"] = "H100"
+    """Kind of the GPUs."""
+    workers: int = 0
+    """Without GPUs, training processes. 0: one per core, or fewer where a batch has fewer parts."""
+    data: str | None = None
+    """Training images, as for pretrain.py: their number, bytes and how fast they are read here. Default: as many as
+    ImageNet-1K has; without GPUs, the built-in moths."""
+    num_classes: int = 1000
+    """Of finetuning."""
+    decode_rate: float | None = None
+    """Images per second that a core decodes. Default: measured on --data, else 999 (docs/benchmarks)."""
+    reach: float = 0.5
+    """Share of the card's roofline that the run reaches: an assumption, until a run on such a card says otherwise."""
+    output: Path | None = None
+    """Folder of the run, where plan.json is left for it."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0 or self.workers < 0:
+            raise ValueError("--gpus and --workers are numbers of processes: give 0 or more.")
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"--reach is {self.reach}: it is a share, above 0 and at most 1.")
+        if self.decode_rate is not None and not self.decode_rate > 0:
+            raise ValueError(f"--decode-rate is {self.decode_rate}: it must be above 0.")
+
+
+def plan(arguments: Arguments, recipe: str) -> int:
+    """Print the plan.   Returns: the exit status: 1 if a step does not fit the card's memory."""
+    config, num_classes = arguments.config, arguments.num_classes
+    source = None
+    if arguments.data is not None or not arguments.gpus:
+        place = (arguments.output or Path("runs", recipe)).parent / "data"
+        source, _ = open_for_training(arguments.data, place, 0)
+    num_images = IMAGENET_IMAGES if source is None else source.num_rows
+    length = config.length(num_images)
+    _describe(config, num_classes)
+    name = "ImageNet-1K" if source is None else source.name
+    print(
+        f"images       {num_images} ({name}), {length.total_steps} steps of {config.loop.batch_size}, "
+        f"{length.total_steps / length.steps_per_epoch:.0f} epochs"
+    )
+    if arguments.gpus:
+        estimate, fits = _on_cards(arguments, source)
+    else:
+        estimate, fits = _on_cores(arguments, source), True
+    hours = length.total_steps * config.loop.batch_size / estimate.images_per_s / 3600
+    each = f" = {hours * arguments.gpus:.0f} GPU-hours" if arguments.gpus else ""
+    print(f"length       {_hours(hours)} of training{each}; evaluations and checkpoints come on top")
+    if arguments.gpus:
+        _feed(arguments, estimate)
+    checkpoint = 3 * 4 * count_parameters(build_on_meta(config, num_classes))
+    print(f"checkpoint   {checkpoint / 1e9:.2f} GB: weights and two moments; the newest three are kept")
+    if arguments.gpus and fits:
+        _cheaper(arguments, estimate)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.output / PLAN_FILE, {"recipe": recipe, "hours": hours, **asdict(estimate)})
+        print(f"written      {arguments.output / PLAN_FILE}")
+    return 0 if fits else 1
+
+
+def _describe(config: RunConfig, num_classes: int) -> None:
+    """What is trained."""
+    model, size = build_on_meta(config, num_classes), config.augment.image_size
+    channels, mixed = config.encoder.in_channels, _images_mixed(config)
+    draws: dict[str, Any] = {"generator": torch.Generator()} if isinstance(config, PretrainConfig) else {}
+    macs = count_macs(model, size, in_channels=channels, num_images=mixed, **draws).total
+    print(
+        f"model        {count_parameters(model) / 1e6:.1f} M parameters, {macs / 1e9:.2f} GMACs per image forward, at "
+        f"{size} px; a step is about three forwards"
+    )
+
+
+def _images_mixed(config: RunConfig) -> int:
+    """The number that a micro-batch must be a multiple of."""
+    return config.method.images_mixed if isinstance(config, PretrainConfig) else 1
+
+
+def _on_cards(arguments: Arguments, source: Source | None) -> tuple[Estimate, bool]:
+    """The plan on GPUs, and whether a step fits."""
+    config, card = arguments.config, CARDS[arguments.card]
+    share = _largest_share(config, arguments.gpus)
+    micro_batch = max(share.micro_batches)
+    cost = cost_of(config, micro_batch, arguments.num_classes, card=card)
+    usable = USABLE_MEMORY * card.memory_gib * GIB
+    print(
+        f"per step     {arguments.gpus} x {arguments.card}, {share.accumulation} micro-batch"
+        f"{'es' * (share.accumulation > 1)} of {micro_batch} images each, {config.loop.precision}"
+    )
+    _print_memory(cost, f"{arguments.card} has {card.memory_gib:.0f} GiB, of which {usable / GIB:.0f} are planned with")
+    fits = cost.peak <= usable
+    if fits:
+        print(f"             a micro-batch of up to {_largest(arguments, share.images)} of the worker's "
+              f"{share.images} images fits")  # fmt: skip
+    else:
+        largest = _largest(arguments, share.images)
+        remedy = f"--loop.micro-batch-size {largest} fits" if largest else "not even one mix fits: take a larger card"
+        print(f"             this does NOT fit: {remedy}")
+    assert cost.seconds is not None
+    assert cost.product_seconds is not None
+    bound = config.loop.batch_size / (share.images / micro_batch * cost.seconds)
+    print(
+        f"speed        at most {bound:.0f} images/s: the roofline of {arguments.card}, "
+        f"{cost.product_seconds / cost.seconds:.0%} of it matrix products. "
+        f"Reckoned with: {arguments.reach:.0%} of that, an assumption (--reach)"
+    )
+    return Estimate(images_per_s=arguments.reach * bound, bound=bound, memory=cost.peak, workers=arguments.gpus), fits
+
+
+def _largest_share(config: RunConfig, num_workers: int) -> WorkerShare:
+    """The share of the worker that has the most images."""
+    return config.share(num_workers=num_workers, rank=num_workers - 1)
+
+
+def _largest(arguments: Arguments, images: int) -> int:
+    """The largest micro-batch of a worker's images that fits the card; 0 if none does."""
+    config, card = arguments.config, CARDS[arguments.card]
+    return largest_micro_batch(
+        lambda images: cost_of(config, images, arguments.num_classes, card=card),
+        unit=_images_mixed(config),
+        limit=images,
+        memory=USABLE_MEMORY * card.memory_gib * GIB,
+    )
+
+
+def _print_memory(cost: StepCost, limit: str) -> None:
+    """What a step holds, and what of it each part keeps."""
+    kept = sum(cost.activations.values())
+    print(
+        f"memory       {cost.peak / GIB:.2f} GiB per worker ({limit}): weights {cost.weights / GIB:.2f}, gradients "
+        f"{cost.gradients / GIB:.2f}, optimiser {cost.optimizer / GIB:.2f}, activations {kept / GIB:.2f}"
+    )
+    parts = sorted(cost.activations.items(), key=lambda part: -part[1])[:5]
+    print("             activations: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts))
+
+
+def _on_cores(arguments: Arguments, source: Source | None) -> Estimate:
+    """The plan on this machine's cores, from steps made here."""
+    assert source is not None
+    config, cores = arguments.config, usable_cores()
+    num_blocks = config.share(num_workers=1).num_blocks
+    workers = arguments.workers or -(-num_blocks // -(-num_blocks // cores))  # as a run chooses
+    share = _largest_share(config, workers)
+    cost = cost_of(config, max(share.micro_batches), arguments.num_classes)
+    measured = measure_steps(config, share, arguments.num_classes)
+    rate = arguments.decode_rate or decode_rate(config, source)
+    # Decoding takes its time from the same cores.
+    step_s = measured.step_s + config.loop.batch_size / rate / cores
+    print(f"per step     {workers} processes of {max(1, cores // workers)} threads, {share.images} images each")
+    base, taken = measured.base / GIB, measured.peak / GIB
+    _print_memory(cost, f"beside {base:.2f} GiB of the process and its libraries; here it took {taken:.2f}")
+    images_per_s = config.loop.batch_size / step_s
+    print(
+        f"speed        {images_per_s:.0f} images/s: {measured.step_s:.3f} s a step here, and {rate:.0f} images/s "
+        f"decoded per core, by the same {cores} cores"
+    )
+    return Estimate(images_per_s=images_per_s, bound=None, memory=cost.peak, workers=workers)
+
+
+def _feed(arguments: Arguments, estimate: Estimate) -> None:
+    """Cores and bytes that the images take."""
+    rate = arguments.decode_rate or DECODE_RATE
+    print(
+        f"decoding     {estimate.images_per_s / rate:.1f} cores at {rate:.0f} images/s each"
+        f"{'' if arguments.decode_rate else ' (docs/benchmarks; measure yours: stats.py, or --decode-rate)'}"
+    )
+    if arguments.data is None:
+        print(f"reading      {IMAGENET_BYTES / 1e9:.0f} GB per epoch")
+
+
+def _cheaper(arguments: Arguments, estimate: Estimate) -> None:
+    """What would make the run cheaper, by the same accounting."""
+    config, card = arguments.config, CARDS[arguments.card]
+    variants: dict[str, PretrainConfig | FinetuneConfig] = {}
+    if config.loop.precision == "float32":
+        variants["--loop.precision bfloat16"] = replace(config, loop=replace(config.loop, precision="bfloat16"))
+    if isinstance(config, PretrainConfig) and isinstance(config.method, MixMAEConfig):
+        method = config.method
+        if method.pairing == "all" and method.images_mixed > 1:
+            once = replace(config, method=replace(method, pairing="once"))
+            variants[f"--method.pairing once, with 1/{method.num_images} of the reconstructions"] = once
+    for flag, variant in variants.items():
+        share = _largest_share(variant, arguments.gpus)
+        micro_batch = max(share.micro_batches)
+        cost = cost_of(variant, micro_batch, arguments.num_classes, card=card)
+        assert cost.seconds is not None
+        assert estimate.bound is not None
+        bound = config.loop.batch_size / (share.images / micro_batch * cost.seconds)
+        print(f"cheaper      {flag}: {bound / estimate.bound:.1f} x the images/s, {cost.peak / GIB:.1f} GiB")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    recipes = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES}
+    return recipe_command(plan, Arguments, argv, program="plan.py", about=__doc__, recipes=recipes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

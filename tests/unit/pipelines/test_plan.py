@@ -1,0 +1,76 @@
+"""What plan.py says, for a small recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mixmae.cost import CARDS
+from mixmae.jobs.estimate import compared_with_plan
+from pipelines import plan
+from tests.factories import jpeg
+
+DEMO = ("demo", "--gpus", "2", "--card", "L4")
+
+
+def lines(capsys) -> dict[str, str]:
+    """What was printed, by the first word of each line."""
+    return {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
+
+
+def test_a_plan_on_cards_and_the_run_that_finds_it(capsys, tmp_path):
+    assert plan.main([*DEMO, "--reach", "0.25", "--output", str(tmp_path / "run")]) == 0
+    said = lines(capsys)
+    assert "1281167 (ImageNet-1K), 1500 steps of 32" in said["images"]
+    assert "2 x L4, 1 micro-batch of 16 images each, float32" in said["per"]
+    assert "--loop.precision bfloat16" in said["cheaper"] or "--method.pairing once" in said["cheaper"]
+    written = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    assert written["images_per_s"] == pytest.approx(0.25 * written["bound"])
+    assert written["hours"] == pytest.approx(1500 * 32 / written["images_per_s"] / 3600)
+    reached = compared_with_plan(tmp_path / "run", written["images_per_s"] / 2)
+    assert reached == {"plan/images_per_s": written["images_per_s"], "plan/reached": 0.5}
+    assert compared_with_plan(tmp_path, 1.0) == {}
+
+
+def test_a_step_that_does_not_fit_says_what_does(capsys, monkeypatch):
+    small = dataclasses.replace(CARDS["L4"], memory_gib=0.06)
+    monkeypatch.setitem(plan.CARDS, "L4", small)
+    assert plan.main([*DEMO, "--loop.batch-size", "512"]) == 1
+    text = capsys.readouterr().out
+    assert "this does NOT fit: --loop.micro-batch-size " in text
+    size = int(text.split("--loop.micro-batch-size ")[1].split()[0])
+    assert 256 % size == 0
+    assert plan.main([*DEMO, "--loop.batch-size", "512", "--loop.micro-batch-size", str(size)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--gpus", "-1"], "give 0 or more"),
+        (["--reach", "0"], "above 0 and at most 1"),
+        (["--decode-rate", "0"], "must be above 0"),
+        (["--gpus", "3000"], "3000"),
+    ],
+)
+def test_mistakes_are_a_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit):
+        plan.main([*DEMO, *flags])
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_on_cores_is_of_steps_made_here(capsys, tmp_path):
+    for number in range(12):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number, 80, 80))
+    flags = ["--gpus", "0", "--workers", "2", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "run")]
+    assert plan.main(["demo", *flags, "--loop.batch-size", "8"]) == 0
+    said = lines(capsys)
+    assert "2 processes of" in said["per"]
+    assert "decoded per core" in said["speed"]
+    written = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    assert written["bound"] is None
+    assert written["workers"] == 2
+    assert 1 < written["images_per_s"] < 1e5
