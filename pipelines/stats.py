@@ -32,7 +32,6 @@ from mixmae.data.sources.storage import plain_place, writable_folder
 from mixmae.machine import usable_cores
 from mixmae.writing import write_json, writing
 from pipelines.command import command
-from pipelines.objects import count_objects, draw_page, has_objects, object_lines
 
 SHEET_SIDE = 8
 """Images in a row and rows of the contact sheet."""
@@ -86,6 +85,8 @@ def stats(
         raise DataError(f"sample is {sample}: give the number of images to look at, or leave it out to look at all")
     if workers < 0:
         raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one per core")
+    from pipelines.objects import count_objects, draw_page, has_objects, object_lines  # --help does without torch
+
     sources = {split: open_source(source, split) for split in list_splits(source)}
     folder = writable_folder(output)
     met = account(sources)

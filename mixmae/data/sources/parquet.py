@@ -573,7 +573,7 @@ def _truth(row: Mapping[str, Any]) -> Truth:
     return Truth(
         segmentation=(row.get(SEGMENTATION_COLUMN) or {}).get("bytes") or b"",
         objects=objects,
-        problem="it has no mask that can be used (manifest.json of the shards says why)",
+        problem="it has no annotation that can be used (manifest.json of the shards says why)",
         image_id=row["image_id"],
         size=(row["height"], row["width"]),
     )

@@ -127,7 +127,9 @@ def test_uneven_shares_of_two_workers_are_the_whole(tmp_path, monkeypatch):
     model = build_seeded(job).eval()
     whole = job.evaluate(model, rank=0, num_workers=1)
     assert 0.1 < whole["val/box_ap"] < 0.99
-    assert [record.reason for record in job.left_out(rank=0)] == ["nothing is known about its objects"]
+    assert [record.reason for record in job.left_out(rank=0)] == [
+        "it has no annotation that can be used (manifest.json of the shards says why)"
+    ]
 
     shares: list[dict] = []
     monkeypatch.setattr(detection.dist, "broadcast", lambda buffer, src: None)

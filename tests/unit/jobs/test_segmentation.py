@@ -80,7 +80,7 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, monkeypatch)
         model.head.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
     whole = job.evaluate(model, rank=0, num_workers=1)
     assert [record.reason for record in job.left_out(rank=0)] == [
-        "it has no mask that can be used (manifest.json of the shards says why)"
+        "it has no annotation that can be used (manifest.json of the shards says why)"
     ]
 
     parts: list[torch.Tensor] = []
@@ -336,7 +336,7 @@ def test_a_folder_as_ade20k_unpacks_is_packed_and_trained_on(tmp_path):
     assert any("images have no mask" in note.what for note in job.account.notes)
     model = build_seeded(job)
     broken = [record for batch in batches_of(job, 4) for record in batch.broken]
-    assert {record.reason.partition(" that")[0] for record in broken} == {"it has no mask", "not an image"}
+    assert {record.reason.partition(" that")[0] for record in broken} == {"it has no annotation", "not an image"}
     train_in_process(job, model)
     figures = job.evaluate(model.eval(), rank=0, num_workers=1)
     assert 0 <= figures["val/miou"] < 0.5

@@ -40,6 +40,7 @@ train(
         share=job.config.share(num_workers=2, rank=rank),
         stop_step=job.length.total_steps,
     ),
+    share=job.config.share(num_workers=2, rank=rank),
     state=TrainState(),
     config=job.loop,
     length=job.length,
