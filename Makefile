@@ -1,5 +1,5 @@
 # make pretrain [DATA=folder] [RECIPE=demo] [OUTPUT=runs/...] [ARGS="any flag of pipelines/pretrain.py"]
-# make finetune and make sweep likewise, with PRETRAINED=run or weights; both start from the demo's checkpoint otherwise
+# make finetune, make segment, make detect and make sweep likewise, with PRETRAINED=run or weights; both start from the demo's checkpoint otherwise
 # Every target sets up .venv itself when it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 RECIPE ?= demo
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup pretrain finetune sweep test test-all lint format bench drill ui screenshots clean
+.PHONY: help setup pretrain finetune segment detect sweep test test-all lint format bench drill ui screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -26,11 +26,19 @@ $(READY): pyproject.toml constraints.txt
 pretrain: $(READY)  ## pretrain RECIPE on DATA (default: the demo on built-in moths)
 	$(BIN)/python pipelines/pretrain.py $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
-finetune sweep: PRETRAINED ?= runs/demo
+finetune segment detect sweep: PRETRAINED ?= runs/demo
 
 finetune: RECIPE = demo_finetune
 finetune: $(READY)  ## finetune the checkpoint of make pretrain, or PRETRAINED, with RECIPE on DATA
 	$(BIN)/python pipelines/finetune.py $(RECIPE) --pretrained "$(PRETRAINED)" $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
+
+segment: RECIPE = demo_segment
+segment: $(READY)  ## teach the same checkpoint, or PRETRAINED, to find the class of every pixel of DATA (default: built-in scenes)
+	$(BIN)/python pipelines/segment.py $(RECIPE) --pretrained "$(PRETRAINED)" $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
+
+detect: RECIPE = demo_detect
+detect: $(READY)  ## teach the same checkpoint, or PRETRAINED, to find the objects of DATA (default: built-in scenes)
+	$(BIN)/python pipelines/detect.py $(RECIPE) --pretrained "$(PRETRAINED)" $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 SPACE ?= demo
 # A space of pretraining starts from nothing, and has no classifier to register. Prints nothing for such a space.

@@ -5,11 +5,13 @@ Legend: N images, M mixes, K images per mix, h w cells, C channels, H W pixels.
 
 from __future__ import annotations
 
+import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,6 +21,8 @@ TILE_PX = 200
 """Images are enlarged by the whole factor that brings their width next to it: four columns are 700 to 1,100 px wide."""
 GAP_PX = 6
 TITLE_PX = 16
+WHITE = (255, 255, 255)
+_GOLDEN = (5**0.5 - 1) / 2
 CAPTION = "Outlined cells were shown to the model; the others are its prediction."
 NORMALISED_CAPTION = (
     "Outlined cells were shown to the model. Hidden cells take brightness and contrast from the visible ones around "
@@ -107,3 +111,16 @@ def _outline_cells(
         for (down, right), side in sides.items():
             if not around[row + down, column + right]:
                 draw.line(side, fill=color)
+
+
+def palette(class_names: Sequence[str]) -> NDArray[np.uint8]:
+    """A colour for each class, the same in all pictures of a set; neighbours in the list are easily told apart.
+
+    Returns: (256, 3) uint8; classes without a name are white.
+    """
+    colours = np.full((256, 3), WHITE, dtype=np.uint8)
+    for index in range(len(class_names)):
+        hue = (0.08 + _GOLDEN * index) % 1  # no two of the first dozens are near each other
+        rgb = colorsys.hsv_to_rgb(hue, (0.35, 0.9, 0.6, 0.95)[index % 4], (0.5, 0.9, 1.0, 0.65)[index % 4])
+        colours[index] = np.round(255 * np.array(rgb))
+    return colours

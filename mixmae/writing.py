@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -38,6 +39,16 @@ def writing(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
             partial.replace(target)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def writing_table(target: Path) -> Iterator[Any]:
+    """Give the writer of a CSV file, which appears when it is whole; names of files may hold any bytes."""
+    with (
+        writing(target) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        yield csv.writer(file)
 
 
 def recover(target: Path) -> Path:

@@ -30,11 +30,11 @@ from mixmae.data.channels import check_channels
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
-from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.in_process import build_seeded, train_in_process
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import DataRecord
+from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig

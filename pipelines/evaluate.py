@@ -1,10 +1,15 @@
-"""Judge a finetuned classifier on labelled images: accuracy, a table of classes, confusions, calibration, speed.
+"""Judge a finetuned model on labelled images: accuracy, a table of classes, confusions, calibration, speed.
 
     python pipelines/evaluate.py MODEL [--data SOURCE] [--split SPLIT] [--output FOLDER]
 
 MODEL is a finetuning run's folder (its best weights), one of its checkpoints, a classifier file, a hub folder, or
 official finetuned weights. The output folder gets metrics.json, classes.csv, confusions.png and calibration.png. Images
 that do not decode are named and left out.
+
+A run of pipelines/segment.py is judged on images with masks: mIoU and its relatives in metrics.json, classes.csv, and
+the images that it does worst on in worst.png. A run of pipelines/detect.py is judged on images with objects: COCO's AP
+in metrics.json, classes.csv, confusion.csv, predictions.json, worst.png. With --predictions FILE, detections that
+somebody else made, as COCO writes them, are judged in place of the run's own, on the run's validation images or --data.
 """
 
 from __future__ import annotations
@@ -31,12 +36,16 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.sources.storage import plain_place
 from mixmae.inference import Classifier, load_classifier
-from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.jobs.detecting import is_detection, load_finder
+from mixmae.jobs.segmenter import is_segmentation, load_segmenter
+from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.metrics import UNKNOWN, Calibration, calibration, confusion_matrix, per_class_accuracy, top_k_accuracy
 from mixmae.training.run_folder import run_around, stem_of, weights_of
 from mixmae.writing import write_json, writing
 from pipelines.command import command
+from pipelines.detected import evaluate_detection, evaluate_predictions
+from pipelines.segmented import evaluate_segmentation
 
 SHOWN_CLASSES = 60
 """Most classes whose names fit beside the picture of the confusion matrix."""
@@ -46,8 +55,9 @@ SHOWN_CLASSES = 60
 class Arguments:
     """The command line: what to judge, and on what."""
 
-    model: tyro.conf.Positional[Path]
-    """A finetuning run's folder or checkpoint, or a classifier in any known format."""
+    model: tyro.conf.Positional[Path | None] = None
+    """A finetuning run's folder or checkpoint, or a classifier in any known format. Not needed with --predictions and
+    --data."""
     weights_key: str | None = None
     """Which weights, of a file with several sets, such as model_ema or teacher. Default: the trained ones."""
     data: str | None = None
@@ -55,6 +65,8 @@ class Arguments:
     split: Literal["train", "validation", "test"] | None = None
     """Split to judge on. Default: the images that the run held out of this data; for other data validation, else test,
     else train."""
+    predictions: Path | None = None
+    """Judge these detections, a JSON list as COCO writes it, with the data's own numbers of images and categories."""
     output: Path | None = None
     """Folder for the tables and pictures. Default: evaluations/NAME, after the run or the file."""
     batch_size: int = 64
@@ -67,6 +79,17 @@ class Arguments:
 
 def evaluate(arguments: Arguments) -> int:
     """Judge the model and write the results.   Returns: the process's exit status."""
+    if arguments.predictions is not None:
+        return evaluate_predictions(arguments.predictions, _open(arguments), output_folder(arguments))
+    if arguments.model is None:
+        raise ValueError("say what to judge: a model, or detections with --predictions FILE.")
+    if is_detection(arguments.model):
+        finder = load_finder(arguments.model, device=arguments.device)
+        return evaluate_detection(finder, _open(arguments), arguments.model, output_folder(arguments))
+    if is_segmentation(arguments.model):
+        segmenter = load_segmenter(arguments.model, device=arguments.device)
+        folder = output_folder(arguments)
+        return evaluate_segmentation(segmenter, _open(arguments), arguments.model, folder)
     classifier = load_classifier(
         arguments.model,
         device=arguments.device,
@@ -75,9 +98,7 @@ def evaluate(arguments: Arguments) -> int:
         key=arguments.weights_key,
     )
     source = open_labelled(arguments, classifier)
-    run = run_around(arguments.model)
-    folder = arguments.output or Path("evaluations") / (run.name if run else stem_of(arguments.model))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(arguments)
     start = time.monotonic()
     logits, labels, _, broken = classifier.logits(source)
     images_per_s = len(labels) / (time.monotonic() - start)
@@ -105,6 +126,16 @@ def evaluate(arguments: Arguments) -> int:
     return 0
 
 
+def output_folder(arguments: Arguments) -> Path:
+    """The folder for tables and pictures, which is made."""
+    judged = arguments.model or arguments.predictions
+    assert judged is not None
+    run = run_around(judged)
+    folder = arguments.output or Path("evaluations") / (run.name if run else stem_of(judged))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
     """The images to judge on.   Raises: DataError if they have no classes, or other ones than the model, or colours."""
     source = _open(arguments)
@@ -128,7 +159,7 @@ def open_labelled(arguments: Arguments, classifier: Classifier) -> Source:
 
 
 def _open(arguments: Arguments) -> Source:
-    run = run_around(arguments.model)
+    run = run_around(arguments.model) if arguments.model else None
     if run is not None and arguments.split is None:
         trained_on = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["source"]
         if trained_on == "built-in":  # an earlier version's name of it

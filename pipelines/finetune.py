@@ -19,15 +19,16 @@ from typing import Annotated, TypeVar
 import tyro
 
 from mixmae.data.prepare import open_for_training
-from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
-from mixmae.jobs.config import FinetuneConfig
+from mixmae.jobs.classification import ClassificationJob
+from mixmae.jobs.config import FinetuneConfig, SupervisedConfig
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.record import read_begun
+from mixmae.jobs.supervised import HELDOUT_IMAGES, SupervisedJob
 from pipelines.command import recipe_command
 from pipelines.recipes import FINETUNE_RECIPES
 from pipelines.run import Run, RunArguments, begin, output_folder, with_workers
 
-JobT = TypeVar("JobT", bound=ClassificationJob)
+JobT = TypeVar("JobT", bound=SupervisedJob)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def finetune(arguments: Arguments, recipe: str) -> int:
 
 
 def prepare(
-    arguments: Arguments, recipe: str, usual: FinetuneConfig, job_type: type[JobT], *, cached: bool = False
+    arguments: Arguments, recipe: str, usual: SupervisedConfig, job_type: type[JobT], *, cached: bool = False
 ) -> tuple[Run, JobT] | None:
     """Read the weights, take the folder, look at the data: what a user got wrong is found here, before the run starts.
 
@@ -61,7 +62,8 @@ def prepare(
     Returns: the run and its job, or None if the run is finished, which is printed.
     """
     arguments = replace(arguments, workers=1) if cached else with_workers(arguments)
-    config, pretrained, weights = arguments.config, None, None
+    config: SupervisedConfig = arguments.config
+    pretrained, weights = None, None
     if arguments.pretrained is not None:
         before = read_begun(output_folder(arguments, recipe))
         pretrained, weights, config = read_pretrained(
@@ -70,14 +72,13 @@ def prepare(
     elif arguments.weights_key is not None:
         raise ValueError("--weights-key is for the weights of --pretrained: give both, or neither.")
     config.check_size()
-    run = begin(replace(arguments, config=config), recipe, pretrained=pretrained, cached=cached)
+    arguments = replace(arguments, config=config)  # type: ignore[arg-type]  # of the same kind as it was
+    run = begin(arguments, recipe, pretrained=pretrained, cached=cached)
     if run is None:
         return None
-    source, validation = open_for_training(arguments.data, run.data_folder, HELDOUT_IMAGES)
-    folder = run.folder.path
-    job = run.record_data(
-        job_type.of(config, source, validation, data=arguments.data, folder=folder, pretrained=pretrained)
-    )
+    data, folder = arguments.data or job_type.default_data, run.folder.path
+    source, validation = open_for_training(data, run.data_folder, HELDOUT_IMAGES)
+    job = run.record_data(job_type.of(config, source, validation, data=data, folder=folder, pretrained=pretrained))
     if pretrained is None:
         print("note: no --pretrained weights: starting from random ones")
     elif weights is not None:

@@ -28,7 +28,7 @@ from mixmae.data.shards.plan import DEFAULT_SET
 from mixmae.data.source import Source
 from mixmae.data.sources.storage import writable_folder
 from mixmae.inference import FrozenEncoder, load_frozen
-from mixmae.jobs.classification import HELDOUT_IMAGES
+from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.machine import Device
 from mixmae.probing.knn import KnnConfig, KnnResult, knn_classify
 from mixmae.tracking import RunRef, create_run, finish_run, resolve_uri, tag_run

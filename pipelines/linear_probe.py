@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mixmae.convert import Preprocessing
 from mixmae.inference import FrozenEncoder, choose_device
-from mixmae.jobs.classification import BEST_METRIC
+from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.linear_probe import LinearProbeJob
 from mixmae.jobs.record import read_begun
 from mixmae.metrics import UNKNOWN, top_k_accuracy
@@ -141,7 +141,7 @@ def train_on_features(job: LinearProbeJob, device: torch.device) -> dict[str, fl
     print(f"the layer trained {config.loop.epochs:g} epochs in {time.monotonic() - start:.1f} s", flush=True)
     with contextlib.closing(JournalTracker(job.folder, system_metrics=False)) as tracker:
         for epoch, values in enumerate(zip(curves.loss, curves.train_top1, curves.val_top1, strict=True), start=1):
-            names = ("train/loss", "train/top1", BEST_METRIC)
+            names = ("train/loss", "train/top1", ClassificationJob.best_metric)
             tracker.log_metrics(dict(zip(names, values, strict=True)), step=round(epoch * job.length.steps_per_epoch))
 
     with torch.no_grad():

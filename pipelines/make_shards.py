@@ -26,8 +26,9 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """Folder of images (flat, nested, one folder per class, or train/ and val/ with these inside), of WebDataset tars
     or of Parquet files; iNaturalist, Places205 or Places365 as unpacked; a list of files (.txt); a glob; a JSON list of
-    sources; a URI such as s3://bucket/prefix; or a built-in set: "moths" ("moths:0.6" for
-    another difficulty) or "shapes"."""
+    sources; images with masks (docs/segmentation.md) or objects
+    (docs/detection.md); a URI such as s3://bucket/prefix; or a built-in set: "moths"
+    ("moths:0.6" for another difficulty), "shapes" or "scenes"."""
     output: Annotated[str, tyro.conf.Positional]
     """Local folder for the shards and their manifest.json; made if it is missing."""
     shard_mb: float = 128.0

@@ -5,6 +5,10 @@
 MODEL is as in pipelines/evaluate.py; IMAGES is a folder of image files, or any other source (docs/data.md). The output
 folder gets predictions.csv and predictions.png. An image that does not decode gets no class: its row in the table says
 why, in the column `problem`.
+
+A run of pipelines/segment.py finds the class of every pixel instead: masks/ gets a PNG of class indices for each image,
+overlays/ a picture of it. A run of pipelines/detect.py finds objects: predictions.json as COCO writes it, with
+images.json for the numbers of images and categories, predictions.csv, and overlays/ with boxes and masks.
 """
 
 from __future__ import annotations
@@ -26,9 +30,13 @@ from mixmae.data.images.decode import Uint8Array
 from mixmae.data.source import Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.inference import Classifier, Judged, load_classifier
+from mixmae.jobs.detecting import is_detection, load_finder
+from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.machine import Device
 from mixmae.writing import writing
 from pipelines.command import command
+from pipelines.detected import predict_detection
+from pipelines.segmented import predict_segmentation
 from pipelines.stats import CELL_PX, SHEET_SIDE, draw_contact_sheet
 
 
@@ -54,6 +62,12 @@ class Arguments:
 
 def predict(arguments: Arguments) -> int:
     """Classify the images and write the table and the picture.   Returns: the process's exit status."""
+    folder = arguments.output or Path("predictions") / escaped(Path(arguments.images).resolve().name)
+    if is_detection(arguments.model):
+        return predict_detection(load_finder(arguments.model, device=arguments.device), arguments.images, folder)
+    if is_segmentation(arguments.model):
+        segmenter = load_segmenter(arguments.model, device=arguments.device)
+        return predict_segmentation(segmenter, arguments.images, folder)
     classifier = load_classifier(
         arguments.model,
         device=arguments.device,
@@ -64,7 +78,6 @@ def predict(arguments: Arguments) -> int:
     sources = [open_source(arguments.images, split) for split in list_splits(arguments.images)]
     for source in sources:
         check_channels(source, classifier.metadata.encoder.in_channels)
-    folder = arguments.output or Path("predictions") / escaped(Path(arguments.images).resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[int, tuple[Uint8Array, int]] = {}
     captions: list[str] = []

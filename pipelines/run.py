@@ -25,11 +25,11 @@ import tyro
 
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
-from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
 from mixmae.jobs.estimate import PLAN_FILE, compared_with_plan
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
+from mixmae.jobs.supervised import SupervisedJob
 from mixmae.lock import Hold, holds, take, taken_over
 from mixmae.machine import Device
 from mixmae.share import WorkerRange
@@ -193,7 +193,7 @@ class Run:
 
         Raises: ValueError if the run was begun on others.
         """
-        classes = job.classes if isinstance(job, ClassificationJob) else None
+        classes = job.classes if isinstance(job, SupervisedJob) else None
         self.record = replace(self.record, data=job.data, classes=classes)
         refuse_changes(self.before, self.record, self.folder.shown())
         if self.before is not None and self.before.data is not None:

@@ -3,7 +3,8 @@
     python pipelines/stats.py SOURCE [--output DIR]
 
 SOURCE is whatever open_source takes (docs/data.md). Every image is decoded once, so that the list of broken files is
-complete; --sample N decodes only N rows, chosen by a hash. Writes stats.json and contact_sheet.png.
+complete; --sample N decodes only N rows, chosen by a hash. Writes stats.json and contact_sheet.png. Of a set with
+objects (docs/detection.md) their numbers, sizes and classes are counted, too, and objects.png shows some of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mixmae.data.sources.storage import plain_place, writable_folder
 from mixmae.machine import usable_cores
 from mixmae.writing import write_json, writing
 from pipelines.command import command
+from pipelines.objects import count_objects, draw_page, has_objects, object_lines
 
 SHEET_SIDE = 8
 """Images in a row and rows of the contact sheet."""
@@ -92,18 +94,30 @@ def stats(
     content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "met": met.as_json()}
     content["splits"] = {}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
+    page: Image.Image | None = None
     for split, opened in sources.items():
         summary, thumbnails = _look(opened, sample, seed, workers, report)
         entry = {"name": opened.name, "digest": opened.digest, "rows": opened.num_rows}
         content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
         for line in _lines(split, content["splits"][split]):
             report(line)
+        if has_objects(opened):
+            chosen = permutation(opened.num_rows, Draw.HOLDOUT, seed)[:sample]
+            content["splits"][split]["objects"] = count_objects(opened, np.sort(chosen))
+            for line in object_lines(content["splits"][split]["objects"]):
+                report(line)
+            page = page or draw_page(opened, chosen)
         sheet = sheet or (opened, thumbnails)
     write_json(folder / "stats.json", content)
     if sheet is not None:
         with writing(folder / "contact_sheet.png") as partial:
             draw_contact_sheet(sheet[1], sheet[0].class_names).save(partial)
-    report(f"written: {folder / 'stats.json'}, {folder / 'contact_sheet.png'}")
+    written = [folder / "stats.json", folder / "contact_sheet.png"]
+    if page is not None:
+        written.append(folder / "objects.png")
+        with writing(written[-1]) as partial:
+            page.save(partial)
+    report(f"written: {', '.join(map(str, written))}")
     return content
 
 

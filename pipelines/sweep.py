@@ -23,17 +23,20 @@ from typing import Any
 
 from mixmae.data.prepare import open_for_training
 from mixmae.data.source import DataError
-from mixmae.jobs.classification import HELDOUT_IMAGES, ClassificationJob
-from mixmae.jobs.config import FinetuneConfig, PretrainConfig
+from mixmae.jobs.classification import ClassificationJob
+from mixmae.jobs.config import DetectConfig, PretrainConfig, SegmentConfig, SupervisedConfig
+from mixmae.jobs.detection import DetectionJob
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.pretraining import HELDOUT_IMAGES as PRETRAIN_HELDOUT_IMAGES
 from mixmae.jobs.pretraining import PretrainJob, check_method
 from mixmae.jobs.record import RunRecord, read_begun
+from mixmae.jobs.segmentation import SegmentationJob
+from mixmae.jobs.supervised import HELDOUT_IMAGES, SupervisedJob
 from mixmae.stores import refuse_store
 from mixmae.tracking import claim_model_name, finish_run
 from mixmae.training.cluster import default_workers
 from pipelines.command import recipe_command
-from pipelines.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
+from pipelines.recipes import DETECT_RECIPES, FINETUNE_RECIPES, PRETRAIN_RECIPES, SEGMENT_RECIPES
 from pipelines.run import Run, begin, output_folder, with_workers
 from pipelines.sweeping.parent import close_children, conclude, open_parent
 from pipelines.sweeping.trial import Arguments, Sweep
@@ -42,6 +45,8 @@ from tune_spaces import SPACES
 from tune_spaces.fields import get_field, set_fields
 from tune_spaces.space import Space
 
+SUPERVISED_RECIPES: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **SEGMENT_RECIPES, **DETECT_RECIPES}
+
 
 def sweep(arguments: Arguments, name: str) -> int:
     """Run or continue a sweep.   Returns: the process's exit status."""
@@ -49,8 +54,8 @@ def sweep(arguments: Arguments, name: str) -> int:
     refuse_store(arguments.output, "a sweep")
     output = output_folder(arguments, f"sweep_{name}")  # the folder has the sweep's name, not the recipe's
     config, pretrained, weights = arguments.config, None, None
-    if isinstance(config, FinetuneConfig) and arguments.pretrained is not None:
-        usual = FINETUNE_RECIPES[space.recipe]()
+    if isinstance(config, SupervisedConfig) and arguments.pretrained is not None:
+        usual = SUPERVISED_RECIPES[space.recipe]()
         begun = read_begun(output)
         pretrained, weights, config = read_pretrained(arguments.pretrained, config, usual, begun, arguments.weights_key)
     elif arguments.weights_key is not None:
@@ -67,7 +72,7 @@ def sweep(arguments: Arguments, name: str) -> int:
     if arguments.register_model is not None:
         claim_model_name(run.uri, arguments.register_model)
     job = make_job(run)
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, SupervisedConfig):
         if pretrained is None:
             print("note: no --pretrained weights: every trial trains from scratch")
         elif weights is not None:
@@ -105,15 +110,15 @@ def sweep(arguments: Arguments, name: str) -> int:
     return conclude(run, shared, start, links)
 
 
-def make_job(run: Run) -> ClassificationJob | PretrainJob:
+def make_job(run: Run) -> SupervisedJob | PretrainJob:
     """The job that those of the trials are made of.   Raises: DataError for images that cannot judge the trials."""
     config, data, folder = run.arguments.config, run.arguments.data, run.folder.path
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, SupervisedConfig):
+        kinds: dict[type, type[SupervisedJob]] = {SegmentConfig: SegmentationJob, DetectConfig: DetectionJob}
+        kind = kinds.get(type(config), ClassificationJob)
+        data, pretrained = data or kind.default_data, run.record.pretrained
         source, validation = open_for_training(data, run.data_folder, HELDOUT_IMAGES)
-        pretrained = run.record.pretrained
-        return run.record_data(
-            ClassificationJob.of(config, source, validation, data=data, folder=folder, pretrained=pretrained)
-        )
+        return run.record_data(kind.of(config, source, validation, data=data, folder=folder, pretrained=pretrained))
     assert isinstance(config, PretrainConfig)
     source, heldout = open_for_training(data, run.data_folder, PRETRAIN_HELDOUT_IMAGES)
     job = PretrainJob.of(config, source, heldout, data=data, folder=folder)
@@ -136,7 +141,7 @@ def choose_reference(arguments: Arguments, space: Space, before: RunRecord | Non
 
 
 def fixed_for_all(
-    space: Space, config: FinetuneConfig | PretrainConfig, reference: Mapping[str, Any] | None
+    space: Space, config: SupervisedConfig | PretrainConfig, reference: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a continued sweep must have as it was: the space, the probe of pretraining, the reference of finetuning.
 
@@ -163,7 +168,8 @@ def choose_space(arguments: Arguments, name: str) -> Space:
     if pretrains != space.pretrains:
         raise ValueError(
             f"the space ranks by {space.metric}, which {space.recipe} does not have: pretraining has probe/knn_top1 "
-            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss."
+            "and probe/linear_top1, finetuning val/top1, val/top5 and val/loss, segmentation val/miou and val/loss, "
+            "detection val/box_ap and val/mask_ap."
         )
     if pretrains and (arguments.pretrained or arguments.register_model):
         raise ValueError(
@@ -181,7 +187,7 @@ def choose_space(arguments: Arguments, name: str) -> Space:
     return space
 
 
-def check_trials(space: Space, config: FinetuneConfig | PretrainConfig, num_workers: int) -> None:
+def check_trials(space: Space, config: SupervisedConfig | PretrainConfig, num_workers: int) -> None:
     """See that every trial can be trained like this.   Raises: ValueError."""
     space.check(config)
     reference = [] if space.pretrains else [space.reference]
@@ -193,19 +199,19 @@ def check_trials(space: Space, config: FinetuneConfig | PretrainConfig, num_work
             check_method(trial)
 
 
-def base_config(space: Space) -> FinetuneConfig | PretrainConfig:
+def base_config(space: Space) -> SupervisedConfig | PretrainConfig:
     """The config that all trials start from."""
-    recipes: dict[str, Callable[[], Any]] = {**FINETUNE_RECIPES, **PRETRAIN_RECIPES}
+    recipes: dict[str, Callable[[], Any]] = {**SUPERVISED_RECIPES, **PRETRAIN_RECIPES}
     if space.recipe not in recipes:
         near = difflib.get_close_matches(space.recipe, recipes, n=3, cutoff=0.4)
         raise ValueError(f"there is no recipe {space.recipe!r}: did you mean {' or '.join(near or recipes)}?")
     return set_fields(recipes[space.recipe](), space.change)
 
 
-def _as_recipe(name: str, space: Space) -> Callable[[], FinetuneConfig | PretrainConfig]:
+def _as_recipe(name: str, space: Space) -> Callable[[], SupervisedConfig | PretrainConfig]:
     """The space as the command line knows recipes: a function with a name and a docstring."""
 
-    def base() -> FinetuneConfig | PretrainConfig:
+    def base() -> SupervisedConfig | PretrainConfig:
         return base_config(space)
 
     base.__name__, base.__doc__ = name, space.about

@@ -8,7 +8,9 @@ from tune_spaces import (
     ablate_num_images,
     demo,
     demo_pretrain,
+    detect,
     finetune,
+    segment,
     wide,
     wide_optuna,
 )
@@ -18,6 +20,8 @@ SPACES: dict[str, Space] = {
     "demo": demo.SPACE,
     "demo_pretrain": demo_pretrain.SPACE,
     **finetune.SPACES,
+    **detect.SPACES,
+    **segment.SPACES,
     "wide": wide.SPACE,
     "wide_optuna": wide_optuna.SPACE,
     "ablate_num_images": ablate_num_images.SPACE,

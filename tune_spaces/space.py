@@ -78,6 +78,11 @@ class Asha:
             raise ValueError(f"{self}: grace_epochs must be above 0 and reduction above 1.")
 
 
+Metric = Literal[
+    "val/top1", "val/top5", "val/miou", "val/box_ap", "val/mask_ap", "val/loss", "probe/knn_top1", "probe/linear_top1"
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """What a sweep tries."""
@@ -99,8 +104,9 @@ class Space:
     """A sweep stops after so many hours; None: when all trials have ended."""
     without: tuple[Mapping[str, Value], ...] = ()
     """What a grid leaves out: every combination that has all the values of one of these."""
-    metric: Literal["val/top1", "val/top5", "val/loss", "probe/knn_top1", "probe/linear_top1"] = "val/top1"
-    """What trials are ranked by, taken at the end of each. Finetuning has val/*, pretraining probe/*."""
+    metric: Metric = "val/top1"
+    """What trials are ranked by, taken at the end of each. Finetuning has val/*, segmentation val/miou and val/loss,
+    detection val/box_ap and val/mask_ap, pretraining probe/*."""
     scheduler: Asha | None = None
     """Which trials stop early; None: no trial does."""
     reference: Mapping[str, Value] = field(default_factory=lambda: {"optim.layer_decay": None})

@@ -14,7 +14,6 @@ from mixmae.convert.load import (
     load_pretrained,
     load_weights,
     resize_bias_table,
-    resize_positions,
 )
 from mixmae.convert.metadata import EncoderMetadata, Preprocessing, digest_of
 from mixmae.convert.models import build_model, encoder_state, first_conv, load_encoder
@@ -27,6 +26,7 @@ from mixmae.convert.names.swin import from_microsoft_swin, from_simmim_swin, fro
 from mixmae.convert.names.twins import from_twins, to_twins
 from mixmae.convert.read import Weights, read_state_dict, read_weights
 from mixmae.convert.write import save_encoder, save_tensors
+from mixmae.layers.positions import resize_positions
 
 __all__ = [
     "FORMATS",

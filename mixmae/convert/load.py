@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from mixmae.convert.architecture import BIAS_TABLE, StateDict, describe, window_size
 from mixmae.convert.read import Weights, read_weights
+from mixmae.layers.positions import resize_positions
 
 MIN_MATCHED = 0.95
 """Smallest share of a model's tensors that must be loaded."""
@@ -55,18 +55,14 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    made_for: tuple[int, int] | None = None,
-    positions: Literal["interpolated", "regenerated"] = "interpolated",
+    model: nn.Module, state: Mapping[str, Tensor], *, made_for: tuple[int, int] | None = None
 ) -> LoadReport:
     """Load the weights that fit a model, and report the others.
 
     Args: as in fit_weights; the model is changed in place.
     Returns: the report. A poor match is not refused (load_checked does that).
     """
-    fitting, report = fit_weights(model, state, made_for=made_for, positions=positions)
+    fitting, report = fit_weights(model, state, made_for=made_for)
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -76,7 +72,6 @@ def fit_weights(
     state: Mapping[str, Tensor],
     *,
     made_for: tuple[int, int] | None = None,
-    positions: Literal["interpolated", "regenerated"] = "interpolated",
 ) -> tuple[StateDict, LoadReport]:
     """Find the weights that fit a model, with tables of positions resized to its own; the model is not changed.
 
@@ -84,8 +79,6 @@ def fit_weights(
         model: in our names.
         state: in our names, from from_official or another from_X.
         made_for: (H, W) in pixels, the input size of the position tables in `state`; default a square.
-        positions: for position tables of another size: "interpolated" as in the official finetuning, or
-            "regenerated": the model keeps its own, which has the same formula.
     Returns: the weights to load, and the report of loading them.
     """
     own = model.state_dict()
@@ -95,7 +88,7 @@ def fit_weights(
         if name in own and name not in matched:
             table = _resize(model, name, value, own[name], made_for)
             if table is not None:
-                resized[name] = own[name] if positions == "regenerated" and not name.endswith(BIAS_TABLE) else table
+                resized[name] = table
     report = LoadReport(
         matched=tuple(matched),
         missing=tuple(name for name in own if name not in state),
@@ -135,17 +128,6 @@ def load_checked(model: nn.Module, weights: Weights, path: Path | str, *, allow_
         _refuse_poor(report, weights.state, model.state_dict(), path)
     model.load_state_dict(fitting, strict=False)
     return report
-
-
-def resize_positions(table: Tensor, grid: tuple[int, ...], new_grid: tuple[int, ...]) -> Tensor:
-    """Interpolate a position table, bicubic, from one grid of tokens to another.
-
-    Args: table: (1, H*W, C).  grid: its (H, W).
-    Returns: (1, H'*W', C).
-    Source: the official finetuning code.
-    """
-    image = table.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, C, H, W)
-    return F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:

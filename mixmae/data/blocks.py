@@ -17,11 +17,20 @@ import numpy as np
 import torch
 
 from mixmae.data.chunks import Int64Array, group_by_chunk
-from mixmae.data.images.augment import AugmentConfig, centre_crop, draw_crops, resize, resize_crop
+from mixmae.data.images.augment import (
+    AugmentConfig,
+    BaseAugmentConfig,
+    JointAugmentConfig,
+    centre_crop,
+    draw_crops,
+    resize,
+    resize_crop,
+)
 from mixmae.data.images.decode import DecodeError, Header, Uint8Array, decode_box, decode_image, read_header
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig, augment_further
 from mixmae.data.order import Plan, worker_positions
 from mixmae.data.source import Sample, Source, read_rows
+from mixmae.data.truth import DenseSource, Truth
 from mixmae.patches import image_sides
 from mixmae.share import WorkerShare
 
@@ -55,6 +64,9 @@ class Block:
     """(n,) int64."""
     broken: dict[int, BrokenRecord]
     """The images that could not be decoded, by their index in the block."""
+    targets: tuple[Uint8Array, ...] = ()
+    """n arrays (any length,) uint8, what a dense task wants to know of each image, packed (JointAugmentConfig.apply);
+    empty for other tasks."""
 
     @classmethod
     def join(cls, blocks: Sequence[Block]) -> Block:
@@ -72,6 +84,7 @@ class Block:
                 for start, block in zip(starts, blocks, strict=False)
                 for index, record in block.broken.items()
             },
+            targets=tuple(target for block in blocks for target in block.targets),
         )
 
     def part(self, start: int, stop: int) -> Block:
@@ -82,6 +95,7 @@ class Block:
             labels=self.labels[start:stop],
             epochs=self.epochs[start:stop],
             broken={index - start: record for index, record in self.broken.items() if start <= index < stop},
+            targets=self.targets[start:stop],
         )
 
 
@@ -99,11 +113,13 @@ class ImageBatch:
     """(B,) int64."""
     broken: tuple[BrokenRecord, ...]
     """Images that could not be decoded: replaced by others in training, left out in evaluation."""
+    targets: tuple[torch.Tensor, ...] = ()
+    """B tensors (any length,) uint8, as Block.targets; read-only likewise."""
 
 
 def load_block(
     source: Source,
-    augment: AugmentConfig,
+    augment: BaseAugmentConfig,
     rows: Int64Array,
     epochs: Int64Array,
     *,
@@ -116,7 +132,8 @@ def load_block(
     A broken image is replaced by the next one in storage order inside its chunk that decodes, cropped with the broken
     row's own random numbers, so that the substitute too depends on the row alone; grey if the next 63 do not decode.
 
-    Args: rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  channels: of the images.
+    Args: augment: one for images alone, or a JointAugmentConfig, which needs a DenseSource.
+        rows, epochs: (n,) int64, as Plan.rows_of gives them.  seed: of the plan.  channels: of the images.
         pool: threads that share the work; decoding and resizing release the GIL.
     Returns: the block of these rows, in their order.   Raises: DataError as Source.read does.
     """
@@ -125,8 +142,25 @@ def load_block(
     canvas = torch.from_numpy(images)
     labels = np.full(len(rows), -1, dtype=np.int64)
     chunks, within = source.chunks.locate(rows)
+    targets: list[Uint8Array] = []
+
+    def load_joint(part: Int64Array) -> dict[int, BrokenRecord]:
+        assert isinstance(augment, JointAugmentConfig)
+        assert isinstance(source, DenseSource)
+        chunk = int(chunks[part[0]])
+        pairs = zip(source.read(chunk, within[part]), source.read_truth(chunk, within[part]), strict=True)
+        broken = {}
+        for index, (sample, truth) in zip(part.tolist(), pairs, strict=True):
+            keys = {"seed": seed, "epoch": int(epochs[index]), "row": int(rows[index])}
+            try:
+                targets[index] = _apply(source, augment, sample, truth, images[index], **keys)
+            except DecodeError as error:
+                broken[index] = BrokenRecord(keys["row"], sample.where, sample.problem or str(error))
+                targets[index] = _joint_substitute(source, augment, images[index], **keys)
+        return broken
 
     def load(part: Int64Array) -> dict[int, BrokenRecord]:
+        assert isinstance(augment, AugmentConfig)
         samples = source.read(int(chunks[part[0]]), within[part])
         headers: list[Header | None] = []
         reasons: dict[int, str] = {}
@@ -162,16 +196,44 @@ def load_block(
     parts = group_by_chunk(chunks)
     if pool is not None and len(parts) < _MIN_PARTS:  # too few to keep several threads busy to the end
         parts = [piece for part in parts for piece in np.array_split(part, min(len(part), _MIN_PARTS))]
-    broken = {index: record for found in (pool.map if pool else map)(load, parts) for index, record in found.items()}
-    return Block(images, rows, labels, epochs, broken)
+    work = load
+    if isinstance(augment, JointAugmentConfig):
+        work, targets = load_joint, [augment.nothing] * len(rows)
+    broken = {index: record for found in (pool.map if pool else map)(work, parts) for index, record in found.items()}
+    return Block(images, rows, labels, epochs, broken, tuple(targets))
+
+
+def _apply(
+    source: DenseSource, augment: JointAugmentConfig, sample: Sample, truth: Truth, out: Uint8Array, **keys: int
+) -> Uint8Array:
+    """Decode an image and transform it with its truth; returns the target.   Raises: DecodeError."""
+    classes = source.dense
+    assert classes is not None
+    return augment.apply(decode_image(sample.data, len(out)), truth, classes, out, **keys)
+
+
+def _joint_substitute(source: DenseSource, augment: JointAugmentConfig, out: Uint8Array, **keys: int) -> Uint8Array:
+    """As _substitute, of an image with its truth; returns the target."""
+    for chunk, within in _next_in_chunk(source, keys["row"]):
+        (sample,), (truth,) = source.read(chunk, [within]), source.read_truth(chunk, [within])
+        with contextlib.suppress(DecodeError):
+            return _apply(source, augment, sample, truth, out, **keys)
+    out[:] = _GREY
+    return augment.nothing
+
+
+def _next_in_chunk(source: Source, row: int) -> Iterator[tuple[int, int]]:
+    """The places (chunk, row inside it) that are tried in place of a broken row."""
+    (chunk,), (within,) = source.chunks.locate([row])
+    size = int(source.chunk_sizes[chunk])
+    for step in range(1, min(size, _MAX_TRIES)):
+        yield int(chunk), int(within + step) % size
 
 
 def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, seed: int, out: Uint8Array) -> int:
     """Write the next image of the chunk that decodes to `out`, in place of a broken row; returns its label."""
-    (chunk,), (within,) = source.chunks.locate([row])
-    size = int(source.chunk_sizes[chunk])
-    for step in range(1, min(size, _MAX_TRIES)):
-        (sample,) = source.read(int(chunk), [int(within + step) % size])
+    for chunk, within in _next_in_chunk(source, row):
+        (sample,) = source.read(chunk, [within])
         with contextlib.suppress(DecodeError):
             pixels = decode_image(sample.data, len(out))
             sizes = np.array([pixels.shape[:2]], dtype=np.int64)
@@ -185,7 +247,7 @@ def _substitute(source: Source, augment: AugmentConfig, row: int, epoch: int, se
 def local_batches(
     source: Source,
     plan: Plan,
-    augment: AugmentConfig,
+    augment: BaseAugmentConfig,
     *,
     share: WorkerShare,
     start_step: int = 0,
@@ -211,6 +273,7 @@ def as_batch(block: Block) -> ImageBatch:
         labels=torch.from_numpy(block.labels),
         epochs=torch.from_numpy(block.epochs),
         broken=tuple(block.broken[index] for index in sorted(block.broken)),
+        targets=tuple(map(torch.from_numpy, block.targets)),
     )
 
 

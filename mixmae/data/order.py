@@ -40,6 +40,10 @@ class Draw(IntEnum):
     RAND_AUGMENT = 8
     RANDOM_ERASING = 9
     MOTHS = 10
+    SCENES = 11
+    RESIZED_CROP = 12
+    PHOTOMETRIC = 13
+    LARGE_SCALE_JITTER = 14
 
 
 def _finalise(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +155,11 @@ class RowRange(Chunked):
         return self.base.has_labels
 
     @property
+    def dense(self) -> Any:
+        """What is known about pixels: mixmae.data.truth.DenseClasses, or None."""
+        return getattr(self.base, "dense", None)
+
+    @property
     def num_bytes(self) -> int:
         return self.base.num_bytes * self.num_rows // self.base.num_rows
 
@@ -174,9 +179,17 @@ class RowRange(Chunked):
         return np.diff(edges)
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
+        return self.base.read(*self._in_base(chunk, rows_in_chunk))
+
+    def read_truth(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Any]:
+        """What is known about pixels of rows of one chunk (mixmae.data.truth), where the base knows it."""
+        return self.base.read_truth(*self._in_base(chunk, rows_in_chunk))  # type: ignore[attr-defined]
+
+    def _in_base(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> tuple[int, Int64Array]:
+        """The chunk of the base, and the rows inside it."""
         rows = np.asarray(rows_in_chunk, dtype=np.int64)
         (first, _), (skipped, _) = self._ends
-        return self.base.read(int(first) + chunk, rows + skipped if chunk == 0 else rows)
+        return int(first) + chunk, rows + skipped if chunk == 0 else rows
 
     def read_labels(self) -> Int64Array:
         return self.base.read_labels()[self.start : self.stop]

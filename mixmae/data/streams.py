@@ -12,6 +12,7 @@ Three choices keep it from standing still on few CPUs:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -38,16 +39,19 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mixmae.data.blocks import Block, BrokenRecord, ImageBatch, as_batch, load_block
-from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.augment import BaseAugmentConfig, JointAugmentConfig
 from mixmae.data.order import Plan, worker_positions
-from mixmae.data.source import Source
+from mixmae.data.source import DataError, Source
 from mixmae.data.stream_config import StreamConfig
+from mixmae.data.trial import TriedSource
 from mixmae.machine import keep_freed_memory
 from mixmae.share import WorkerShare
 
 DECODE_NICE = 5
 """How much lower the priority of threads that decode is; on Linux each thread has its own. Training then gets three
 times their share of a core; at 19 it is 70 times, and beside busy programs images would hardly come at all."""
+_MOST_STARTS = 5
+"""Of one decoding task. A node that goes away ends it, too, but hardly so often."""
 
 
 class TrainStream:
@@ -68,7 +72,7 @@ class TrainStream:
         self,
         source: Source,
         plan: Plan,
-        augment: AugmentConfig,
+        augment: BaseAugmentConfig,
         *,
         share: WorkerShare,
         start_step: int = 0,
@@ -83,7 +87,8 @@ class TrainStream:
         self._config = config or StreamConfig()
         # The worker's images are numbered from step 0; a block is a range of these numbers.
         store_bytes = min(1e15, ray.cluster_resources().get("object_store_memory", math.inf) / share.num_workers)
-        image_bytes = channels * augment.size[0] * augment.size[1]
+        target_bytes = augment.nothing.nbytes if isinstance(augment, JointAugmentConfig) else 0
+        image_bytes = channels * augment.size[0] * augment.size[1] + target_bytes
         target = _block_images(self._config, image_bytes, store_bytes)
         self._edges = _block_edges(start_step, stop_step, share, target)
         self._concurrency, self._task_cpus, threads = _task_shape(self._config, share.num_workers)
@@ -241,7 +246,7 @@ def _block_edges(start_step: int, stop_step: int, share: WorkerShare, target: in
 
 
 def _loader(
-    source: Source, augment: AugmentConfig, seed: int, channels: int, threads: int
+    source: Source, augment: BaseAugmentConfig, seed: int, channels: int, threads: int
 ) -> Callable[[pa.Table], pa.Table]:
     """The one map operator: a descriptor in, a finished block out."""
 
@@ -249,12 +254,35 @@ def _loader(
         torch.set_num_threads(1)  # the tasks and threads side by side are the parallelism
         keep_freed_memory()
         rows, epochs = (np.frombuffer(descriptor[name][0].as_py(), dtype=np.int64) for name in ("rows", "epochs"))
-        work = partial(load_block, source, augment, rows, epochs, seed=seed, channels=channels)
-        pool = _pool(threads)
-        block = work(pool=pool) if threads > 1 else pool.submit(work).result()
+        with _careful_where_others_died(source, rows, channels) as images:
+            work = partial(load_block, images, augment, rows, epochs, seed=seed, channels=channels)
+            pool = _pool(threads)
+            block = work(pool=pool) if threads > 1 else pool.submit(work).result()
         return _pack(descriptor["index"][0].as_py(), block)
 
     return load
+
+
+@contextlib.contextmanager
+def _careful_where_others_died(source: Source, rows: NDArray[np.int64], channels: int) -> Iterator[Source]:
+    """The source for a decoding task: where the process of an earlier start of the same task has died, of its memory or
+    of an image, each image is tried first.
+
+    Raises: DataError if that does not help.
+    """
+    worker: Any = ray._private.worker.global_worker
+    starts = worker.core_worker.get_current_task_attempt_number()
+    if starts == 0:
+        yield source
+        return
+    if starts >= _MOST_STARTS:
+        raise DataError(
+            f"the process that decodes {len(rows)} images, from {source.where(int(rows[0]))} to "
+            f"{source.where(int(rows[-1]))}, has ended {starts} times, and no single image was found to end it: see "
+            "whether memory suffices, and repair the images or leave them out."
+        )
+    with contextlib.closing(TriedSource(source, channels)) as tried:
+        yield tried
 
 
 @lru_cache(maxsize=1)
@@ -268,6 +296,10 @@ def _pack(index: int, block: Block) -> pa.Table:
     columns = {name: _binary(getattr(block, name)) for name in ("images", "rows", "labels", "epochs")}
     broken = json.dumps([[position, asdict(record)] for position, record in block.broken.items()])
     shape = pa.array([list(block.images.shape)], type=pa.list_(pa.int64()))
+    # One value, however long the targets are: Ray Data has trouble with columns of lists that differ in length.
+    ends = np.cumsum([len(target) for target in block.targets], dtype=np.int64)
+    columns["targets"] = _binary(np.concatenate(block.targets) if block.targets else np.empty(0, dtype=np.uint8))
+    columns["target_ends"] = _binary(ends)
     return pa.table({"index": pa.array([index], type=pa.int64()), "shape": shape, "broken": [broken], **columns})
 
 
@@ -284,7 +316,9 @@ def _unpack(table: pa.Table) -> tuple[int, Block]:
 
     broken = {position: BrokenRecord(**record) for position, record in json.loads(table["broken"][0].as_py())}
     images = view("images", np.uint8).reshape(table["shape"][0].as_py())
-    block = Block(images, view("rows", np.int64), view("labels", np.int64), view("epochs", np.int64), broken)
+    targets = np.split(view("targets", np.uint8), view("target_ends", np.int64))[:-1]
+    rows, labels, epochs = (view(name, np.int64) for name in ("rows", "labels", "epochs"))
+    block = Block(images, rows, labels, epochs, broken, tuple(targets))
     return table["index"][0].as_py(), block
 
 

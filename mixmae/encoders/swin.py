@@ -11,9 +11,8 @@ throughout), h w the grid of mask cells.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -33,8 +32,11 @@ from mixmae.layers.drop_path import drop_path_rates
 from mixmae.layers.initialisation import init_projections
 from mixmae.layers.patch_embed import PatchEmbed
 from mixmae.layers.positions import positions_on_grid, sin_cos_positions
-from mixmae.layers.windows import SortedPlan, WindowAttention, WindowPlan, plan_sorted, plan_windows
+from mixmae.layers.windows import WindowAttention, plan_sorted, plan_windows
 from mixmae.mixing import cell_grid, group_sizes, upsample_group_map
+
+WIDE_STAGE = 2
+"""The stage that may have blocks with wide windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class SwinConfig(StagesConfig):
     """Attention heads in each stage."""
     window_sizes: tuple[int, ...] = (14, 14, 14, 7)
     """Side of the attention windows of each stage, in tokens; a window larger than the grid shrinks to it."""
+    wide_blocks: tuple[int, ...] = ()
+    """Blocks of the third stage, counted from 1, that have windows of `wide_window` instead: for dense tasks."""
+    wide_window: int = 32
+    """Side of the windows of `wide_blocks`, in tokens."""
     shift: bool = False
     """Shift the windows of every second block of a stage by half, where the grid has more than one window."""
     absolute_positions: bool = True
@@ -60,6 +66,11 @@ class SwinConfig(StagesConfig):
         if self.embed_dim < 4 or self.embed_dim % 4:
             raise ValueError(f"embed_dim must be a multiple of 4 for the position table, got {self.embed_dim}")
         self.check_heads("embed_dim", self.channels, self.num_heads)
+        if self.wide_window < 1:
+            raise ValueError(f"wide_window must be at least 1, got {self.wide_window}")
+        third = self.depths[WIDE_STAGE] if len(self.depths) > WIDE_STAGE else 0
+        if any(not 1 <= block <= third for block in self.wide_blocks):
+            raise ValueError(f"wide_blocks names blocks of the third stage, which has {third}; got {self.wide_blocks}")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
 
@@ -67,6 +78,12 @@ class SwinConfig(StagesConfig):
     def channels(self) -> tuple[int, ...]:
         """Width of each stage."""
         return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
+
+    def block_windows(self, stage: int) -> tuple[int, ...]:
+        """Side of the windows of each block of a stage."""
+        wide = self.wide_blocks if stage == WIDE_STAGE else ()
+        usual = self.window_sizes[stage]
+        return tuple(self.wide_window if block + 1 in wide else usual for block in range(self.depths[stage]))
 
 
 class PatchMerging(nn.Module):
@@ -96,19 +113,19 @@ class SwinStage(nn.Module):
         *,
         dim: int,
         num_heads: int,
-        window: int,
+        windows: tuple[int, ...],
         shift: bool,
         mlp_ratio: float,
         drop_paths: list[float],
         downsample: bool,
     ) -> None:
         super().__init__()
-        self.window = window
-        self.shift = shift and len(drop_paths) > 1  # the first block of a stage never shifts
+        # (side of the window, whether it is shifted) of each block; the first of a stage never is.
+        self.cuts = tuple((window, shift and index % 2 == 1) for index, window in enumerate(windows))
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
             TransformerBlock(dim, WindowAttention(dim, num_heads, window), mlp_ratio=mlp_ratio, drop_path=rate)
-            for rate in drop_paths
+            for window, rate in zip(windows, drop_paths, strict=True)
         )
 
     def forward(
@@ -127,25 +144,19 @@ class SwinStage(nn.Module):
         x = add_mix_embedding(self.downsample(x), embedding, index)
         size = (x.shape[1], x.shape[2])
         groups = None if group_map is None else upsample_group_map(group_map, size)
+        cuts = [(window, shifted and window < max(size)) for window, shifted in self.cuts]
         by_group = None
-        if group_map is not None and groups is not None and not self._shifts(size):
+        if group_map is not None and groups is not None and set(cuts) == {(cuts[0][0], False)}:
             tokens_per_cell = groups[0].numel() // group_map[0].numel()
-            by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], self.window)
+            by_group = plan_sorted(groups, [cells * tokens_per_cell for cells in sizes], cuts[0][0])
         if by_group is not None:
-            return by_group.unsort(self._run_blocks(by_group.sort(x), by_group, by_group))
-        plan = plan_windows(size, self.window, groups, device=x.device)
-        shifts = self._shifts(size)
-        shifted = plan_windows(size, self.window, groups, device=x.device, shifted=True) if shifts else plan
-        return self._run_blocks(x, plan, shifted)
-
-    def _shifts(self, size: tuple[int, int]) -> bool:
-        """Whether every second block has other windows: not where one window is the grid."""
-        return self.shift and self.window < max(size)
-
-    def _run_blocks(self, x: Tensor, plan: WindowPlan | SortedPlan, shifted: WindowPlan | SortedPlan) -> Tensor:
-        """Every second block has the plan `shifted`."""
-        for block_index, block in enumerate(self.blocks):
-            x = block(x, shifted if block_index % 2 else plan)
+            x = by_group.sort(x)
+            for block in self.blocks:
+                x = block(x, by_group)
+            return by_group.unsort(x)
+        plans = {cut: plan_windows(size, cut[0], groups, device=x.device, shifted=cut[1]) for cut in set(cuts)}
+        for block, cut in zip(self.blocks, cuts, strict=True):
+            x = block(x, plans[cut])
         return x
 
 
@@ -184,7 +195,7 @@ class SwinEncoder(nn.Module):
             SwinStage(
                 dim=self.channels[stage],
                 num_heads=config.num_heads[stage],
-                window=config.window_sizes[stage],
+                windows=config.block_windows(stage),
                 shift=config.shift,
                 mlp_ratio=config.mlp_ratio,
                 drop_paths=rates[stage],
@@ -237,7 +248,7 @@ class SwinEncoder(nn.Module):
         return self.norm(feature.permute(0, 2, 3, 1)).flatten(1, 2)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Give the position table for a grid of tokens: the stored one where it fits, else a new one.
+        """Give the position table for a grid of tokens: the stored one where it fits, else it resized.
 
         Returns: (1, H, W, C), dtype and device of the stored table.
         """
@@ -279,12 +290,27 @@ def swin_base_w7() -> SwinConfig:
     The paper prints 15.6, and does not mention whether this one has the position table; here it has, like the others.
     Swin's published weights need absolute_positions=False.
     """
-    return dataclasses.replace(swin_base(), window_sizes=(7, 7, 7, 7), shift=True)
+    return replace(swin_base(), window_sizes=(7, 7, 7, 7), shift=True)
 
 
 def swin_large_w7() -> SwinConfig:
     """Swin-L with the shifted windows of swin_base_w7: 195 M parameters, 34.5 GMACs at 224 px."""
-    return dataclasses.replace(swin_large(), window_sizes=(7, 7, 7, 7), shift=True)
+    return replace(swin_large(), window_sizes=(7, 7, 7, 7), shift=True)
+
+
+def with_dense_windows(config: SwinConfig) -> SwinConfig:
+    """Give a Swin's windows for detection and segmentation, which let a few blocks see further than the others.
+
+    Windows are of 16 in all stages, and of 32 in every third part's last block of the third stage: the 6th, 12th and
+    18th of Swin-B and L. An input of 1024 px then needs no padding.
+
+    Raises: ValueError for fewer than three stages.
+    Source: paper section 4. It does not name the last stage; 16 there too is what its computation (701 G) needs.
+    """
+    if len(config.depths) <= WIDE_STAGE:
+        raise ValueError(f"wide windows are for the third stage, and depths has {len(config.depths)}")
+    wide = tuple(sorted({config.depths[WIDE_STAGE] * third // 3 for third in (1, 2, 3)} - {0}))
+    return replace(config, window_sizes=(16,) * len(config.depths), wide_blocks=wide, wide_window=32)
 
 
 SIZES = (swin_tiny, swin_small, swin_base, swin_large, swin_huge, swin_base_w7, swin_large_w7)

@@ -3,143 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmae.data.blocks import BrokenRecord, ImageBatch, eval_batches
-from mixmae.data.broken import check_decoding
-from mixmae.data.channels import check_channels, note_grey
+from mixmae.data.blocks import ImageBatch, eval_batches
 from mixmae.data.classes import read_classes
 from mixmae.data.images.mixup import mix_batch
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
 from mixmae.finetune.classification import ImageClassifier, Mix, classification_step
 from mixmae.jobs.config import FinetuneConfig
-from mixmae.jobs.job import Job
-from mixmae.jobs.record import DataRecord, Pretrained
+from mixmae.jobs.supervised import SupervisedJob
 from mixmae.machine import local_processes, threads_per_process
 from mixmae.metrics import UNKNOWN, label_ranks
 from mixmae.probing.features import NoImages, predict_logits
 from mixmae.step import StepOutput
-from mixmae.training.checkpoint import read_state
 from mixmae.training.failures import TrainingStopped
-from mixmae.training.loop import LoopConfig, TrainState
 
-HELDOUT_IMAGES = 10_000
-"""Most images that are held out of a set without a validation split; never more than a tenth of it."""
 EVAL_BATCH = 64
 """Images that a worker evaluates at once."""
-BEST_METRIC = "val/top1"
-"""Its highest value decides which weights are the best."""
-INITIAL_FILE = "initial.safetensors"
-"""The pretrained encoder as it was loaded, in the folder of a run or of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationJob(Job):
+class ClassificationJob(SupervisedJob):
     """An encoder with a linear head on its pooled features; the whole validation set is evaluated."""
 
     stage = "finetune"
     doing = "Finetuning"
+    best_metric = "val/top1"
+    figures = ("top1", "top5", "loss")
 
     config: FinetuneConfig
-    validation: Source
-    classes: Sequence[str]
-    """Names of the classes."""
-    pretrained: Pretrained | None
-    """The weights that it starts from; None: from scratch."""
-    initial: Path | None
-    """The file of these weights, as keep_initial wrote it."""
-    broken: dict[str, BrokenRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Validation images that this worker could not decode, by their place: they are in no figure."""
 
     @classmethod
-    def of(
-        cls,
-        config: FinetuneConfig,
-        source: Source,
-        validation: Source,
-        *,
-        data: str | None,
-        folder: Path,
-        pretrained: Pretrained | None,
-    ) -> Self:
-        """The job on these images.
-
-        Args: data: what --data was.
-        Raises: DataError for labels that will not do, and as check_decoding and check_channels.
-        """
-        for images in (source, validation):
-            check_decoding(images, config.loop.is_hopeless)
-        check_channels(source, config.encoder.in_channels)
-        if pretrained is None:
-            note_grey(source, config.encoder.in_channels)
-        return cls(
-            config=config,
-            source=source,
-            validation=validation,
-            data=DataRecord.of(source, data, config),
-            folder=folder,
-            classes=read_classes(source, validation),
-            pretrained=pretrained,
-            initial=folder / INITIAL_FILE if pretrained else None,
-        )
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def sources(self) -> dict[str, Source]:
-        return {"training": self.source, "validation": self.validation}
-
-    @property
-    def num_judged(self) -> int:
-        return self.validation.num_rows
-
-    @property
-    def loop(self) -> LoopConfig:
-        if self.config.divergence is None:
-            return self.config.loop
-        return replace(self.config.loop, max_loss=self.config.divergence * math.log(max(2, self.num_classes)))
-
-    @property
-    def ema_decay(self) -> float | None:
-        return self.config.ema_decay
-
-    @property
-    def best(self) -> tuple[str, Path]:
-        return BEST_METRIC, self.folder / "best"
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return {**super().params, "classes": self.num_classes}
-
-    @property
-    def tags(self) -> dict[str, str]:
-        return {**super().tags, **(self.pretrained.tags if self.pretrained else {"pretrained": "none"})}
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "classes": list(self.classes)}
+    def read_classes(cls, source: Source, validation: Source, config: FinetuneConfig) -> Sequence[str]:
+        return read_classes(source, validation)
 
     def build_model(self) -> nn.Module:
-        model = ImageClassifier(build_encoder(self.config.sized_encoder()), self.num_classes)
-        if self.initial is not None:
-            initial = safetensors.torch.load_file(self.initial)
-            model.load_state_dict(model.state_dict() | initial)
-        return model
+        return self.with_initial(ImageClassifier(build_encoder(self.config.sized_encoder()), self.num_classes))
 
     def step(self, model: nn.Module, batch: Any, generator: torch.Generator, first_sample: int) -> StepOutput:
         images = self.images_on_device(model, batch.images)
@@ -185,20 +95,10 @@ class ClassificationJob(Job):
             )
         return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count}
 
-    def left_out(self, *, rank: int) -> list[BrokenRecord]:
-        return list(self.broken.values())
-
     def _noting_broken(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
         for batch in batches:
             self.broken.update({record.where: record for record in batch.broken})
             yield batch
-
-    def final_metrics(self, state: TrainState) -> dict[str, float]:
-        """final/* of the last evaluation, best/* of the best one, each top1, top5 and loss; and best/step."""
-        best = read_state(self.best[1])
-        numbers = {f"final/{name}": state.metrics[f"val/{name}"] for name in ("top1", "top5", "loss")}
-        numbers |= {f"best/{name}": best["metrics"][f"val/{name}"] for name in ("top1", "top5", "loss")}
-        return {**numbers, "best/step": float(best["position"]["step"])}
 
     @cached_property
     def _mix(self) -> Mix | None:

@@ -12,16 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
-from mixmae.data.images.augment import AugmentConfig
+from mixmae.data.images.augment import AugmentConfig, BaseAugmentConfig
 from mixmae.data.images.decode import MODES
+from mixmae.data.images.detect_augment import DetectAugmentConfig
 from mixmae.data.images.finetune_augment import FinetuneAugmentConfig
 from mixmae.data.images.mixup import MixupConfig
+from mixmae.data.images.segment_augment import SegmentAugmentConfig
 from mixmae.data.stream_config import StreamConfig
-from mixmae.encoders.build import EncoderConfig, config_from_json, config_to_json
+from mixmae.detection.config import DetectorConfig
+from mixmae.encoders.build import EncoderConfig, config_at_size, config_from_json, config_to_json
+from mixmae.encoders.swin import SwinConfig
 from mixmae.methods.build import MethodConfig
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, usual_normalisation
 from mixmae.probing.online import OnlineProbeConfig
+from mixmae.segmentation.upernet import UPerNetConfig
 from mixmae.share import WorkerShare
 from mixmae.training.loop import LoopConfig
 from mixmae.training.optim import OptimConfig
@@ -34,7 +39,7 @@ class RunConfig:
 
     encoder: EncoderConfig
     """The architecture. It is built for augment.image_size, so image_size need not be given here."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: BaseAugmentConfig = field(default_factory=AugmentConfig)
     """What is done to the training images."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """How Ray Data executes the data order."""
@@ -141,6 +146,8 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """All that decides what a pretraining run computes."""
 
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Crop and flip of the training images."""
     method: MethodConfig = field(default_factory=MixMAEConfig)
     """The pretext task: MixMAE, SimMIM or MAE."""
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
@@ -192,7 +199,29 @@ class PretrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class SupervisedConfig(RunConfig):
+    """What runs have in common that learn classes."""
+
+    ema_decay: float | None = None
+    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
+    divergence: float | None = 3.0
+    """Stop when the mean loss is above this many times the loss of a uniform prediction, which is log(num_classes) for
+    one classifier; None: stop only on NaN or infinity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
+        if self.divergence is not None and not self.divergence > 1:
+            raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
+
+    def adapted(self, own: EncoderConfig) -> EncoderConfig:
+        """The encoder of pretrained weights as this run takes it.   Args: own: with the run's drop path."""
+        return config_at_size(own, self.augment.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(SupervisedConfig):
     """All that decides what a finetuning run computes; the defaults are the paper's (table 12)."""
 
     augment: FinetuneAugmentConfig = field(default_factory=FinetuneAugmentConfig)
@@ -205,20 +234,98 @@ class FinetuneConfig(RunConfig):
     """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
     crop_pct: float = 0.875
     """Side of the validation images' central crop over that of the resized image: 224 / 256; 1 for no margin."""
-    ema_decay: float | None = None
-    """Decay of a running average of the weights that is evaluated beside them (0.9999 is usual); None: no average."""
-    divergence: float | None = 3.0
-    """Stop when the mean loss is above this many times log(num_classes), the loss of a uniform prediction; None: stop
-    only on NaN or infinity."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}: it must be in (0, 1], 0.875 is usual.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), or None for no average.")
-        if self.divergence is not None and not self.divergence > 1:
-            raise ValueError(f"divergence is {self.divergence}: it must be above 1, or None.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(SupervisedConfig):
+    """What runs have in common that learn from what is known about the pixels of an image."""
+
+    def adapted(self, own: EncoderConfig) -> EncoderConfig:
+        """As of all runs, but for a Swin of the recipe's widths and depths with the recipe's windows."""
+        wanted = self.encoder
+        if isinstance(own, SwinConfig) and isinstance(wanted, SwinConfig):
+            names = ("window_sizes", "wide_blocks", "wide_window")
+            alike = ("embed_dim", "depths", "num_heads", "shift")
+            if all(getattr(own, name) == getattr(wanted, name) for name in alike):
+                own = replace(own, **{name: getattr(wanted, name) for name in names})
+        return replace(own, image_size=self.augment.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(DenseConfig):
+    """All that decides what a segmentation run computes; the defaults are those of ADE20K."""
+
+    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
+    """Resize, crop, flip and colours of the training images, together with their masks."""
+    head: UPerNetConfig = field(default_factory=UPerNetConfig)
+    """What stands on the encoder."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-4, layer_decay=0.75, layer_decay_rule="timm", betas=(0.9, 0.999))
+    )
+    """Optimiser; layer_decay lowers the learning rate from the head down to the stem."""
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(epochs=100, warmup_epochs=1, batch_size=16, schedule="poly")
+    )
+    """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
+    slide_stride: int = 341
+    """Pixels between the windows, of augment.image_size, that a larger image is evaluated in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.slide_stride <= min(self.augment.size):
+            raise ValueError(
+                f"slide_stride is {self.slide_stride}: it must lie between 1 and the side of the windows, which is "
+                f"augment.image_size ({min(self.augment.size)})."
+            )
+
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        """Whether paths or channels are dropped, or norms are of the whole micro-batch."""
+        return self.encoder.drop_path > 0 or self.head.dropout > 0 or self.head.norm == "batch"
+
+    @property
+    def block(self) -> int:
+        """Images of a batch that stay together: see RunConfig.block."""
+        return super().block if self.draws_per_micro_batch else 1
+
+    def share(self, *, num_workers: int, rank: int = 0) -> WorkerShare:
+        """One worker's part of every batch.   Raises: ValueError if the batch cannot be cut so, or is too small."""
+        share = super().share(num_workers=num_workers, rank=rank)
+        if self.head.norm == "batch" and min(share.micro_batches) < 2:
+            raise ValueError(
+                "A worker's batch norms need two images at once, at least: change --loop.batch-size, "
+                "--loop.micro-batch-size or --workers, or give --head.norm group."
+            )
+        return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(DenseConfig):
+    """All that decides what a detection run computes; the defaults are those of COCO."""
+
+    augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
+    """Scale, crop and flip of the training images, together with their objects."""
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    """What stands on the encoder."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=8e-5, weight_decay=0.1, layer_decay=0.85, layer_decay_rule="timm", betas=(0.9, 0.999)
+        )
+    )
+    """Optimiser; layer_decay lowers the learning rate from the heads down to the stem."""
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(epochs=55, warmup_epochs=0.25, batch_size=64, schedule="step")
+    )
+    """Length, batch, precision and bookkeeping; evaluate_every_epochs is how often the validation set is evaluated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.detector.strides(self.encoder.strides)
 
 
 RESUMABLE = frozenset(
@@ -243,6 +350,7 @@ not what is computed."""
 BRANCHABLE = frozenset(
     {
         "optim.base_lr",
+        "optim.lr",
         "optim.clip_grad_norm",
         "optim.weight_decay",
         "loop.warmup_epochs",

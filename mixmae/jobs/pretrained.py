@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,17 +20,19 @@ from mixmae.convert import (
     with_channels,
 )
 from mixmae.data.images.decode import MODES
-from mixmae.encoders.build import build_encoder, config_at_size, config_from_json, size_name
-from mixmae.jobs.classification import INITIAL_FILE
-from mixmae.jobs.config import FinetuneConfig
+from mixmae.encoders.build import build_encoder, config_from_json, size_name
+from mixmae.jobs.config import SupervisedConfig
 from mixmae.jobs.record import Pretrained, RunRecord
+from mixmae.jobs.supervised import INITIAL_FILE
 from mixmae.stores import store_uri, without_secrets
 from mixmae.training.run_folder import weights_of
 
+ConfigT = TypeVar("ConfigT", bound=SupervisedConfig)
+
 
 def read_pretrained(
-    path: Path, config: FinetuneConfig, usual: FinetuneConfig, before: RunRecord | None, key: str | None = None
-) -> tuple[Pretrained, Weights | None, FinetuneConfig]:
+    path: Path, config: ConfigT, usual: ConfigT, before: RunRecord | None, key: str | None = None
+) -> tuple[Pretrained, Weights | None, ConfigT]:
     """Read pretrained weights, and let their architecture take the place of the recipe's.
 
     The architecture, and the pixel normalisation, are those of the file where it has them and the command line does
@@ -88,8 +90,7 @@ def read_pretrained(
         return pretrained, weights, config
     changes = {name: getattr(metadata.preprocessing, name.removeprefix("pixel_")) for name in free}
     if not keeps_encoder:
-        own = replace(metadata.encoder, drop_path=config.encoder.drop_path)
-        changes["encoder"] = config_at_size(own, config.augment.image_size)
+        changes["encoder"] = config.adapted(replace(metadata.encoder, drop_path=config.encoder.drop_path))
         if changes["encoder"] != config.sized_encoder():
             print(
                 f"note: the encoder is the one of {shown}, {describe(weights.state)}; the recipe's is "
@@ -98,7 +99,7 @@ def read_pretrained(
     return pretrained, weights, replace(config, **changes)
 
 
-def keep_initial(pretrained: Pretrained, weights: Weights, config: FinetuneConfig, folder: Path) -> None:
+def keep_initial(pretrained: Pretrained, weights: Weights, config: SupervisedConfig, folder: Path) -> None:
     """Fit the weights to the encoder and keep it in the run's folder, where every worker and every restart finds it.
 
     Raises: ValueError if they do not fit.

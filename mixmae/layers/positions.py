@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BASE_WAVELENGTH = 10_000.0
 
 
-def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+def sin_cos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     """Build the fixed two-dimensional position table.
 
     The first half of the channels encodes the column, the second the row; each half is all sines, then all cosines.
@@ -19,7 +20,6 @@ def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | No
     Args:
         dim: C, a multiple of 4.
         grid: (H, W).
-        device: where to build it; default torch's.
     Returns: (H*W, C) float32, computed in float64.
     Raises: ValueError if dim is not a multiple of 4.
     Source: MAE and the official MixMAE code (order of the channels checked against its weights).
@@ -27,11 +27,11 @@ def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | No
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
     height, width = grid
-    step = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4)
+    step = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
     frequency = BASE_WAVELENGTH**-step
 
     def encode(length: int) -> Tensor:
-        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, C / 2)
 
     columns = encode(width)[None].expand(height, -1, -1)
@@ -39,15 +39,27 @@ def sin_cos_positions(dim: int, grid: tuple[int, int], device: torch.device | No
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
+def resize_positions(table: Tensor, grid: tuple[int, ...], new_grid: tuple[int, ...]) -> Tensor:
+    """Interpolate a position table, bicubic, from one grid of tokens to another.
+
+    Args: table: (1, H*W, C).  grid: its (H, W).
+    Returns: (1, H'*W', C).
+    Source: the official finetuning code.
+    """
+    image = table.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, C, H, W)
+    return F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
 def positions_on_grid(table: Tensor, stored: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Give the fixed position table of a grid: `table` where that is the stored grid, else a new one like it.
+    """Give the fixed position table of a grid: `table` where that is the stored grid, else it resized.
+
+    Loading weights into a model of another size resizes their table in the same way (mixmae.convert.load), so an
+    encoder reads the same positions whether it was built for a size or meets it later.
 
     Args: table: (1, L, C), built for the grid `stored`.  grid: (H, W).
     Returns: (1, H*W, C), dtype and device of table.
     """
-    if grid == stored:
-        return table
-    return sin_cos_positions(table.shape[-1], grid, device=table.device).to(table.dtype)[None]
+    return table if grid == stored else resize_positions(table, stored, grid)
 
 
 def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:

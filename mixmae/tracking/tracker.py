@@ -22,9 +22,12 @@ SYSTEM = "system/"
 class JournalTracker:
     """Writes points and panels to the output folder, from where the driver's Sender takes them to MLflow."""
 
-    def __init__(self, folder: Path, *, system_metrics: bool = True) -> None:
-        """Args: folder: of the run.  system_metrics: also log the use of CPU, memory and GPU, in the background."""
+    def __init__(self, folder: Path, *, system_metrics: bool = True, panel: str = "reconstruction") -> None:
+        """Args: folder: of the run.  system_metrics: also log the use of CPU, memory and GPU, in the background.
+        panel: what MLflow calls the series of panels.
+        """
         self._folder = folder
+        self._panel = panel
         self._journal = Journal(folder)
         self._closed = threading.Event()
         self._system = threading.Thread(target=self._log_system, name="system metrics", daemon=True)
@@ -44,7 +47,7 @@ class JournalTracker:
         except OSError as error:  # a picture less: training goes on
             warnings.warn(f"{self._folder / name} cannot be written: {error}", stacklevel=2)
             return
-        self._journal.add(step=step, image=name, key="reconstruction")
+        self._journal.add(step=step, image=name, key=self._panel)
 
     def sync(self) -> None:
         """See that a power cut cannot take what was logged; called before a checkpoint that continues after it."""

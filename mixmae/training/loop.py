@@ -28,7 +28,7 @@ from mixmae.share import WorkerShare
 from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
-from mixmae.training.schedule import RunLength, learning_rate
+from mixmae.training.schedule import RunLength, Schedule, learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class LoopConfig:
     """Passes over the training set."""
     warmup_epochs: float = 40
     """Epochs of linear warmup, part of `epochs`."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after it."""
     steps: int | None = None
     """Length in optimiser steps instead of epochs; the warmup keeps its share of the run."""
     batch_size: int = 1024
@@ -269,7 +271,7 @@ def train(
             saved_step, saved_at = state.step, time.monotonic()
         if asked == "stop":
             return state
-        lr = learning_rate(state.step, peak=peak_lr, length=length)
+        lr = learning_rate(state.step, peak=peak_lr, length=length, schedule=config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         for index in range(share.accumulation):

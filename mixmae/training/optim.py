@@ -23,6 +23,8 @@ class OptimConfig:
     """lars is for linear probing; it takes its momentum from the first of `betas`."""
     base_lr: float = 1.5e-4
     """Learning rate for a batch of 256 images; the peak rate is base_lr x batch / 256."""
+    lr: float | None = None
+    """The peak rate itself, whatever the batch; None: base_lr x batch / 256."""
     weight_decay: float = 0.05
     """Decoupled weight decay of weights; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -37,6 +39,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.base_lr > 0:
             raise ValueError(f"base_lr is {self.base_lr}: it must be above 0.")
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}: it must be above 0, or None for base_lr x batch / 256.")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay is {self.weight_decay}: it must be 0 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -47,8 +51,8 @@ class OptimConfig:
             raise ValueError(f"layer_decay is {self.layer_decay}: it must be in (0, 1], or None for one rate.")
 
     def peak_lr(self, batch_size: int) -> float:
-        """The linear scaling rule: base_lr x batch / 256 (paper, appendix A.1)."""
-        return self.base_lr * batch_size / 256
+        """The peak rate: lr, or by the linear scaling rule base_lr x batch / 256 (paper, appendix A.1)."""
+        return self.base_lr * batch_size / 256 if self.lr is None else self.lr
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,29 @@ def run_length(
     )
 
 
-def learning_rate(step: int, *, peak: float, length: RunLength, final: float = 0.0) -> float:
-    """Linear warmup from 0, then a half cosine down to `final`, evaluated at the start of each step.
+Schedule = Literal["cosine", "poly", "step"]
+"""How the learning rate falls after the warmup. cosine: a half cosine to 0. poly: on a straight line that begins at the
+first step, warmup included, and ends at 0, as segmentation does it. step: by STEP_FACTOR at each of STEP_AT, as
+detection does it."""
+STEP_AT, STEP_FACTOR = (8 / 9, 0.963), 0.1
+"""Shares of the run's steps, and what the rate is multiplied by there. Source: ViTDet's configs."""
 
-    Args:   step: 0 is the first step.  peak, final: learning rates.
+
+def learning_rate(
+    step: int, *, peak: float, length: RunLength, final: float = 0.0, schedule: Schedule = "cosine"
+) -> float:
+    """Linear warmup from 0, then as the schedule says, evaluated at the start of each step.
+
+    Args:   step: 0 is the first step.  peak, final: learning rates; `final` is the cosine's.
     Returns: the learning rate of that step; step 0 has rate 0 when there is a warmup.
-    Source: paper table 11; equals the official per-iteration schedule with epoch = step / steps_per_epoch.
+    Source: paper table 11; the cosine equals the official per-iteration schedule with epoch = step / steps_per_epoch.
+        poly: of power 1, from BEiT's and Swin's segmentation configs.
     """
+    warmup = min(1.0, step / length.warmup_steps) if length.warmup_steps else 1.0
+    if schedule == "poly":
+        return peak * warmup * max(0.0, 1 - step / length.total_steps)
+    if schedule == "step":
+        return peak * warmup * STEP_FACTOR ** sum(step >= share * length.total_steps for share in STEP_AT)
     if step < length.warmup_steps:
         return peak * step / length.warmup_steps
     progress = (step - length.warmup_steps) / max(length.total_steps - length.warmup_steps, 1e-12)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from mixmae.jobs.config import PretrainConfig
 from pipelines.recipes.demo import demo
+from pipelines.recipes.detect import DETECT_RECIPES
 from pipelines.recipes.finetune import FINETUNE_RECIPES
 from pipelines.recipes.linear_probe import LINEAR_PROBE_RECIPES
 from pipelines.recipes.mae import mae_vit_base_1600ep, mae_vit_large_1600ep
@@ -29,6 +30,7 @@ from pipelines.recipes.mixmae_swin import (
     mixmae_swin_large_300ep,
     mixmae_swin_large_600ep,
 )
+from pipelines.recipes.segment import SEGMENT_RECIPES
 from pipelines.recipes.simmim import (
     simmim_pvt_large_800ep,
     simmim_swin_base_300ep,
@@ -40,10 +42,12 @@ from pipelines.recipes.simmim import (
 from pipelines.recipes.small import SMALL_RECIPES
 
 __all__ = [
+    "DETECT_RECIPES",
     "FINETUNE_RECIPES",
     "LINEAR_PROBE_RECIPES",
     "PRETRAIN_RECIPES",
     "RECIPE_GROUPS",
+    "SEGMENT_RECIPES",
     "find_recipe",
     "list_recipes",
 ]

@@ -15,6 +15,7 @@ from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import to_json
 from mixmae.jobs.job import PLAIN_NAMES, Job
 from mixmae.jobs.record import read_record
+from mixmae.jobs.supervised import SupervisedJob
 from mixmae.tracking import (
     NOTE_TAG,
     RunRef,
@@ -62,7 +63,7 @@ def open_parent(run: Run, space: Space, job: Job) -> tuple[RunRef, dict[str, str
     ref = run.open({"space": run.record.recipe, **space.to_json()}, {**job.tags, "stage": "sweep"}, met=job.account)
     shown = [PLAIN_NAMES.get(field, field) for field in space.vary]
     metrics = [space.final_metric]
-    if isinstance(job, ClassificationJob):
+    if isinstance(job, SupervisedJob):
         metrics.append(space.final_metric.replace("final/", "best/"))
     title = f"trials of {run.name}"
     table, axes = save_view(ref, title, params=shown, metrics=metrics, descending=space.mode == "max")

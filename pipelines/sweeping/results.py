@@ -16,6 +16,7 @@ from mixmae.tracking import RunRef
 
 SHOWN = {
     **{"final/top1": "top-1", "final/top5": "top-5", "final/loss": "loss", "best/top1": "best top-1"},
+    **{"final/miou": "mIoU", "best/miou": "best mIoU"},
     **{"final/heldout_loss": "held-out loss", "final/knn_top1": "kNN top-1", "final/linear_top1": "linear top-1"},
 }
 """Metrics that the table on the terminal has, where there are any, and what it calls them."""
@@ -137,10 +138,10 @@ def verdict(results: Sequence[TrialResult], metric: str, reference: Reference | 
     Source: the standard error of a share p of n images is sqrt(p (1 - p) / n), and of a difference of two of them
         sqrt(2) times as much. All trials are judged on the same images, which makes it smaller: this is an upper bound.
     """
-    is_share = "loss" not in metric
+    is_share = metric.endswith(("top1", "top5"))  # of images; an mIoU is none
     ranked = [result.metrics[metric] for result in results if result.is_ranked]
     sentences = []
-    if reference and (ranked[0] <= reference.value if is_share else ranked[0] >= reference.value):
+    if reference and (ranked[0] >= reference.value if "loss" in metric else ranked[0] <= reference.value):
         sentences.append(f"No trial is better than the reference ({reference.words}).")
     if not is_share:
         return " ".join(sentences)

@@ -11,10 +11,10 @@ import tyro
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mixmae.jobs.classification import ClassificationJob
-from mixmae.jobs.config import FinetuneConfig, PretrainConfig
+from mixmae.jobs.config import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.jobs.record import Pretrained, RunRecord, read_record
+from mixmae.jobs.supervised import SupervisedJob
 from mixmae.lock import Hold
 from mixmae.tracking import RunRef, end_later, metric_history, points
 from mixmae.training.checkpoint import read_state
@@ -31,7 +31,9 @@ from tune_spaces.space import Space, final_name
 class Arguments(finetune.Arguments):
     """The command line of a sweep: where to read, where to write, how much at once, for how long."""
 
-    config: Annotated[FinetuneConfig | PretrainConfig, tyro.conf.arg(name="")]  # type: ignore[assignment]
+    config: Annotated[  # type: ignore[assignment]
+        FinetuneConfig | SegmentConfig | DetectConfig | PretrainConfig, tyro.conf.arg(name="")
+    ]
     """The fields of the space's recipe; any of them that does not vary can be changed."""
     workers: Annotated[int, tyro.conf.arg(name="workers-per-trial")] = 1
     """Training processes of each trial: one per GPU, or some on CPU. 0: all GPUs or cores for one trial at a time."""
@@ -59,7 +61,7 @@ class Sweep:
 
     arguments: Arguments
     space: Space
-    job: ClassificationJob | PretrainJob
+    job: SupervisedJob | PretrainJob
     """Of the config without the values that vary."""
     folder: Path
     pretrained: Pretrained | None
@@ -113,7 +115,7 @@ def run_trial(config: dict[str, Any], *, shared: Sweep) -> None:
     job = run.record_data(shared.job.of_trial(arguments.config, run.folder.path))
     tags = {"trial": trial_id}
     if is_reference:
-        assert isinstance(job, ClassificationJob)
+        assert isinstance(job, SupervisedJob)
         job, tags = replace(job, pretrained=None, initial=None), {**tags, "reference": FROM_SCRATCH}
     job = run.track(job, tags=tags, parent_run_id=shared.run.run_id)
     try:

@@ -21,6 +21,7 @@ from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
+from benchmarks.drilling.deadly import DeadlySource
 from mixmae.data.blocks import ImageBatch, local_batches
 from mixmae.data.images.augment import AugmentConfig
 from mixmae.data.order import Plan
@@ -154,6 +155,22 @@ class TestStream:
         expected = list(local_batches(source, plan, AUGMENT, **options))
         assert torch.equal(images_of(streamed), images_of(expected))
         assert [batch.broken for batch in streamed] == [batch.broken for batch in expected]
+
+    @pytest.mark.parametrize("when", ["once", "always"])
+    def test_an_image_that_kills_the_decoder(self, source, plan, tmp_path, when):
+        """Once: nothing is lost. Each time: it is a broken image, and all others are as they would be beside it."""
+        row = int(plan.rows_at(20, 21)[0][0])
+        deadly = DeadlySource(source, row, when, str(tmp_path / when))
+        beside = source if when == "once" else DeadlySource(source, row, "broken", str(tmp_path / "broken"))
+        streamed = list(TrainStream(deadly, plan, AUGMENT, share=SIXTEEN, stop_step=4, config=SMALL))
+        expected = list(local_batches(beside, plan, AUGMENT, share=SIXTEEN, stop_step=4))
+        assert (tmp_path / when).exists()
+        assert torch.equal(images_of(streamed), images_of(expected))
+        found, known = ([record for batch in side for record in batch.broken] for side in (streamed, expected))
+        assert [record.row for record in found] == [record.row for record in known]
+        assert [record.reason for record in found if record.row == row] == (
+            [] if when == "once" else ["the process that decodes it ends (SIGKILL)"]
+        )
 
     def test_closing_stops_the_tasks(self, source, plan):
         stream = TrainStream(source, plan, AUGMENT, share=SIXTEEN, stop_step=100_000)

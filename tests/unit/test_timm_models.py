@@ -196,7 +196,8 @@ def test_a_mae_file(tmp_path, capsys):
     state["mask_token"] = torch.zeros(1, 1, 32)
     torch.save({"model": state}, tmp_path / "mae.pth")
     encoder = config_to_json(made.config)
-    model = timm.create_model("mixmae_encoder", encoder=encoder, pretrained=tmp_path / "mae.pth", num_classes=0)
+    options = {"encoder": encoder, "pretrained": tmp_path / "mae.pth", "num_classes": 0}
+    model = timm.create_model("mixmae_encoder", **options, img_size=96)
     images = noise_images(2)
     with torch.no_grad():
         assert torch.equal(model.eval().forward_features(images), made.eval()(images))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mixmae.writing import write_json, writing
+from mixmae.writing import write_json, writing, writing_table
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -48,3 +48,11 @@ def test_nothing_is_overwritten_unless_it_may_be(tmp_path):
         pass
     write_json(tmp_path / "a.json", {"b": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
+
+
+def test_a_table_appears_when_it_is_whole(tmp_path):
+    with writing_table(tmp_path / "a.csv") as table:
+        table.writerow(["name", 1, "a,b"])
+        table.writerow([b"\xff".decode(errors="surrogateescape")])
+        assert not (tmp_path / "a.csv").exists()
+    assert (tmp_path / "a.csv").read_bytes() == b'name,1,"a,b"\r\n\xff\r\n'

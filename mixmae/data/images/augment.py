@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import Uint8Array
 from mixmae.data.order import Draw, uniforms
+from mixmae.data.truth import DenseClasses, Truth
 from mixmae.patches import image_sides
 
 _ATTEMPTS = 10
@@ -24,27 +25,17 @@ _bicubic: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """What is done to an image of pretraining; the default is the paper's: a random resized crop and a flip."""
+class BaseAugmentConfig:
+    """What is done to the training images of any task."""
 
     image_size: int | tuple[int, int] = 224
     """Output side in pixels, or (height, width)."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest area of the crop as shares of the image's area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of the crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ValueError(f"image_size is {self.image_size}: give a side in pixels, or (height, width)")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {self.crop_scale}: give two shares with 0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        if not 0 < low <= high:
-            raise ValueError(f"crop_ratio is {self.crop_ratio}: give two ratios with 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is {self.flip}: give a probability in [0, 1]")
 
@@ -52,6 +43,55 @@ class AugmentConfig:
     def size(self) -> tuple[int, int]:
         """Output (height, width) in pixels."""
         return image_sides(self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(BaseAugmentConfig):
+    """What is done to an image of pretraining; the default is the paper's: a random resized crop and a flip."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of the crop as shares of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of the crop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {self.crop_scale}: give two shares with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio is {self.crop_ratio}: give two ratios with 0 < low <= high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointAugmentConfig(BaseAugmentConfig):
+    """What is done to an image and to what is known about its pixels, together."""
+
+    @property
+    def nothing(self) -> Uint8Array:
+        """The target of an image that nothing is known about."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        pixels: Uint8Array,
+        truth: Truth,
+        classes: DenseClasses,
+        out: Uint8Array,
+        *,
+        seed: int,
+        epoch: int,
+        row: int,
+    ) -> Uint8Array:
+        """Transform one image and its truth.
+
+        Args: pixels: (h, w, C) uint8, whole and upright.  truth, classes: what is known about it.  out: (C, H, W) uint8
+            contiguous, written to.  seed, epoch, row: the keys of all random numbers.
+        Returns: (any length,) uint8, what the task wants to know about the image, packed.
+        Raises: DecodeError if the truth cannot be used.
+        """
+        raise NotImplementedError
 
 
 def draw_crops(

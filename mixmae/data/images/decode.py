@@ -154,14 +154,14 @@ def decode_image(data: bytes, channels: int) -> Uint8Array:
         except ValueError:
             pass  # Pillow tolerates some of libjpeg's warnings and has clearer messages for the others.
         else:
-            return _turn(pixels, jpeg_orientation(data))
+            return turn(pixels, jpeg_orientation(data))
     with _open(data) as image:
         orientation = _orientation(image, data)
         try:
             pixels = _pillow_pixels(image, mode)
         except Exception as error:  # Codecs raise whatever they like on damaged bytes.
             raise DecodeError(f"{image.format or 'image'} does not decode: {_one_line(error)}") from error
-    return _turn(pixels, orientation)
+    return turn(pixels, orientation)
 
 
 def has_alpha(data: bytes) -> bool:
@@ -302,7 +302,7 @@ def _grey_image(values: NDArray[np.float64]) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
 
 
-def _turn(pixels: Uint8Array, orientation: int) -> Uint8Array:
+def turn(pixels: Uint8Array, orientation: int) -> Uint8Array:
     """Apply an EXIF orientation to (H, W, C) pixels. Source: EXIF 2.3, tag 0x0112."""
     if orientation == 1:
         return pixels

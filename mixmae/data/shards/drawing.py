@@ -1,7 +1,7 @@
 """What the built-in sets share: an image's random numbers, smooth noise, the finished file, drawing in other processes.
 
-A built-in set is a module with `draw(seed, index, ...)`, which gives one DrawnImage, and with CLASS_NAMES, NUM_TRAIN,
-NUM_VALIDATION and GENERATOR_VERSION.
+A built-in set is a module with `draw(seed, index, ...)`, which gives a DrawnImage (in scenes.py a DrawnScene), and with
+CLASS_NAMES, NUM_TRAIN, NUM_VALIDATION and GENERATOR_VERSION.
 """
 
 from __future__ import annotations
@@ -88,12 +88,13 @@ def finished(canvas: FloatArray, coverage: FloatArray, label: int) -> DrawnImage
     return DrawnImage(jpeg=jpeg, label=label, box=box, mask_png=png.getvalue())
 
 
-def draw_apart(module: str, *arguments: float, start: int, stop: int) -> Iterator[DrawnImage]:
+def draw_apart(module: str, *arguments: float, start: int, stop: int) -> Iterator[Any]:
     """Draw the images [start, stop) in a process of their own, so that several ranges can be drawn at once.
 
     A plain child process: multiprocessing would import the caller's main module again, torch, Ray and all.
 
     Args: module: of the set.  arguments: of its `draw`, but for the index: the seed and what follows it.
+    Yields: what the set's `draw` returns.
     """
     code = f"from mixmae.data.shards.drawing import _serve; _serve({module!r}, {arguments!r}, {start}, {stop})"
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
@@ -102,7 +103,7 @@ def draw_apart(module: str, *arguments: float, start: int, stop: int) -> Iterato
         assert child.stdout is not None
         try:
             for _ in range(start, stop):
-                yield DrawnImage(*pickle.load(child.stdout))
+                yield pickle.load(child.stdout)
         except EOFError as error:
             raise RuntimeError(f"the process that draws images {start} to {stop} ended early") from error
         finally:
@@ -113,6 +114,5 @@ def _serve(module: str, arguments: tuple[float, ...], start: int, stop: int) -> 
     draw = import_module(module).draw
     seed, *rest = arguments
     for index in range(start, stop):
-        image = draw(seed, index, *rest)
-        pickle.dump((image.jpeg, image.label, image.box, image.mask_png), sys.stdout.buffer)
+        pickle.dump(draw(seed, index, *rest), sys.stdout.buffer)
     sys.stdout.buffer.flush()

@@ -33,8 +33,10 @@ from mixmae.data.shards.write import (
 from mixmae.data.source import DataError
 from mixmae.data.sources import layout_of
 from mixmae.data.sources.open import MANIFEST_NAME
+from mixmae.data.sources.parquet import SEGMENTATION_COLUMN
 from mixmae.data.sources.shard_index import INDEX_SUFFIX
 from mixmae.data.sources.storage import writable_folder
+from mixmae.data.truth import Truth
 from mixmae.lock import in_turn
 from mixmae.machine import usable_cores
 from mixmae.writing import write_json
@@ -203,16 +205,25 @@ def _write(job: ShardJob, folder: Path, schema: pa.Schema) -> WrittenShard:
     path = folder / job.file_name
     if path.exists():
         file = describe_shard(path)
-        table = pq.read_table(path, columns=[name for name in ("image", "label") if name in schema.names])
+        columns = [name for name in ("image", "label", SEGMENTATION_COLUMN) if name in schema.names]
+        table = pq.read_table(path, columns=columns)
         cells = table.column("image").to_pylist()
         labels = table.column("label").to_pylist() if "label" in schema.names else [-1] * len(cells)
-        images = [StoredImage(cell["bytes"], cell["path"], label) for cell, label in zip(cells, labels, strict=True)]
+        maps = table.column(SEGMENTATION_COLUMN).to_pylist() if SEGMENTATION_COLUMN in schema.names else [None]
+        truths = [Truth(problem="its mask cannot be used") if cell and not cell["bytes"] else None for cell in maps]
+        images = [
+            StoredImage(cell["bytes"], cell["path"], label, truth=truth)
+            for cell, label, truth in zip(cells, labels, truths * (len(cells) // len(truths)), strict=True)
+        ]
     else:
         images = job.images()
         file = write_shard(path, images, schema)
     summary = Summary()
     for row, image in enumerate(images):
-        summary.add(image.data, image.label, f"{path.name}#{row} / {image.path}", decode=row < SUMMARY_IMAGES)
+        where = f"{path.name}#{row} / {image.path}"
+        summary.add(image.data, image.label, where, decode=row < SUMMARY_IMAGES)
+        if image.truth is not None and image.truth.problem:
+            summary.broken.append((where, image.truth.problem))
     return WrittenShard(file, summary)
 
 

@@ -23,7 +23,7 @@ from mixmae.data.chunks import Int64Array
 from mixmae.data.images import tiles
 from mixmae.data.images.decode import DecodeError, decode_image, has_alpha, image_size
 from mixmae.data.order import Draw, Plan, permutation
-from mixmae.data.shards import moths, shapes
+from mixmae.data.shards import moths, scenes, shapes
 from mixmae.data.shards.drawing import draw_apart
 from mixmae.data.shards.write import MANIFEST_FORMAT, StoredImage, shard_name, shard_schema
 from mixmae.data.source import DataError, Sample, Source, read_rows
@@ -32,8 +32,9 @@ from mixmae.data.sources.folders import FilesSource
 from mixmae.data.sources.joined import JoinedSource
 from mixmae.data.sources.parquet import ParquetSource
 from mixmae.data.sources.storage import plain_place
+from mixmae.data.truth import DenseClasses, DenseSource, dense_classes, fitted, read_truths
 
-BUILT_IN = {"moths": moths, "shapes": shapes}
+BUILT_IN = {"moths": moths, "scenes": scenes, "shapes": shapes}
 """The words that name a built-in set instead of a path; moths:0.6 is one of another difficulty (moths.LEAN)."""
 DEFAULT_SET = "moths"
 MIN_IMAGES = 8
@@ -87,19 +88,21 @@ def plan_built_in(source: str, seed: int) -> ShardPlan:
     name, _, lean = source.partition(":")
     drawn: Any = BUILT_IN[name]
     options = (_lean(source, lean),) if name == "moths" else ()
-    counts = {"train": drawn.NUM_TRAIN // _DRAWN_PER_SHARD, "validation": drawn.NUM_VALIDATION // _DRAWN_PER_SHARD}
+    dense: DenseClasses | None = getattr(drawn, "DENSE", None)
+    per_shard = getattr(drawn, "PER_SHARD", _DRAWN_PER_SHARD)
+    counts = {"train": drawn.NUM_TRAIN // per_shard, "validation": drawn.NUM_VALIDATION // per_shard}
     starts = {"train": 0, "validation": drawn.NUM_TRAIN}
     jobs = []
     for split, count in counts.items():
         for number in range(count):
-            start = starts[split] + number * _DRAWN_PER_SHARD
-            draw = partial(_draw, name, (seed, *options), start, start + _DRAWN_PER_SHARD)
+            start = starts[split] + number * per_shard
+            draw = partial(_draw, name, (seed, *options), start, start + per_shard)
             jobs.append(ShardJob(split, number, count, draw))
     origin = {"source": source, "generator_version": drawn.GENERATOR_VERSION, "seed": seed}
     return ShardPlan(
         jobs=jobs,
-        schema=shard_schema(drawn.CLASS_NAMES, with_masks=True),
-        class_names=drawn.CLASS_NAMES,
+        schema=shard_schema(None if dense else drawn.CLASS_NAMES, with_masks=dense is None, dense=dense),
+        class_names=None if dense else drawn.CLASS_NAMES,
         fingerprint=_fingerprint(origin, []),
         origin=origin,
         met={"looked_at": {}, "notes": []},
@@ -155,9 +158,10 @@ def plan_source(
     facts = [f"{split} {source.digest}" for split, source in sorted(sources.items())]
     met = account(sources)
     class_names = sources["train"].class_names
+    dense = dense_classes(sources["train"])
     return ShardPlan(
         jobs=jobs,
-        schema=shard_schema(class_names, labelled=any(source.has_labels for source in sources.values())),
+        schema=shard_schema(class_names, labelled=any(source.has_labels for source in sources.values()), dense=dense),
         class_names=class_names,
         fingerprint=_fingerprint(origin, facts),
         origin=origin,
@@ -222,6 +226,9 @@ def _draw(name: str, arguments: tuple[float, ...], start: int, stop: int) -> lis
     drawn: Any = BUILT_IN[name]
     images = []
     for index, image in enumerate(draw_apart(drawn.__name__, *arguments, start=start, stop=stop), start):
+        if isinstance(image, scenes.DrawnScene):
+            images.append(StoredImage(image.jpeg, f"{index:06d}.jpg", truth=image.truth))
+            continue
         stored = f"{drawn.CLASS_NAMES[image.label]}/{index:06d}.jpg"
         images.append(StoredImage(image.jpeg, stored, image.label, image.box, image.mask_png))
     return images
@@ -230,14 +237,18 @@ def _draw(name: str, arguments: tuple[float, ...], start: int, stop: int) -> lis
 def _read_images(source: Source, rows: Int64Array, longer_side: int | None, tile: bool) -> list[StoredImage]:
     """These rows as they go into a shard; an image without bytes stays a row, so that it is counted."""
     images = []
-    for sample in read_rows(source, rows):
+    known = isinstance(source, DenseSource) and source.dense is not None
+    truths = read_truths(source, rows) if isinstance(source, DenseSource) and known else [None] * len(rows)
+    for sample, truth in zip(read_rows(source, rows), truths, strict=True):
         data, restarts = sample.data, sample.restart_offsets
         smaller = _shrink(data, longer_side) if longer_side else None
         if smaller is not None:
             data, restarts = smaller, None
+        if truth is not None:
+            truth = fitted(truth, sample.data, data)
         if restarts is None and tile:
             data, restarts = tiles.retile(data) or (data, None)
-        images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts))
+        images.append(StoredImage(data, _stored_name(sample), sample.label, restart_offsets=restarts, truth=truth))
     return images
 
 

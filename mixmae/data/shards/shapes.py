@@ -45,15 +45,15 @@ def draw(seed: int, index: int) -> DrawnImage:
     for _ in range(draws.integer(0, 2)):
         size = draws.between(0.06, 0.14) * min(height, width)
         centre = (draws.between(0, width), draws.between(0, height))
-        small = _coverage(_outline(draws, draws.integer(0, num_classes - 1), centre, size), height, width)
+        small = coverage_of(outline_of(draws, draws.integer(0, num_classes - 1), centre, size), height, width)
         canvas = paint(canvas, small, 30 + 195 * draws.many(3).astype(np.float32))
 
     size = draws.between(0.45, 0.80) * min(height, width)
-    outline = _outline(draws, label, (0.0, 0.0), size)
+    outline = outline_of(draws, label, (0.0, 0.0), size)
     low = np.min([part.min(axis=0) for part in outline], axis=0)
     high = np.max([part.max(axis=0) for part in outline], axis=0)
     position = [draws.between(1 - low[axis], side - 1 - high[axis]) for axis, side in enumerate((width, height))]
-    coverage = _coverage([part + position for part in outline], height, width)
+    coverage = coverage_of([part + position for part in outline], height, width)
     canvas = paint(canvas, coverage, _texture(draws, height, width, shape_colour))
 
     return finished(canvas, coverage, label)
@@ -93,7 +93,7 @@ def _texture(draws: Draws, height: int, width: int, colour: FloatArray) -> Float
     return np.float32(colour) + shade[..., None] * np.float32(0.7 + 0.6 * draws.many(3))
 
 
-def _coverage(outline: list[FloatArray], height: int, width: int) -> FloatArray:
+def coverage_of(outline: list[FloatArray], height: int, width: int) -> FloatArray:
     """How much of each pixel the outline covers; a second part is a hole: (H, W) float32 in [0, 1]."""
     fine = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
     pen = ImageDraw.Draw(fine)
@@ -102,7 +102,7 @@ def _coverage(outline: list[FloatArray], height: int, width: int) -> FloatArray:
     return np.asarray(fine.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def _outline(draws: Draws, label: int, centre: tuple[float, float], size: float) -> list[FloatArray]:
+def outline_of(draws: Draws, label: int, centre: tuple[float, float], size: float) -> list[FloatArray]:
     """The class's outline, turned, a little stretched, `size` px in its larger extent: parts of (points, 2) as x, y."""
     angle, stretch = draws.between(0, 2 * math.pi), math.exp(draws.between(-0.15, 0.15))
     skew = draws.between(0, math.pi)

@@ -2,9 +2,10 @@
 
 Columns: image, a struct of bytes (an image file) and path; label, int64, where there are classes; restart_offsets,
 the byte offsets of the restart intervals of a restart-tile JPEG (tiles.py), null for any other file; the built-in
-shapes add box and mask. Row groups are small, so that a reader fetches little more than it needs; pages are not
-compressed, because image files are, and a sidecar (shard_index.py) holds the address of every image's bytes. The
-manifest is written last: a set with a manifest is complete.
+shapes add box and mask. Sets for dense tasks (truth.py) have image_id, height and width, and segmentation, a PNG of
+class indices, or objects, a struct of lists, or both. Row groups are small, so that a reader fetches little more than
+it needs; pages are not compressed, because image files are, and a sidecar (shard_index.py) holds the address of every
+image's bytes. The manifest is written last: a set with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 
 from mixmae.data.sources.contents import file_digest
 from mixmae.data.sources.open import MANIFEST_NAME
-from mixmae.data.sources.parquet import RESTART_COLUMN
+from mixmae.data.sources.parquet import DENSE_KEY, OBJECTS_COLUMN, RESTART_COLUMN, SEGMENTATION_COLUMN
 from mixmae.data.sources.shard_index import index_path, write_index
+from mixmae.data.truth import DenseClasses, Truth
 from mixmae.writing import write_json, writing
 
 ROW_GROUP_ROWS = 64
@@ -47,6 +49,8 @@ class StoredImage:
     """A PNG of the image's size, nonzero on the object."""
     restart_offsets: NDArray[np.uint32] | None = None
     """(num_intervals + 1,) uint32: where the restart intervals begin in `data`, if it is a restart-tile JPEG."""
+    truth: Truth | None = None
+    """What is known about its pixels, in a set for dense tasks."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,16 @@ class ShardFile:
     sha256: str
 
 
-def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, with_masks: bool = False) -> pa.Schema:
+def shard_schema(
+    class_names: Sequence[str] | None,
+    *,
+    labelled: bool = False,
+    with_masks: bool = False,
+    dense: DenseClasses | None = None,
+) -> pa.Schema:
     """The Arrow schema of a shard, with the class names where Hugging Face's `datasets` looks for them.
 
-    Args: labelled: there are labels, even if their classes have no names.
+    Args: labelled: there are labels, even if their classes have no names.  dense: what is known about pixels.
     """
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [pa.field("image", struct)]
@@ -79,7 +89,34 @@ def shard_schema(class_names: Sequence[str] | None, *, labelled: bool = False, w
         fields += [pa.field("box", pa.list_(pa.int64(), 4)), pa.field("mask", struct)]
         features["box"] = {"feature": {"dtype": "int64", "_type": "Value"}, "length": 4, "_type": "Sequence"}
         features["mask"] = {"_type": "Image"}
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    metadata = {}
+    if dense is not None:
+        metadata[DENSE_KEY] = json.dumps(dense.to_json())
+        fields += [pa.field(name, kind) for name, kind in _SIZES.items()]
+        features |= {name: {"dtype": str(kind), "_type": "Value"} for name, kind in _SIZES.items()}
+        if dense.pixels is not None:
+            fields.append(pa.field(SEGMENTATION_COLUMN, struct))
+            features[SEGMENTATION_COLUMN] = {"_type": "Image"}
+        if dense.objects is not None:
+            lists = {name: pa.list_(kind) for name, kind in _OBJECTS.items()}
+            fields.append(pa.field(OBJECTS_COLUMN, pa.struct(list(lists.items()))))
+            kinds: dict[str, Any] = {name: {"dtype": str(kind), "_type": "Value"} for name, kind in _OBJECTS.items()}
+            kinds["bbox"] = {"feature": {"dtype": "float32", "_type": "Value"}, "length": 4, "_type": "Sequence"}
+            kinds["category"] = {"names": list(dense.objects), "_type": "ClassLabel"}
+            features[OBJECTS_COLUMN] = {name: {"feature": kind, "_type": "Sequence"} for name, kind in kinds.items()}
+    metadata["huggingface"] = json.dumps({"info": {"features": features}})
+    return pa.schema(fields, metadata=metadata)
+
+
+_SIZES = {"image_id": pa.int64(), "height": pa.int32(), "width": pa.int32()}
+_OBJECTS = {
+    "bbox": pa.list_(pa.float32(), 4),  # x0 y0 x1 y1
+    "category": pa.int64(),
+    "area": pa.float32(),
+    "iscrowd": pa.bool_(),
+    "id": pa.int64(),
+    "rle": pa.binary(),
+}
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -171,16 +208,41 @@ def _contents(images: Sequence[StoredImage]) -> str:
     for image in images:
         digest.update(f"{len(image.data)} {image.label} {image.path}\n".encode())
         digest.update(image.data)
+        if image.truth is not None:
+            digest.update(image.truth.segmentation)
     return digest.hexdigest()
 
 
+def _objects(truth: Truth | None) -> dict[str, Any] | None:
+    """The objects of an image as lists; a box alone has an empty mask."""
+    if truth is None or truth.objects is None:
+        return None
+    objects = truth.objects
+    return {
+        "bbox": objects.boxes.tolist(),
+        "category": objects.labels.tolist(),
+        "area": objects.areas.tolist(),
+        "iscrowd": objects.crowd.tolist(),
+        "id": objects.ids.tolist(),
+        "rle": list(objects.masks),
+    }
+
+
 def _table(images: list[StoredImage], schema: pa.Schema) -> pa.Table:
+    truths = [image.truth for image in images]
     columns: dict[str, list[Any]] = {
         "image": [{"bytes": image.data, "path": image.path} for image in images],
         "label": [image.label for image in images],
         "box": [image.box for image in images],
         "mask": [{"bytes": image.mask, "path": None} for image in images],
         RESTART_COLUMN: [image.restart_offsets for image in images],
+        "image_id": [truth.image_id if truth else -1 for truth in truths],
+        "height": [truth.size[0] if truth else 0 for truth in truths],
+        "width": [truth.size[1] if truth else 0 for truth in truths],
+        SEGMENTATION_COLUMN: [
+            {"bytes": truth.segmentation or None if truth else None, "path": None} for truth in truths
+        ],
+        OBJECTS_COLUMN: list(map(_objects, truths)),
     }
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)

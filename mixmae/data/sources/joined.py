@@ -20,6 +20,7 @@ from mixmae.data.account import Met
 from mixmae.data.chunks import CHUNK_ROWS, ChunkIndex, Int64Array
 from mixmae.data.order import Draw, hash64
 from mixmae.data.source import Chunked, DataError, Sample, Source, read_rows, short_digest
+from mixmae.data.truth import DenseClasses, DenseSource, Truth, dense_classes, read_truths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +54,12 @@ class JoinedSource(Chunked):
     @property
     def num_bytes(self) -> int:
         return int(sum(part.num_bytes * weight for part, weight in zip(self.parts, self.weights, strict=True)))
+
+    @property
+    def dense(self) -> DenseClasses | None:
+        """What is known about pixels, if all parts know the same."""
+        known = [dense_classes(part) for part in self.parts]
+        return known[0] if all(classes == known[0] for classes in known) else None
 
     @property
     def exact_reads(self) -> bool:
@@ -102,6 +109,15 @@ class JoinedSource(Chunked):
             )
         ]
         return np.concatenate(numbers).astype(np.int64)
+
+    def read_truth(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Truth]:
+        """What is known about pixels, where `dense` says that it is."""
+        part, base = self._chunks[chunk]
+        source = self.parts[part]
+        assert isinstance(source, DenseSource)
+        if base >= 0:
+            return source.read_truth(base, rows_in_chunk)
+        return read_truths(source, self._extra_rows[part][np.asarray(rows_in_chunk, dtype=np.int64) + (-1 - base)])
 
     def read(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Sample]:
         part, base = self._chunks[chunk]

@@ -20,6 +20,8 @@ from mixmae.data.source import DataError, Source
 from mixmae.data.sources.annotations import ANNOTATION_SUFFIXES, is_annotation, label_validation, read_annotated
 from mixmae.data.sources.folders import IMAGE_SUFFIXES, Listing, arrange, open_files, read_file_list
 from mixmae.data.sources.joined import join
+from mixmae.data.sources.masks import MaskListing, list_masks, open_masked
+from mixmae.data.sources.objects import ObjectListing, list_objects, open_objects
 from mixmae.data.sources.parquet import open_parquet
 from mixmae.data.sources.shard_index import INDEX_SUFFIX, index_path
 from mixmae.data.sources.splits import SPLITS, num_stored_images, split_holdout, split_of
@@ -34,6 +36,8 @@ Layout = Literal["parquet", "tar", "files", "list"]
 MANIFEST_NAME = "manifest.json"
 _LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
 _CALLED = {"parquet": "Parquet files", "tar": "tars", "files": "image files"}
+OBJECT_SUFFIXES = (".xml", ".yaml", ".yml")
+"""Of files that describe the objects of images, beside those of ANNOTATION_SUFFIXES."""
 _CLASS_NAME_FILES = ("classnames.txt", "classes.txt")
 _LAYOUTS: dict[str, Layout] = {
     ".parquet": "parquet",
@@ -115,6 +119,10 @@ class _Collection:
     """Paths of files that describe others: sidecars of shards, names of classes."""
     notes: tuple[Note, ...] = ()
     """Of what is left out."""
+    masks: MaskListing | None = None
+    """The masks of the images, where they have some."""
+    objects: ObjectListing | None = None
+    """The objects of the images, where they are known."""
 
     @property
     def title(self) -> str:
@@ -122,7 +130,8 @@ class _Collection:
 
     @property
     def met(self) -> tuple[Met, ...]:
-        notes = (*self.notes, *self.listing.notes)
+        known = (*(self.masks.notes if self.masks else ()), *(self.objects.notes if self.objects else ()))
+        notes = (*self.notes, *self.listing.notes, *known)
         return (Met(self.title, {}, notes),) if notes else ()
 
 
@@ -189,7 +198,10 @@ def _find(text: str) -> _Collection:
             )
         beside = [index_path(path)] if layout == "parquet" else []
         return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
-    beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES}
+    only_objects = storage.is_local and os.path.basename(path) == "Annotations"
+    if only_objects:  # of Pascal VOC, which has masks, too
+        path = os.path.dirname(path)
+    beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES, *OBJECT_SUFFIXES}
     listed, notes = storage.list_files(path, {".parquet", ".tar", *IMAGE_SUFFIXES, *beside_names})
     sidecars = (INDEX_SUFFIX, *_CLASS_NAME_FILES)
     beside = [file.path for file in listed if file.path.endswith(sidecars)]
@@ -197,7 +209,17 @@ def _find(text: str) -> _Collection:
     for file in listed:
         if suffix_of(file.path) not in beside_names:
             by_layout.setdefault(_LAYOUTS[suffix_of(file.path)], []).append(file)
+    masks = None if only_objects else list_masks(storage, path, by_layout.get("files", ()))
+    if masks is not None:
+        images = {split: [pair.image for pair in pairs] for split, pairs in masks.splits.items()}
+        return _Collection("files", storage, path, os.path.basename(path), images, notes=notes, masks=masks)
     lists = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
+    if not any(layout in by_layout for layout in ("parquet", "tar")):
+        described = [file for file in listed if suffix_of(file.path) in {*ANNOTATION_SUFFIXES, *OBJECT_SUFFIXES}]
+        objects = list_objects(storage, path, described, by_layout.get("files", ()))
+        if objects is not None:
+            images = {split: [file for file, _ in pairs] for split, pairs in objects.splits.items()}
+            return _Collection("files", storage, path, os.path.basename(path), images, notes=notes, objects=objects)
     annotated = read_annotated(storage, path, lists, by_layout.get("files", ()))
     if annotated is not None:  # tars beside them are the archives that the images came in
         return _listed(storage, path, os.path.basename(path), annotated, notes)
@@ -306,6 +328,10 @@ def _open(found: _Collection, split: str) -> Source:
     if found.layout == "list":
         storage, root, listing = read_file_list(storage, files[0].path)
         return open_files(storage, root, name, listing.splits[""], listing.class_names)
+    if found.masks is not None:
+        return open_masked(storage, found.root, name, split, found.masks, met)
+    if found.objects is not None:
+        return open_objects(storage, found.root, name, split, found.objects, met)
     return open_files(storage, found.root, name, found.listing.splits[split], found.listing.class_names, met)
 
 

@@ -32,8 +32,12 @@ from mixmae.data.sources.shard_index import (
     shard_stamp,
 )
 from mixmae.data.sources.storage import Storage, StoredFile
+from mixmae.data.truth import DenseClasses, Objects, Truth
 
 RESTART_COLUMN = "restart_offsets"
+SEGMENTATION_COLUMN, OBJECTS_COLUMN = "segmentation", "objects"
+DENSE_KEY = "mixmae.dense"
+"""Of the schema's metadata: the classes of pixels and objects (DenseClasses)."""
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
 _LABEL_COLUMNS = (
@@ -93,6 +97,7 @@ class ParquetSource(Chunked):
     class_names: tuple[str, ...] | None
     has_labels: bool
     met: tuple[Met, ...]
+    dense: DenseClasses | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -170,6 +175,17 @@ class ParquetSource(Chunked):
             where = self._where(path, offset + row, original)
             samples.append(Sample(data or b"", self._class_of(label), where, intervals, original))
         return samples
+
+    def read_truth(self, chunk: int, rows_in_chunk: Sequence[int] | Int64Array) -> list[Truth]:
+        """What is known about rows of one chunk, by whole row groups: their columns of truth are small."""
+        if self.dense is None:
+            return [Truth() for _ in rows_in_chunk]
+        columns = ["image_id", "height", "width"]
+        columns += [SEGMENTATION_COLUMN] if self.dense.pixels else []
+        columns += [OBJECTS_COLUMN] if self.dense.objects else []
+        path = self.files[self.chunk_files[chunk]]
+        table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns)
+        return [_truth(row) for row in table.take(pa.array(np.asarray(rows_in_chunk, dtype=np.int64))).to_pylist()]
 
     def read_labels(self) -> Int64Array:
         if self.label_column is None:
@@ -291,6 +307,7 @@ def open_parquet(
         label_index=label_index,
         class_names=class_names,
         has_labels=has_labels,
+        dense=_dense_classes(schema),
         met=(
             Met(place, {"Parquet files": len(files), "rows": num_rows}, notes.notes),
             *_packed(storage, files, manifest),
@@ -416,6 +433,12 @@ def _check_alike(
     has_restarts: bool,
 ) -> None:
     """Refuse a file whose columns cannot be read as those of the first one.   Raises: DataError."""
+    dense = _dense_classes(first)
+    if _dense_classes(schema) != dense:
+        raise DataError(
+            f"{storage.shown(file.path)} has other classes of pixels or objects than {escaped(first_file.relative)}: "
+            f"keep one set in a folder"
+        )
     needed = (image_column, label_column, RESTART_COLUMN if has_restarts else None)
     missing = [column for column in needed if column and column not in schema.names]
     if missing:
@@ -529,6 +552,33 @@ def _class_names(schema: pa.Schema, label_column: str | None) -> tuple[str, ...]
     return tuple(str(name) for name in names)
 
 
+def _dense_classes(schema: pa.Schema) -> DenseClasses | None:
+    """What our own shards know about pixels."""
+    stored = (schema.metadata or {}).get(DENSE_KEY.encode())
+    return None if stored is None else DenseClasses.from_json(json.loads(stored))
+
+
+def _truth(row: Mapping[str, Any]) -> Truth:
+    """The truth of a row.   Args: row: its columns as Python has them."""
+    lists, objects = row.get(OBJECTS_COLUMN), None
+    if lists is not None:
+        objects = Objects(
+            boxes=np.array(lists["bbox"], dtype=np.float32).reshape(-1, 4),
+            labels=np.array(lists["category"], dtype=np.int64),
+            areas=np.array(lists["area"], dtype=np.float32),
+            crowd=np.array(lists["iscrowd"], dtype=np.bool_),
+            ids=np.array(lists["id"], dtype=np.int64),
+            masks=tuple(mask or b"" for mask in lists["rle"]),
+        )
+    return Truth(
+        segmentation=(row.get(SEGMENTATION_COLUMN) or {}).get("bytes") or b"",
+        objects=objects,
+        problem="it has no mask that can be used (manifest.json of the shards says why)",
+        image_id=row["image_id"],
+        size=(row["height"], row["width"]),
+    )
+
+
 def _joined(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array; combine_chunks copies even a single chunk, here up to a whole row group of images."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -579,14 +629,14 @@ class _RowGroups:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._held: OrderedDict[tuple[Storage, str, tuple[int, ...], int], pa.Table] = OrderedDict()
+        self._held: OrderedDict[tuple[Storage, str, tuple[int, ...], int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._total = 0
         self._lock = threading.Lock()
 
     def read(self, storage: Storage, path: str, group: int, columns: list[str]) -> pa.Table:
         """Read a row group.   Raises: DataError."""
         identity = storage.identity(path)
-        key = (storage, path, identity, group)
+        key = (storage, path, identity, group, tuple(columns))
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)

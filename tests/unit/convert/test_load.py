@@ -78,9 +78,6 @@ def test_a_larger_input_gets_resized_tables():
         assert torch.equal(model.state_dict()[name], resize_bias_table(state[name], window))
     expected = resize_positions(state["encoder.pos_embed"], (24, 24), (40, 40))
     assert torch.equal(model.encoder.pos_embed, expected)
-    own = ImageClassifier(small(160, (20, 20, 10, 5)), 10)
-    load_weights(own, made.state_dict(), positions="regenerated")
-    assert torch.equal(own.encoder.pos_embed[0], sin_cos_positions(16, (40, 40)))
     assert torch.isfinite(model(noise_images(1, (160, 160)))).all()
 
 

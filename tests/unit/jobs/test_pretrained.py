@@ -15,10 +15,10 @@ from mixmae.convert import Preprocessing, Weights, save_encoder, to_official
 from mixmae.encoders.build import build_encoder
 from mixmae.encoders.swin import SwinConfig
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.jobs.classification import INITIAL_FILE
 from mixmae.jobs.config import FinetuneConfig, to_json
 from mixmae.jobs.pretrained import keep_initial, read_pretrained
 from mixmae.jobs.record import Pretrained, RunRecord
+from mixmae.jobs.supervised import INITIAL_FILE
 from mixmae.pixels import usual_normalisation
 from pipelines.recipes import FINETUNE_RECIPES
 from tests.factories import tiny_mixmae, tiny_swin, tiny_vit

@@ -16,11 +16,13 @@ def test_sin_cos_by_hand():
     assert table[row * 3 + column].tolist() == pytest.approx(expected)
 
 
-def test_the_stored_grid_gets_the_table_and_others_one_of_the_same_formula():
+def test_the_stored_grid_gets_the_table_and_others_it_resized():
     table = sin_cos_positions(16, (3, 3))[None]
     assert positions_on_grid(table, (3, 3), (3, 3)) is table
-    wide = positions_on_grid(table, (3, 3), (2, 5)).view(2, 5, -1)
-    assert torch.equal(wide[:2, :3], table.view(3, 3, -1)[:2])
+    wide = positions_on_grid(table, (3, 3), (3, 6)).view(3, 6, -1)
+    # Twice as many columns: pairs of them lie around the old ones, and rows are as they were.
+    torch.testing.assert_close(wide[..., 8:], table.view(3, 3, -1)[:, :1, 8:].expand(-1, 6, -1))
+    assert wide[0, 2, 0] < table[0, 1, 0] < wide[0, 3, 0]  # the sine of the column rises
 
 
 def test_sin_cos_needs_a_multiple_of_four():

@@ -109,12 +109,14 @@ def test_lars_takes_the_first_beta():
 
 def test_peak_rate_scales_with_the_batch():
     assert OptimConfig(base_lr=1.5e-4).peak_lr(1024) == pytest.approx(6e-4)
+    assert OptimConfig(base_lr=1.5e-4, lr=8e-5).peak_lr(1024) == 8e-5
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("base_lr", 0.0),
+        ("lr", 0.0),
         ("weight_decay", -1.0),
         ("betas", (0.9, 1.0)),
         ("clip_grad_norm", 0.0),

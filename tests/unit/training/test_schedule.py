@@ -56,3 +56,13 @@ def test_too_few_images_and_empty_runs_are_refused():
         run_length(num_images=63, batch_size=64, epochs=1, warmup_epochs=0)
     with pytest.raises(ValueError, match="no step"):
         run_length(num_images=64, batch_size=64, epochs=0.5, warmup_epochs=0)
+
+
+def test_poly_and_step_at_the_places_that_matter():
+    length = RunLength(total_steps=1000, warmup_steps=10, steps_per_epoch=11)
+    poly = [learning_rate(step, peak=2.0, length=length, schedule="poly") for step in (0, 5, 10, 500, 999)]
+    assert poly == pytest.approx([0.0, 2 * 0.5 * 0.995, 2 * 0.99, 1.0, 0.002])
+    steps = [learning_rate(step, peak=1.0, length=length, schedule="step") for step in (5, 10, 888, 889, 962, 963)]
+    assert steps == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1, 0.01])
+    without = RunLength(total_steps=1000, warmup_steps=0, steps_per_epoch=11)
+    assert learning_rate(0, peak=1.0, length=without, schedule="poly") == 1.0
