@@ -241,7 +241,7 @@ def test_it_learns_eight_scenes_by_heart(tmp_path):
     source = RowRange(base=scenes(tmp_path / "set", 12, first=1), start=0, stop=8)
     recipe = changed(
         SEGMENT_RECIPES["demo_segment"](),
-        {"loop.steps": 300, "augment.scale": (1.0, 1.0), "augment.flip": 0.0, "augment.max_class_share": 1.0,
+        {"loop.steps": 600, "augment.scale": (1.0, 1.0), "augment.flip": 0.0, "augment.max_class_share": 1.0,
          "head.dropout": 0.0, "optim.lr": 0.01},
     )  # fmt: skip
     job = SegmentationJob.of(recipe, source, source, data=None, folder=tmp_path, pretrained=None)
