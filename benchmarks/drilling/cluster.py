@@ -31,7 +31,11 @@ class Node:
 
     def __init__(self, words: list[str], cwd: Path, variables: dict[str, str]) -> None:
         self._program = Program(words, cwd, variables)
-        self._program.wait_for("--block")
+        try:
+            self._program.wait_for("--block")
+        except RuntimeError:
+            self.kill()
+            raise
 
     def processes(self) -> list[psutil.Process]:
         try:
@@ -108,6 +112,7 @@ class Cluster:
 
     def have(self, count: int) -> None:
         """Add nodes until there are so many."""
+        self.nodes = [node for node in self.nodes if node.processes()]
         while len(self.nodes) < count:
             words = ["1", "--address", self.address, "--object-store-memory", "300000000"]
             self.nodes.append(Node([*self._start, *words], self.folder, self.variables))
