@@ -66,7 +66,7 @@ format: $(READY)  ## apply the style
 bench: $(READY)  ## how fast images come in, beside the peers and the decoder's limit (about 5 minutes, on quiet cores)
 	$(BIN)/python benchmarks/ingest.py $(ARGS)
 
-drill: $(READY)  ## break a small run in every way we know, and see whether it ends with the same weights (about 20 minutes)
+drill: $(READY)  ## break a small run in every way we know, and see whether it ends with the same weights (about 30 minutes)
 	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 ui: $(READY)  ## open MLflow's pages of the runs under runs/
