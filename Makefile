@@ -47,7 +47,7 @@ sweep: $(READY)  ## try the settings of SPACE (default: the demo, 6 short trials
 	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(FINETUNES),--pretrained "$(PRETRAINED)" --register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 # One process for the tests that start Ray, and one for each other core, up to three, for the rest (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --no-loadscope-reorder
 test: $(READY)  ## the fast tests
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
@@ -66,7 +66,7 @@ format: $(READY)  ## apply the style
 bench: $(READY)  ## how fast images come in, beside the peers and the decoder's limit (about 5 minutes, on quiet cores)
 	$(BIN)/python benchmarks/ingest.py $(ARGS)
 
-drill: $(READY)  ## break a small run in every way we know, and see whether it ends with the same weights (about 20 minutes)
+drill: $(READY)  ## break a small run in every way we know, and see whether it ends with the same weights (about 30 minutes)
 	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 ui: $(READY)  ## open MLflow's pages of the runs under runs/

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,25 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: tests of one file stay together, and all that start Ray are one process's, first.
-
-    Two clusters at once would be slower than one after the other, and the rest takes about as long as they do.
-    """
+    """Tests that start Ray come first: they take as long as all others."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several test processes: tests of one file stay together, and all that start Ray are one process's.
+
+    Two clusters at once would be slower than one after the other.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "tests/ray" if path.startswith("tests/ray/") else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,7 +31,11 @@ class Node:
 
     def __init__(self, words: list[str], cwd: Path, variables: dict[str, str]) -> None:
         self._program = Program(words, cwd, variables)
-        self._program.wait_for("--block")
+        try:
+            self._program.wait_for("--block")
+        except RuntimeError:
+            self.kill()
+            raise
 
     def processes(self) -> list[psutil.Process]:
         try:
@@ -108,6 +112,7 @@ class Cluster:
 
     def have(self, count: int) -> None:
         """Add nodes until there are so many."""
+        self.nodes = [node for node in self.nodes if node.processes()]
         while len(self.nodes) < count:
             words = ["1", "--address", self.address, "--object-store-memory", "300000000"]
             self.nodes.append(Node([*self._start, *words], self.folder, self.variables))
@@ -142,16 +147,7 @@ def on_cluster(ground: Ground, *head_words: str) -> Any:
         _shared[ground.folder] = cluster
     try:
         variables = {name: value for name, value in cluster.variables.items() if os.environ.get(name) != value}
-        yield (
-            cluster,
-            replace(
-                ground,
-                workers=2,
-                variables=variables,
-                flags=("--ray-address", cluster.address),
-                name="undisturbed-cluster",
-            ),
-        )
+        yield cluster, replace(ground, workers=2, variables=variables, flags=("--ray-address", cluster.address))
     finally:
         if head_words:
             cluster.close()
@@ -173,7 +169,7 @@ def _last_step(run: Program) -> int:
 def node_replaced(ground: Ground) -> Outcome:
     with on_cluster(ground) as (cluster, here):
         cluster.have(2)
-        reference, output = here.undisturbed(), here.folder / "node_replaced"
+        reference, output = ground.undisturbed(2), here.folder / "node_replaced"
         run = here.start(output)
         run.wait_for(r"^step 25/")
         struck, beyond = time.time(), _last_step(run)
@@ -189,7 +185,7 @@ def node_replaced(ground: Ground) -> Outcome:
 def node_lost(ground: Ground) -> Outcome:
     with on_cluster(ground) as (cluster, here):
         cluster.have(2)
-        reference, output = here.undisturbed(), here.folder / "node_lost"
+        reference, output = ground.undisturbed(2), here.folder / "node_lost"
         run = here.start(output, workers="1:2")
         run.wait_for(r"^step 25/")
         struck, beyond = time.time(), _last_step(run)
@@ -204,7 +200,7 @@ def node_lost(ground: Ground) -> Outcome:
 def node_returns(ground: Ground) -> Outcome:
     with on_cluster(ground) as (cluster, here):
         cluster.have(2)
-        reference, output = here.undisturbed(), here.folder / "node_returns"
+        reference, output = ground.undisturbed(2), here.folder / "node_returns"
         run = here.start(output, workers="1:2", pace_s=PACE_S)
         run.wait_for(r"^step 10/")
         cluster.one_that_trains().kill()
@@ -225,7 +221,7 @@ def node_returns(ground: Ground) -> Outcome:
 def node_preempted(ground: Ground) -> Outcome:
     with on_cluster(ground) as (cluster, here):
         cluster.have(2)
-        reference, output = here.undisturbed(), here.folder / "node_preempted"
+        reference, output = ground.undisturbed(2), here.folder / "node_preempted"
         run = here.start(output, pace_s=PACE_S)
         run.wait_for(r"^step 15/")
         before = list_checkpoints(output / "checkpoints")[0]
@@ -252,7 +248,7 @@ def node_preempted(ground: Ground) -> Outcome:
 def job_stopped(ground: Ground) -> Outcome:
     with on_cluster(ground) as (cluster, here):
         cluster.have(2)
-        reference, output = here.undisturbed(), here.folder / "job_stopped"
+        reference, output = ground.undisturbed(2), here.folder / "job_stopped"
 
         def submit(name: str) -> Program:
             variables = {FAULT: here.fault(output, pace_s=PACE_S), "RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -307,9 +303,8 @@ def spill_disk_full(ground: Ground) -> Outcome:
         words = ("--object-store-memory", "80000000", "--object-spilling-directory", str(disk))
         with on_cluster(ground, *words) as (cluster, here):
             cluster.have(1)
-            here = replace(here, workers=1, name="undisturbed-small-store")
             output = here.folder / "spill_disk_full"
-            run = here.start(output, pace_s=PACE_S)
+            run = here.start(output, pace_s=PACE_S, workers=1)
             run.wait_for(r"^step 10/")
             hog = Program([sys.executable, "-c", HOG, cluster.address], here.folder, cluster.variables)
             hog.wait_for("full:")
@@ -319,7 +314,8 @@ def spill_disk_full(ground: Ground) -> Outcome:
             assert run.wait() == 0, run.text
             said = f"{hog.line('full:')} {run.line('starting new workers')}"
             injected = "another program fills the object store (80 MB) and the disk for spilling (40 MB) for 15 s"
-            return here.compare(Outcome(injected, recovery(run, struck, beyond), said=said), output)
+            outcome = Outcome(injected, recovery(run, struck, beyond), said=said)
+            return here.compare(outcome, output, ground.undisturbed())
     finally:
         subprocess.run(["umount", str(disk)], check=False)
 

@@ -121,8 +121,6 @@ class Ground:
     workers: int | str = 1
     variables: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    name: str = "undisturbed"
-    """Of the run that nothing happens to."""
 
     def notes(self, output: Path) -> Path:
         """The folder for what a run leaves beside its output."""
@@ -159,7 +157,7 @@ class Ground:
     def undisturbed(self, workers: int | str | None = None, *fault: Any) -> Path:
         """The run that nothing happens to, or nothing but this; made once."""
         workers = workers or self.workers
-        output = self.folder / "-".join([self.name, str(workers), *(str(fault[0]).split() if fault else ())])
+        output = self.folder / "-".join(["undisturbed", str(workers), *(str(fault[0]).split() if fault else ())])
         if not self.last_checkpoint(output).is_dir():
             done = self.start(output, *fault, workers=workers)
             assert done.wait() == 0, done.text
