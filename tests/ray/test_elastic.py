@@ -21,10 +21,10 @@ import safetensors.torch
 import torch
 
 from mixmae.data.prepare import open_for_training
-from mixmae.jobs.classification import HELDOUT_IMAGES
 from mixmae.jobs.config import PretrainConfig
 from mixmae.jobs.in_process import build_seeded, train_in_process
 from mixmae.jobs.pretraining import PretrainJob
+from mixmae.jobs.supervised import HELDOUT_IMAGES
 from mixmae.tracking import points
 from pipelines.command import recipe_command
 from pipelines.pretrain import Arguments
