@@ -2,9 +2,9 @@
 
     python benchmarks/step.py                                        # the demo's sizes: about a minute
     python benchmarks/step.py --encoder swin_base --batch 8 --rounds 3 --steps 1            # about 7 minutes
-    python benchmarks/step.py --encoder swin_base --batch 8 --cases mixmae --images 4 --compiled --rounds 2 --steps 1
+    python benchmarks/step.py --encoder swin_base --batch 8 --cases mixmae --images 4 --compiled model --rounds 2
     python benchmarks/step.py --against PATH_OF_ANOTHER_CHECKOUT --cases mixmae       # this commit beside another
-    python benchmarks/step.py --device cuda --encoder swin_base --batch 128 --precision bfloat16 --compiled
+    python benchmarks/step.py --device cuda --encoder swin_base --batch 128 --precision bfloat16 --compiled blocks model
 
 Each arm is a process of its own, which has its model ready and trains a few steps when its turn comes; all see the same
 images. Arms, per number of images in a mix: plain (plain_mixmae.py, the official code's AdamW and gradient norm), ours,
@@ -97,8 +97,8 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, Spec]]:
             arms["plain"] = replace(ours, code="plain")
         if options.against:
             arms["before"] = replace(ours, root=str(options.against.resolve()))
-        if options.compiled:
-            arms["compiled"] = replace(ours, compiled=True)
+        for parts in options.compiled:
+            arms[f"compiled {parts}"] = replace(ours, compiled=parts)
         if options.recompute:
             arms["recompute"] = replace(ours, recompute=tuple(options.recompute))
         if "once" in options.cases:
@@ -117,9 +117,11 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, Spec]]:
             for name, arm in others.items()
             if arm.code == "ours"
         }
-    if options.compiled:
+    for parts in options.compiled:
         others |= {
-            f"{name} compiled": replace(arm, compiled=True) for name, arm in others.items() if arm.code == "ours"
+            f"{name} compiled {parts}": replace(arm, compiled=parts)
+            for name, arm in others.items()
+            if arm.code == "ours" and not arm.compiled
         }
     return {**groups, **({"others": others} if others else {})}
 
@@ -129,23 +131,29 @@ def measure(arms: dict[str, Spec], options: argparse.Namespace) -> dict[str, dic
     processes = {name: Process(spec) for name, spec in arms.items()}
     found: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
     report: dict[str, dict[str, Any]] = {}
+    peaks: dict[str, float] = {}
     try:
         for process in processes.values():
             process.ask(f"train {options.warmup}")
         for _ in range(options.rounds):
             for name, process in processes.items():
                 answer = process.ask(f"train {options.steps}")
+                if name not in peaks:  # of steps alone, after the first, in which the optimiser made its state
+                    peaks[name] = process.ask("memory")["bytes"] / 1e9
                 if name in ("ours", "before", "finetune"):
                     answer |= {f"products_{key}": value for key, value in process.ask("products").items()}
                 for key, value in answer.items():
                     found[name].setdefault(key, []).append(value)
+        if options.device == "cuda":
+            for name, process in processes.items():
+                found[name] |= {key: [value] for key, value in process.ask("kernels").items()}
         for name, process in processes.items():
             medians = {key: statistics.median(values) for key, values in found[name].items()}
             seconds = medians[f"{options.clock}_s"]
             report[name] = {
                 "images_per_s": arms[name].batch / seconds,
                 **medians,
-                "peak_gb": process.ask("memory")["bytes"] / 1e9,
+                "peak_gb": peaks[name],
                 "parameters": process.parameters,
             }
             if "products_seconds" in medians:
@@ -184,10 +192,12 @@ def _extras(name: str, process: Process, spec: Spec, options: argparse.Namespace
 
 def show(group: str, report: dict[str, dict[str, Any]]) -> None:
     """Print a group's table."""
-    columns = ("images_per_s", "wall_s", "cpu_s", "forward_s", "backward_s", "optimizer_s", "fraction_of_gemm")
-    print(f"\n{group:18}", *(f"{column:>16}" for column in (*columns, "gemm_gflops", "peak_gb")))
+    columns = ["images_per_s", "wall_s", "cpu_s", "forward_s", "backward_s", "optimizer_s", "fraction_of_gemm"]
+    columns += ["gemm_gflops", "peak_gb"]
+    columns += [column for column in ("kernel_s", "launches") if any(column in row for row in report.values())]
+    print(f"\n{group:18}", *(f"{column:>16}" for column in columns))
     for name, row in report.items():
-        numbers = (row.get(column) for column in (*columns, "gemm_gflops", "peak_gb"))
+        numbers = (row.get(column) for column in columns)
         print(f"{name:18}", *(" " * 16 if number is None else f"{number:16.4g}" for number in numbers), flush=True)
         if row.get("mfu"):
             print(f"{'':18} MFU {row['mfu']:.1%}")
@@ -204,7 +214,8 @@ def summary(reports: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
     every = {
         "ours_per_reference": ratios("ours", "plain", "images_per_s"),
-        "compiled_per_reference": ratios("compiled", "plain", "images_per_s"),
+        "blocks_per_reference": ratios("compiled blocks", "plain", "images_per_s"),
+        "model_per_reference": ratios("compiled model", "plain", "images_per_s"),
         "fraction_of_gemm": {
             name: round(report["ours"]["fraction_of_gemm"], 3) for name, report in reports.items() if "ours" in report
         },
@@ -228,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, default=32)
     add("--images", type=int, nargs="+", default=[2, 4], help="K: images of a mix")
     add("--cases", nargs="+", default=list(CASES), choices=CASES)
-    add("--compiled", action="store_true", help="also with torch.compile, which takes minutes")
+    add("--compiled", nargs="+", default=[], choices=("blocks", "model"), help="also with torch.compile")
     add("--no-plain", action="store_true", help="leave the plain step out")
     add("--against", type=Path, help="another checkout of this repository, measured beside this one")
     add("--recompute", type=int, nargs="+", help="also with blocks of these stages computed twice, for less memory")

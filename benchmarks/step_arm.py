@@ -5,6 +5,7 @@ It reads commands from stdin, one per line, and answers each with one line of JS
     products    all matrix products of a step, each alone at its own shape: seconds, FLOPs
     memory      bytes at the peak, beyond what the process had before the model was built
     check       ours beside the plain model, or compiled beside eager: relative differences of the loss and gradients
+    kernels     on a GPU: seconds of a step's kernels and copies, and how many they are
     profile     the operations (on a GPU the kernels) that take longest, as lines of text
     syncs       on a GPU: the places where the host waits for it
 """
@@ -67,7 +68,8 @@ class Spec:
     batch: int = 32
     images: int = 4
     pairing: str = "all"
-    compiled: bool = False
+    compiled: str = ""
+    """blocks, as --loop.compile does it, or model: as one graph."""
     precision: str = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -100,8 +102,12 @@ class Arm:
             self.optimizer = build_optimizer(self.model, optim)
         else:  # as the official code makes it
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=optim.betas, weight_decay=0.05)
-        if spec.compiled:
-            self.model.compile()
+        if spec.compiled == "blocks":
+            from mixmae.training.compile import compile_model  # an older commit has none
+
+            compile_model(self.model, torch.device("cuda"))
+        elif spec.compiled:
+            self.model.compile(dynamic=False)
         generator = torch.Generator().manual_seed(1)
         images = torch.randint(256, (spec.batch, 3, *self.size), dtype=torch.uint8, generator=generator)
         self.images = images.pin_memory() if spec.input == "pinned" else images
@@ -242,9 +248,7 @@ class Arm:
 
     def check(self) -> dict[str, Any]:
         """This arm beside a plain or, if it is compiled, an eager one, with the same weights."""
-        other = Arm(
-            dataclasses.replace(self.spec, **({"compiled": False} if self.spec.compiled else {"code": "plain"}))
-        )
+        other = Arm(dataclasses.replace(self.spec, **({"compiled": ""} if self.spec.compiled else {"code": "plain"})))
         other.model.load_state_dict(self.model.state_dict())
         (loss, found), (other_loss, expected) = self.gradients(), other.gradients()
         worst = max((float((found[name] - value).norm() / value.norm()), name) for name, value in expected.items())
@@ -270,22 +274,38 @@ class Arm:
         return {"seconds": seconds, "layer_seconds": layer_seconds, "flops": flops}
 
     def _time(self, work: Callable[[], object]) -> float:
-        clock = time.process_time if self.spec.clock == "cpu" else time.perf_counter
         work()
+        if self.device.type == "cuda":  # several in a row: the host's own time is not a product's
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._wait()
+            start.record()
+            for _ in range(10):
+                work()
+            end.record()
+            self._wait()
+            return start.elapsed_time(end) / 1e4
+        clock = time.process_time if self.spec.clock == "cpu" else time.perf_counter
         took = []
         for _ in range(3):
-            self._wait()
-            start = clock()
+            start_s = clock()
             work()
-            self._wait()
-            took.append(clock() - start)
+            took.append(clock() - start_s)
         return sorted(took)[1]
+
+    def kernels(self) -> dict[str, Any]:
+        """Of a step: seconds in which the GPU computed or copied, and how often the host told it to."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            self.steps(2)
+            self._wait()
+        events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return {"kernel_s": sum(e.self_device_time_total for e in events) / 2e6, "launches": len(events) / 2}
 
     def profile(self) -> dict[str, Any]:
         kind = torch.profiler.ProfilerActivity
         activities = [kind.CPU, *([kind.CUDA] if self.device.type == "cuda" else [])]
         with torch.profiler.profile(activities=activities) as found:
             self.steps(2)
+            self._wait()
         by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         return {"lines": found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60).splitlines()}
 

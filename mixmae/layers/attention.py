@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What a GPU may train with under a mask without a gradient. Not cuDNN, whose gradients were NaN where all scores of a
+row were low (an H200, torch 2.11, cuDNN 9.19; pytorch #196678)."""
 
 
 def on_cpu(tensor: Tensor) -> bool:
@@ -16,7 +21,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """Compute softmax(query key^T / sqrt(D) + bias) value.
 
     Torch's fused kernels do it, but on a CPU none of them gives a bias its gradient: torch then goes through the scores
-    many times, among others to look for rows without any key. Here it is done by hand, in three passes.
+    many times, among others to look for rows without any key. There it is done by hand, in three passes.
 
     Args:
         query, key, value: (B, N, T, D).
@@ -24,8 +29,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
             (every query may read one at least); or bool, True = may read; None = all may.
     Returns: (B, N, T, D).
     """
-    if bias is None or not on_cpu(query) or not (bias.requires_grad and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    scores += bias  # in place: no gradient needs the scores
-    return scores.softmax(dim=-1) @ value
+    if bias is not None and torch.is_grad_enabled():
+        if on_cpu(query) and bias.requires_grad:
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+            scores += bias  # in place: no gradient needs the scores
+            return scores.softmax(dim=-1) @ value
+        if not on_cpu(query) and not bias.requires_grad:
+            with sdpa_kernel(_MASKED_KERNELS):
+                return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

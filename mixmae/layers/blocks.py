@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmae.layers.attention import attend
 from mixmae.layers.drop_path import DropPath
 
 
@@ -61,7 +62,7 @@ class SelfAttention(nn.Module):
         batch, length, dim = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, C / N)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+        read = attend(query, key, value, attn_mask)
         return self.proj(read.transpose(1, 2).reshape(batch, length, dim))
 
 

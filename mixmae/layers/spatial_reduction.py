@@ -7,7 +7,8 @@ C channels, N heads, D = C / N.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from mixmae.layers.attention import attend
 
 
 class SpatialReductionAttention(nn.Module):
@@ -41,5 +42,5 @@ class SpatialReductionAttention(nn.Module):
         query = self.q(x).view(batch, height * width, self.num_heads, -1).transpose(1, 2)  # (B, N, H*W, D)
         pairs = self.kv(reduced).view(batch, -1, 2, self.num_heads, dim // self.num_heads)
         key, value = pairs.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, D)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+        read = attend(query, key, value, attn_mask)
         return self.proj(read.transpose(1, 2).reshape(x.shape))

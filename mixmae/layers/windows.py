@@ -259,7 +259,8 @@ class WindowAttention(nn.Module):
             strict=True,
         ):
             part = part.unflatten(1, (groups, tokens)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-            pairs = pairs.unflatten(1, (groups, tokens, tokens)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+            # A GPU's kernels want a bias in one piece: without, torch falls back to what keeps all scores.
+            pairs = pairs.unflatten(1, (groups, tokens, tokens)).permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
             query, key, value = part.unbind(0)
             read = attend(query, key, value, pairs)  # (B, groups * N, tokens, D), with a bias (M, groups * N, ...)
             reads.append(read.unflatten(1, (groups, heads)).transpose(2, 3).reshape(batch, groups * tokens, -1))

@@ -8,6 +8,7 @@ test_cuda.py looks at outputs without a gradient, for which torch chooses other 
 import pytest
 import torch
 
+from mixmae.layers.attention import attend
 from mixmae.layers.windows import WindowAttention, plan_sorted, plan_windows
 from mixmae.mixing import draw_group_map, group_sizes, upsample_group_map
 from tests.factories import noise_images, seeded, tiny_mixmae, tiny_pvt_v2, tiny_swin, tiny_vit
@@ -75,7 +76,9 @@ def test_no_gradient_reaches_another_group(build, precision):
     for feature in features:
         scale = feature.shape[2] // 3 if feature.shape[2] >= 3 else 1
         own = (group_map == 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
-        (gradient,) = torch.autograd.grad((feature.float() * own).sum(), images, retain_graph=True)
+        # Weighted, or a last norm leaves a gradient of zero: what it gives adds up to a constant.
+        weight = torch.linspace(-1, 1, feature.shape[1], device="cuda")[:, None, None]
+        (gradient,) = torch.autograd.grad((feature.float() * own * weight).sum(), images, retain_graph=True)
         assert gradient.isfinite().all()
         assert not (gradient * ~pixels).any()
         assert (gradient * pixels).any()
@@ -93,32 +96,43 @@ def test_evaluation_is_what_was_trained(build):
 
 
 def test_a_mask_with_low_scores_gives_finite_gradients():
-    """Rows whose scores are all below -88, T % 128 = 64, a bool mask: cuDNN returned NaN there (pytorch #196678)."""
+    """Rows whose scores are all below -88, T % 128 = 64, a bool mask: cuDNN returns NaN there (pytorch #196678)."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     query, key = (query.abs() * 20).requires_grad_(True), (-key.abs() * 20).requires_grad_(True)
     mask = torch.eye(64, device="cuda", dtype=torch.bool) | (torch.rand(1, 1, 64, 64, device="cuda") < 0.3)
-    torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    attend(query, key, value, mask).sum().backward()
     assert query.grad.isfinite().all()
     assert key.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_images", [2, 4])
-def test_compiled_it_is_the_eager_model(num_images):
-    """With draws in between, loss and gradients; biases of 144, 49, 36 and 9 columns, which kernels want aligned."""
+def test_compiled_it_is_the_eager_model(num_images, precision):
+    """With draws in between, loss and gradients; biases of 144, 49, 36 and 9 columns, which kernels want aligned.
+
+    In bfloat16 each rounds at other places, so both are held against float32: compiled may be no further from it.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     eager, compiled = (tiny_mixmae(num_images=num_images).cuda() for _ in range(2))
     compiled.compile()
     images = noise_images(8).cuda()
+
+    def step(method, seed, dtype):
+        method.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = method(images, generator=seeded(seed)).loss
+        loss.backward()
+        return loss.item(), torch.cat([parameter.grad.flatten() for parameter in method.parameters()])
+
     for seed in range(3):
-        losses = []
-        for method in (eager, compiled):
-            method.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                losses.append(method(images, generator=seeded(seed)).loss)
-            losses[-1].backward()
-        torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
-        for one, two in zip(eager.parameters(), compiled.parameters(), strict=True):
-            assert float((one.grad - two.grad).norm() / one.grad.norm()) < 5e-2
+        exact_loss, exact = step(eager, seed, torch.float32)
+        loss, found = step(compiled, seed, precision)
+        allowed = 1e-4
+        if precision == torch.bfloat16:
+            allowed = 2 * float((step(eager, seed, precision)[1] - exact).norm() / exact.norm())
+        assert loss == pytest.approx(exact_loss, rel=1e-2 if precision == torch.bfloat16 else 1e-5)
+        assert float((found - exact).norm() / exact.norm()) < allowed
 
 
 def test_deterministic_steps_repeat_their_bits(monkeypatch):

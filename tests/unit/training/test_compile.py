@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch import nn
+
+from mixmae.layers import attention
+from mixmae.training.compile import compile_model
+from tests.factories import noise_images, seeded, tiny_mixmae
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are compiled, by a backend that runs them as they are."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph
+
+    compiling = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiling(self, backend=backend, **options))
+    torch._dynamo.reset()
+    return found
+
+
+def test_for_a_gpu_blocks_of_a_stage_share_a_graph(monkeypatch, graphs):
+    """And no step compiles anew: the draws change, the shapes do not. Names stay as they are."""
+    monkeypatch.setattr(attention, "on_cpu", lambda tensor: False)  # windows are masked and grids sorted as on a GPU
+    plain, compiled = tiny_mixmae(num_images=2), tiny_mixmae(num_images=2)
+    compile_model(compiled, torch.device("cuda"))
+    images, names = noise_images(4), list(plain.state_dict())
+    assert list(compiled.state_dict()) == names
+    counts = []
+    for seed in range(3):
+        losses = [method(images, generator=seeded(seed)).loss for method in (plain, compiled)]
+        losses[1].backward()
+        torch.testing.assert_close(losses[1], losses[0])
+        counts.append(len(graphs))
+    stages = plain.encoder.stages
+    assert counts == [len(stages)] * 3  # the decoder's only block is also its last, of which hidden tokens take a half
+    assert sum(len(stage.blocks) for stage in stages) > len(stages)
+
+
+def test_on_a_cpu_all_is_one_graph(graphs):
+    compiled = tiny_mixmae(num_images=2)
+    compile_model(compiled, torch.device("cpu"))
+    for seed in range(3):
+        compiled(noise_images(4), generator=seeded(seed)).loss.backward()
+    assert len(graphs) == 1
