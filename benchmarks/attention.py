@@ -89,7 +89,7 @@ def build(
         "masked": lambda x: attention(x, masked),
         "detached": detached,
     }
-    with mock.patch.object(windows, "MIN_SORTED_TOKENS", 0):
+    with mock.patch.object(windows, "_sorting_pays", return_value=True):
         together, split = (plan_sorted(groups, sizes, window, together=way) for way in (True, False))
     if together is not None and split is not None:
         found["sorted"] = lambda x: together.unsort(attention(together.sort(x), together))

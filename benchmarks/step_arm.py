@@ -103,9 +103,9 @@ class Arm:
         else:  # as the official code makes it
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=optim.betas, weight_decay=0.05)
         if spec.compiled == "blocks":
-            from mixmae.training.compile import compile_model  # an older commit has none
+            from mixmae.training.compile import compile_blocks  # an older commit has none
 
-            compile_model(self.model, torch.device("cuda"))
+            compile_blocks(self.model, torch.device("cuda"))
         elif spec.compiled:
             self.model.compile(dynamic=False)
         generator = torch.Generator().manual_seed(1)

@@ -100,7 +100,10 @@ def plan_windows(
 
 
 MIN_SORTED_TOKENS = 32
-"""Tokens of a grid from which on sorting pays: in smaller ones masked scores cost less than more and smaller calls."""
+"""Tokens of a grid from which on sorting pays on a CPU: in smaller ones masked scores cost less than more and smaller
+calls."""
+TILE = 64
+"""Queries and keys that a GPU's kernels compute at once: a group of 13 tokens costs them as much as one of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ def plan_sorted(
     Returns: the plan; None where windows are to be masked.
     """
     height, width = groups.shape[1:]
-    if height * width < MIN_SORTED_TOKENS or not sizes:
+    if not sizes or not _sorting_pays(height * width, sizes, attention.on_cpu(groups)):
         return None
     if window < max(height, width):
         if not attention.on_cpu(groups) or torch.compiler.is_compiling():
@@ -179,6 +182,13 @@ def plan_sorted(
         for down, right in zip(_by_group(rows, runs), _by_group(columns, runs), strict=True)
     ]
     return SortedPlan(order=order, places=order.argsort(dim=1), runs=tuple(runs), offsets=torch.cat(offsets, dim=1))
+
+
+def _sorting_pays(tokens: int, sizes: Sequence[int], on_cpu: bool) -> bool:
+    """Whether scores of each group alone cost less than those of a whole grid, masked. See plan_sorted."""
+    if on_cpu:
+        return tokens >= MIN_SORTED_TOKENS
+    return sum((-(-size // TILE)) ** 2 for size in sizes) < (-(-tokens // TILE)) ** 2
 
 
 def _by_group(places: Tensor, runs: Sequence[tuple[int, int]]) -> list[Tensor]:

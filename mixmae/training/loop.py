@@ -53,7 +53,7 @@ class LoopConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass (autocast); weights and optimiser stay float32."""
     compile: bool = False
-    """Compile the model with torch.compile: on a GPU its blocks, on a CPU as one graph."""
+    """On a GPU, compile the blocks of the model with torch.compile. On a CPU it changes nothing."""
     recompute_stages: tuple[int, ...] = ()
     """Stages of the encoder, counted from 1, whose blocks keep only their input and are computed again for the backward
     pass: less memory, and up to a third more time for these stages. A plain ViT is one stage."""

@@ -41,7 +41,7 @@ from mixmae.training.checkpoint import (
     save_checkpoint,
     verify,
 )
-from mixmae.training.compile import compile_model
+from mixmae.training.compile import compile_blocks
 from mixmae.training.diverged import write_diverged
 from mixmae.training.elastic import Elastic
 from mixmae.training.ema import WeightAverage
@@ -320,7 +320,7 @@ def _run_worker(
 
     trained: nn.Module = model
     if job.loop.compile:
-        compile_model(model, device)
+        compile_blocks(model, device)
     with contextlib.ExitStack() as stack:
         if store is not None and rank == 0:
             say = partial(_note, mailbox)

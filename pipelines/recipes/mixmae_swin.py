@@ -43,6 +43,7 @@ def paper_run(encoder: EncoderConfig, *, epochs: int, micro_batch_size: int | No
             batch_size=1024,
             micro_batch_size=micro_batch_size,
             precision="bfloat16",
+            compile=True,  # on an H200, 87 ms of kernels per step of Swin-B instead of 125 (docs/benchmarks)
         ),
     )
 

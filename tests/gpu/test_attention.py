@@ -1,4 +1,4 @@
-"""The kernels of training, with their gradients. Not yet run: marked gpu, skipped where there is no CUDA device.
+"""The kernels of training, with their gradients. Marked gpu: skipped where there is no CUDA device.
 
 python -m pytest -m gpu -k "not demo" tests/gpu
 

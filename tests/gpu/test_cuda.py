@@ -1,4 +1,4 @@
-"""What only a GPU can show. Not yet run: marked gpu, skipped where there is no CUDA device.
+"""What only a GPU can show. Marked gpu: skipped where there is no CUDA device.
 
 python -m pytest -m gpu
 """
