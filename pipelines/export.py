@@ -4,6 +4,9 @@
 
 SOURCE is the folder of a run or a sweep (its best weights, else its last checkpoint), a checkpoint's folder, an encoder
 file, a hub folder, or official, mmpretrain, timm, SimMIM, MAE or PVT weights (docs/weights.md).
+
+Of a run of segmentation, onnx and pt2 are the whole model; of a run of detection, its dense part. The other formats are
+of its encoder.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from mixmae.convert.metadata import NOT_STATED
 from mixmae.convert.programs import check_onnx, write_onnx, write_pt2
 from mixmae.encoders.build import config_to_json
 from mixmae.flops import count_parameters
+from mixmae.jobs.exporting import DenseExport, read_dense
 from mixmae.training.run_folder import run_around, stem_of
 from mixmae.writing import writing
 from pipelines.command import command
@@ -71,17 +75,24 @@ def export(arguments: Arguments) -> int:
     )
     run = run_around(arguments.source) if arguments.source.is_dir() else None
     folder = arguments.output or Path("exports") / (run.name if run else stem_of(arguments.source))
-    targets = {name: folder / FILES[name].format(kind=item.kind) for name in dict.fromkeys(arguments.formats)}
+    dense = read_dense(arguments.source, item) if PROGRAMS.keys() & set(arguments.formats) else None
+    program = dense or item
+    kinds = {name: program.kind if name in PROGRAMS else item.kind for name in arguments.formats}
+    targets = {name: folder / FILES[name].format(kind=kind) for name, kind in kinds.items()}
     there = [str(path) for path in targets.values() if path.exists()]
     if there and not arguments.overwrite:
         raise ValueError(f"{', '.join(there)} there already: choose another --output, or pass --overwrite")
-    for name in targets:
-        CHECKS.get(name, lambda _: None)(item)  # before anything is written
+    for name in targets:  # before anything is written
+        if name == "onnx":
+            check_onnx(program)
+        elif name in ("official", "mmpretrain"):
+            check_paper_swin(item)
     print(f"{arguments.source}: {describe(item.state)}, {count_parameters(item.model) / 1e6:.1f} M parameters")
     for name, path in targets.items():
         with writing(path, overwrite=arguments.overwrite) as partial:
-            note = WRITERS[name](item, partial)
-        print(f"{name:<10} {path}  {_megabytes(path)}{note}")
+            note = PROGRAMS[name](program, partial) if name in PROGRAMS else WRITERS[name](item, partial)
+        remark = dense.remark if dense and name in PROGRAMS else ""
+        print(f"{name:<10} {path}  {_megabytes(path)}{note}{remark}")
     return 0
 
 
@@ -134,16 +145,10 @@ FILES: dict[Format, str] = {
 WRITERS: dict[Format, Callable[[Export, Path], str]] = {
     "encoder": write_encoder,
     "hub": write_hub,
-    "onnx": write_onnx,
-    "pt2": write_pt2,
     "official": write_official,
     "mmpretrain": write_mmpretrain,
 }
-CHECKS: dict[Format, Callable[[Export], None]] = {
-    "onnx": check_onnx,
-    "official": check_paper_swin,
-    "mmpretrain": check_paper_swin,
-}
+PROGRAMS: dict[Format, Callable[[Export | DenseExport, Path], str]] = {"onnx": write_onnx, "pt2": write_pt2}
 
 
 def main(argv: list[str] | None = None) -> int:

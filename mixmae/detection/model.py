@@ -130,7 +130,7 @@ class Rpn(nn.Module):
         return (
             [level.float().permute(0, 2, 3, 1).flatten(1) for level in logits],
             # (B, ratios * 4, H, W): the four numbers of an anchor lie side by side
-            [level.float().permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in offsets],
+            [level.float().permute(0, 2, 3, 1).reshape(level.shape[0], -1, 4) for level in offsets],
         )
 
 

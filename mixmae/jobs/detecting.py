@@ -29,7 +29,7 @@ from mixmae.machine import Device
 from mixmae.objects import Detections
 from mixmae.pixels import normalise
 from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE, upgraded
-from mixmae.training.run_folder import weights_of
+from mixmae.training.run_folder import checkpoint_of
 
 IMAGES_AT_ONCE = 8
 
@@ -87,7 +87,7 @@ def pasted(objects: Detections, size: tuple[int, ...]) -> Iterator[NDArray[np.bo
 def is_detection(path: Path) -> bool:
     """Whether a path is a run of detection, or one of its checkpoints."""
     try:
-        content = json.loads((weights_of(path.expanduser()) / STATE_FILE).read_text(encoding="utf-8"))
+        content = json.loads((checkpoint_of(path) / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return "detector" in content.get("config", {})
@@ -98,7 +98,7 @@ def load_finder(path: Path, *, device: Device = "auto", batch_size: int = IMAGES
 
     Raises: ValueError if it is no such run.
     """
-    folder = weights_of(path.expanduser())
+    folder = checkpoint_of(path)
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         config, classes = upgraded(state["config"]), tuple(state["classes"])

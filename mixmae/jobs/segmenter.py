@@ -26,7 +26,7 @@ from mixmae.pixels import normalise
 from mixmae.segmentation.slide import slide
 from mixmae.segmentation.upernet import UPerNet, UPerNetConfig, resized
 from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE, upgraded
-from mixmae.training.run_folder import weights_of
+from mixmae.training.run_folder import checkpoint_of
 
 WINDOWS_AT_ONCE = 16
 
@@ -74,7 +74,7 @@ class Segmenter:
 def is_segmentation(path: Path) -> bool:
     """Whether a path is a run of segmentation, or one of its checkpoints."""
     try:
-        content = json.loads((weights_of(path.expanduser()) / STATE_FILE).read_text(encoding="utf-8"))
+        content = json.loads((checkpoint_of(path) / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return "head" in content.get("config", {})
@@ -85,7 +85,7 @@ def load_segmenter(path: Path, *, device: Device = "auto", batch_size: int = WIN
 
     Raises: ValueError if it is no such run.
     """
-    folder = weights_of(path.expanduser())
+    folder = checkpoint_of(path)
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         config, classes = upgraded(state["config"]), tuple(state["classes"])

@@ -23,7 +23,7 @@ from typing import Any
 
 from mixmae.lock import LOCK_FILE
 from mixmae.stores import store_uri, without_secrets
-from mixmae.training.checkpoint import STATE_FILE, list_checkpoints, read_state, step_of, upgraded
+from mixmae.training.checkpoint import MODEL_FILE, STATE_FILE, list_checkpoints, read_state, step_of, upgraded
 from mixmae.training.run_store import RunStore
 from mixmae.writing import recover, write_json, write_text
 
@@ -204,6 +204,15 @@ def weights_of(path: Path) -> Path:
     if last is None:
         raise ValueError(f"{path} is a run without a checkpoint yet: let it train on, or choose another one.")
     return last
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint's folder when a user names a run's folder, a checkpoint's, or the file of weights in one.
+
+    Raises: as weights_of.
+    """
+    folder = weights_of(path.expanduser())
+    return folder.parent if folder.name == MODEL_FILE else folder
 
 
 def stem_of(path: Path) -> str:
