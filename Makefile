@@ -41,10 +41,11 @@ detect: $(READY)  ## teach the same checkpoint, or PRETRAINED, to find the objec
 	$(BIN)/python pipelines/detect.py $(RECIPE) --pretrained "$(PRETRAINED)" $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 SPACE ?= demo
-# A space of pretraining starts from nothing, and has no classifier to register. Prints nothing for such a space.
+# A space of pretraining starts from nothing, and it and one of detection have no model to register. These print nothing.
 FINETUNES = $(shell $(BIN)/python -c 'from tune_spaces import SPACES; "$(SPACE)" in SPACES and SPACES["$(SPACE)"].pretrains or print("yes")')
+REGISTERS = $(shell $(BIN)/python -c 'from tune_spaces import SPACES; "$(SPACE)" in SPACES and not SPACES["$(SPACE)"].registers or print("yes")')
 sweep: $(READY)  ## try the settings of SPACE (default: the demo, 6 short trials of finetuning the same checkpoint)
-	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(FINETUNES),--pretrained "$(PRETRAINED)" --register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
+	$(BIN)/python pipelines/sweep.py $(SPACE) $(if $(FINETUNES),--pretrained "$(PRETRAINED)") $(if $(REGISTERS),--register-model "mixmae-$(SPACE)") $(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(ARGS)
 
 # One process for the tests that start Ray, and one for each other core, up to three, for the rest (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --no-loadscope-reorder

@@ -70,7 +70,8 @@ def sweep(arguments: Arguments, name: str) -> int:
     if run is None:
         return 0
     if arguments.register_model is not None:
-        claim_model_name(run.uri, arguments.register_model)
+        kind = "segmenter" if isinstance(config, SegmentConfig) else "classifier"
+        claim_model_name(run.uri, arguments.register_model, kind)
     job = make_job(run)
     if isinstance(config, SupervisedConfig):
         if pretrained is None:
@@ -175,6 +176,11 @@ def choose_space(arguments: Arguments, name: str) -> Space:
         raise ValueError(
             f"the trials of {name} are pretraining, from nothing to an encoder: leave out --pretrained and "
             "--register-model."
+        )
+    if arguments.register_model and not space.registers:
+        raise ValueError(
+            f"the trials of {name} are detectors, whose output has no fixed shape, so that none can be registered: "
+            "leave out --register-model; the sweep's link `best` leads to the best one's weights."
         )
     if isinstance(arguments.config, PretrainConfig) and arguments.config.probe.images == 0:
         raise ValueError(f"the trials of {name} are judged by their probe: --probe.images cannot be 0.")

@@ -148,6 +148,11 @@ class Space:
         return self.metric.startswith("probe/")
 
     @property
+    def registers(self) -> bool:
+        """Whether its best model can be a registered one; a detector's output has no fixed shape."""
+        return not self.pretrains and not self.metric.startswith(("val/box_", "val/mask_"))
+
+    @property
     def mode(self) -> Literal["max", "min"]:
         """Whether the best trial has the largest or the smallest value of the metric."""
         return "min" if self.metric == "val/loss" else "max"

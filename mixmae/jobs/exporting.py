@@ -1,6 +1,6 @@
 """Models of segmentation and detection as programs: the forms that mixmae.convert.programs writes.
 
-Legend: B images, C channels, H W pixels of the input, N classes, h w the first stage's grid, A anchors of all levels.
+Legend: B images, C channels, H W pixels of the input, A anchors of all levels.
 """
 
 from __future__ import annotations
@@ -20,19 +20,8 @@ from mixmae.detection.model import Detector
 from mixmae.jobs.detecting import is_detection, load_finder
 from mixmae.jobs.segmenter import is_segmentation, load_segmenter
 from mixmae.panels import palette
-from mixmae.segmentation.upernet import UPerNet, resized
-
-
-class PixelClasses(nn.Module):
-    """A UPerNet with the classes that it finds: normalised (B, C, H, W) -> scores (B, N, h, w), classes (B, H, W)."""
-
-    def __init__(self, model: UPerNet) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.model(images)
-        return scores, resized(scores, images.shape[-2:]).argmax(dim=1)
+from mixmae.segmentation.predictor import PixelClasses
+from mixmae.segmentation.upernet import UPerNet
 
 
 class DensePart(nn.Module):

@@ -7,13 +7,14 @@ from typing import Any
 
 from mixmae.tracking.store import TRAINING_SIDE, RunRef, TrackingError, connect
 
-MODEL_TAG = ("mixmae", "classifier")
-"""The tag of registered models that are ours."""
+MODEL_TAG = "mixmae"
+"""The tag of registered models that are ours; its value is their kind."""
 
 
-def claim_model_name(uri: str, name: str) -> None:
+def claim_model_name(uri: str, name: str, kind: str = "classifier") -> None:
     """Check that versions can be added to a registered model of this name; it is created if it is new.
 
+    Args: kind: of the models, all of which take and give the same; "classifier" or "segmenter".
     Raises: TrackingError if the name is something else's, or the store has no registry.
     """
     from mlflow.exceptions import MlflowException
@@ -22,15 +23,18 @@ def claim_model_name(uri: str, name: str) -> None:
     try:
         known = {model.name: model for model in client.search_registered_models(f"name = '{name}'")}
         if name not in known:
-            client.create_registered_model(name, tags=dict([MODEL_TAG]))
+            client.create_registered_model(name, tags={MODEL_TAG: kind})
             return
     except (MlflowException, OSError) as error:
         raise TrackingError(
             f"The model {name!r} cannot be registered in {uri} ({str(error).splitlines()[0][:300]}): correct the name "
             "or the store."
         ) from error
-    if MODEL_TAG not in known[name].tags.items():
+    theirs = known[name].tags.get(MODEL_TAG)
+    if theirs is None:
         raise TrackingError(f"The registered model {name!r} in {uri} is not one of ours: choose another name.")
+    if theirs != kind:
+        raise TrackingError(f"The registered model {name!r} in {uri} is a {theirs}, and this a {kind}: choose another.")
 
 
 def register_model(run: RunRef, model: Any, example: Any, name: str, metadata: Mapping[str, Any]) -> str:

@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray import tune
+from torch import nn
 
 from mixmae.data.blocks import eval_batch
 from mixmae.finetune.classification import Predictor
 from mixmae.inference import load_classifier
-from mixmae.jobs.classification import ClassificationJob
 from mixmae.jobs.config import to_json
 from mixmae.jobs.job import PLAIN_NAMES, Job
 from mixmae.jobs.record import read_record
+from mixmae.jobs.segmentation import SegmentationJob
+from mixmae.jobs.segmenter import load_segmenter
 from mixmae.jobs.supervised import SupervisedJob
+from mixmae.segmentation.predictor import PixelPredictor
+from mixmae.segmentation.upernet import UPerNet
 from mixmae.tracking import (
     NOTE_TAG,
     RunRef,
@@ -199,21 +203,21 @@ def write_results(
 
 def register(shared: Sweep, run_id: str, name: str) -> str:
     """Add the best weights of the winner's run to MLflow's registry.   Returns: the version."""
-    assert isinstance(shared.job, ClassificationJob)
-    classifier = load_classifier(shared.folder / "best", device="cpu")
-    preprocessing = classifier.metadata.preprocessing
-    version = register_model(
-        replace(shared.run, run_id=run_id),
-        Predictor(classifier.model, mean=preprocessing.mean, std=preprocessing.std).eval(),
-        eval_batch(
-            shared.job.validation,
-            range(2),
-            preprocessing.image_size,
-            channels=classifier.metadata.encoder.in_channels,
-        ).numpy(),
-        name,
-        {"classes": list(shared.job.classes)},
-    )
+    assert isinstance(shared.job, SupervisedJob)
+    best, metadata = shared.folder / "best", {"classes": list(shared.job.classes)}
+    model: nn.Module
+    if isinstance(shared.job, SegmentationJob):
+        segmenter = load_segmenter(best, device="cpu")
+        assert isinstance(segmenter.model, UPerNet)
+        size, mean, std = segmenter.augment.size, segmenter.mean, segmenter.std
+        model = PixelPredictor(segmenter.model, mean=mean, std=std)
+    else:
+        classifier = load_classifier(best, device="cpu")
+        preprocessing = classifier.metadata.preprocessing
+        size, mean, std = preprocessing.image_size, preprocessing.mean, preprocessing.std
+        model = Predictor(classifier.model, mean=mean, std=std)
+    example = eval_batch(shared.job.validation, range(2), size, channels=len(mean)).numpy()
+    version = register_model(replace(shared.run, run_id=run_id), model.eval(), example, name, metadata)
     print(f"model       models:/{name}@best, version {version}")
     return version
 

@@ -30,6 +30,7 @@ class TestMistakes:
             (["demo", "--pretrained", "nowhere"], "nowhere"),
             (["demo_pretrain", "--pretrained", "nowhere"], "leave out --pretrained"),
             (["demo_pretrain", "--register-model", "name"], "leave out --pretrained and --register-model"),
+            (["demo_detect", "--register-model", "name"], "the trials of demo_detect are detectors"),
             (["demo_pretrain", "--probe.images", "0"], "--probe.images cannot be 0"),
             (["demo_pretrain", "--loop.batch-size", "18"], "A batch of 18 images cannot be mixed 4 at a time"),
             (

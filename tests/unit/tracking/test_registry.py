@@ -18,3 +18,5 @@ def test_the_name_of_a_model_that_is_not_ours_is_refused(tmp_path, mlflow_db):
     MlflowClient(tracking_uri=uri).create_registered_model("theirs")
     with pytest.raises(TrackingError, match=r"'theirs' .* is not one of ours: choose another name"):
         claim_model_name(uri, "theirs")
+    with pytest.raises(TrackingError, match=r"'shapes' .* is a classifier, and this a segmenter: choose another"):
+        claim_model_name(uri, "shapes", "segmenter")

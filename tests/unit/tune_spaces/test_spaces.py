@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mixmae.jobs.config import PretrainConfig
+from mixmae.jobs.config import DetectConfig, PretrainConfig
 from pipelines.sweep import base_config
 from tune_spaces import SPACES
 from tune_spaces.fields import get_field, set_fields
@@ -16,6 +16,7 @@ def test_every_space_fits_its_recipe(name):
     base = base_config(SPACES[name])
     SPACES[name].check(base)
     assert SPACES[name].pretrains == isinstance(base, PretrainConfig)
+    assert SPACES[name].registers == (not isinstance(base, PretrainConfig | DetectConfig))
     for point in SPACES[name].points(seed=0):
         config = set_fields(base, point)
         assert {field: get_field(config, field) for field in point} == point
