@@ -89,6 +89,13 @@ def stats(
 
     sources = {split: open_source(source, split) for split in list_splits(source)}
     folder = writable_folder(output)
+    known = {}
+    for split, opened in sources.items():  # before the account, which then has what was met in the objects, too
+        try:
+            known[split] = has_objects(opened)
+        except DataError as error:  # what is wrong with masks or objects does not hide the rest
+            report(f"note: of the {split} images no masks or objects: {error}")
+            known[split] = False
     met = account(sources)
     for line in met.lines():
         report(line)
@@ -102,7 +109,7 @@ def stats(
         content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
         for line in _lines(split, content["splits"][split]):
             report(line)
-        if has_objects(opened):
+        if known[split]:
             chosen = permutation(opened.num_rows, Draw.HOLDOUT, seed)[:sample]
             content["splits"][split]["objects"] = count_objects(opened, np.sort(chosen))
             for line in object_lines(content["splits"][split]["objects"]):

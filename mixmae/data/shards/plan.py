@@ -156,9 +156,16 @@ def plan_source(
         "tiles": tile,
     }
     facts = [f"{split} {source.digest}" for split, source in sorted(sources.items())]
-    met = account(sources)
     class_names = sources["train"].class_names
-    dense = dense_classes(sources["train"])
+    known = {split: dense_classes(source) for split, source in sources.items()}
+    dense = known["train"]
+    for split, classes in known.items():
+        if classes is not None and classes != dense:
+            raise DataError(
+                f"the {split} images of {location} have other classes of pixels or objects than the train "
+                "images: take both of one release"
+            )
+    met = account(sources)  # of what was met when the truth was asked for, too
     return ShardPlan(
         jobs=jobs,
         schema=shard_schema(class_names, labelled=any(source.has_labels for source in sources.values()), dense=dense),

@@ -17,7 +17,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -39,9 +39,11 @@ from mixmae.data.truth import IGNORE, MAX_CLASSES, DenseClasses, Truth, encode_m
 from mixmae.machine import usable_cores
 
 RULE_FILE = "masks.json"
+NAME_FILES = ("classes.txt", "classnames.txt")
+"""Names of classes, one per line."""
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _EXAMPLE = '{"classes": ["road", "car"], "values": [1, 2], "ignore": [0, 255]}'
-_LOOKED_AT = 200
+LOOKED_AT = 200
 """Masks that are looked at when a set is opened, spread over each split."""
 
 CITYSCAPES = {
@@ -183,9 +185,8 @@ def list_masks(storage: Storage, root: str, files: Sequence[StoredFile]) -> Mask
         unlisted = [pair.image.relative for pair in pairs.values() if pair.image.relative not in listed]
         if unlisted:
             tally.add("images are in no list of ImageSets and are left out", unlisted[0], count=len(unlisted))
-        return MaskListing(
-            layout=layout.title, splits=splits, rule=_rule(storage, root, layout.title, kinds), notes=tally.notes
-        )
+        rule = rule_of_folder(storage, root, layout.title, kinds)
+        return MaskListing(layout=layout.title, splits=splits, rule=rule, notes=tally.notes)
     return None
 
 
@@ -224,8 +225,14 @@ def _split(storage: Storage, root: str, layout: _Layout, pairs: dict[str, Masked
     return splits
 
 
-def _rule(storage: Storage, root: str, layout: str, kinds: set[str | None]) -> MaskRule | None:
-    """What the masks' values mean, by a file or by the layout; None if neither says."""
+def rule_of_folder(
+    storage: Storage, root: str, layout: str, kinds: Collection[str | None] = frozenset()
+) -> MaskRule | None:
+    """What the masks' values mean, by a file or by the layout; None if neither says.
+
+    Args: layout: title of one, or another word.  kinds: of Cityscapes' masks, labelIds or labelTrainIds.
+    Raises: DataError for files that do not say it.
+    """
     try:
         content = json.loads(storage.read_file(f"{root}/{RULE_FILE}"))
     except OSError:
@@ -253,7 +260,7 @@ def _rule(storage: Storage, root: str, layout: str, kinds: set[str | None]) -> M
     if layout == "ADE20K":
         names = _ade_names(storage, root)
         return MaskRule(classes=names, values=tuple(range(1, 151)), ignore=(0, IGNORE))
-    for name in ("classes.txt", "classnames.txt"):
+    for name in NAME_FILES:
         try:
             lines = storage.read_file(f"{root}/{name}").decode("utf-8-sig", "surrogateescape").splitlines()
         except OSError:
@@ -309,7 +316,7 @@ def open_masked(
 ) -> MaskedFiles:
     """Images with masks as a source.   Raises: DataError if hardly any of its masks can be used."""
     pairs = listing.splits[split]
-    rule = listing.rule or _rule_of_values(
+    rule = listing.rule or _rule_of_masks(
         storage, tuple(pair.mask for part in listing.splits.values() for pair in part), storage.shown(root)
     )
     base = open_files(storage, root, name, [ImageFile(pair.image, -1) for pair in pairs], None, met)
@@ -320,7 +327,7 @@ def open_masked(
         rule=rule,
         dense=DenseClasses(pixels=rule.classes),
     )
-    _refuse_hopeless(source, storage.shown(root))
+    _look_at(source, storage.shown(root))
     return source
 
 
@@ -328,6 +335,8 @@ def read_values(content: bytes | OSError) -> Uint8Array:
     """The values (H, W) uint8 of a mask file, as they are stored.   Raises: DecodeError with a one-line reason."""
     if isinstance(content, OSError):
         raise DecodeError(f"its mask cannot be read: {content.strerror or content}")
+    if content[:2] == b"\xff\xd8":
+        raise DecodeError("its mask is a JPEG, whose pixels do not keep their values: save masks as PNG")
     try:
         with Image.open(io.BytesIO(content)) as image:
             mode = image.mode
@@ -347,13 +356,20 @@ def read_values(content: bytes | OSError) -> Uint8Array:
     raise DecodeError(f"its mask has colours (mode {mode}) instead of one value for each pixel: save class indices")
 
 
-def _rule_of_values(storage: Storage, masks: Sequence[StoredFile], shown: str) -> MaskRule:
-    """The rule where nobody says: values 0 to the largest are classes, 255 is ignored.   Raises: DataError."""
+def _rule_of_masks(storage: Storage, masks: Sequence[StoredFile], shown: str) -> MaskRule:
+    """The rule where nobody says.   Raises: DataError."""
     print(
         f"note: reading {len(masks)} masks of {shown} once, to know their classes; classes.txt would say them",
         flush=True,
     )
-    seen = _values_of(storage, tuple(masks))
+    return rule_of_values(_values_of(storage, tuple(masks)), shown)
+
+
+def rule_of_values(seen: tuple[int, ...], shown: str) -> MaskRule:
+    """The rule that values tell: 0 to the largest are classes, 255 is ignored.
+
+    Args: seen: all values that occur, in order.  shown: names the set.   Raises: DataError.
+    """
     classes = [value for value in seen if value != IGNORE]
     if not classes:
         raise DataError(f"no mask of {shown} has a value below 255: say what values mean in {RULE_FILE}: {_EXAMPLE}")
@@ -389,24 +405,33 @@ def _values_of(storage: Storage, masks: tuple[StoredFile, ...]) -> tuple[int, ..
     return tuple(np.flatnonzero(found).tolist())
 
 
-def _refuse_hopeless(source: MaskedFiles, shown: str) -> None:
-    """Look at some masks, and refuse a set most of whose masks cannot be used: another rule must be meant."""
-    rows = np.unique(np.linspace(0, source.num_rows - 1, min(_LOOKED_AT, source.num_rows)).astype(np.int64))
-    problems, counted = [], 0
-    for row in rows.tolist():
-        (content,) = source.storage.read_files([source.masks[row].path])
+def _look_at(source: MaskedFiles, shown: str) -> None:
+    rows = np.unique(np.linspace(0, source.num_rows - 1, min(LOOKED_AT, source.num_rows)).astype(np.int64))
+    masks = [source.masks[row] for row in rows.tolist()]
+    contents = ((mask.relative, source.storage.read_files([mask.path])[0]) for mask in masks)
+    refuse_hopeless(source.rule, contents, shown)
+
+
+def refuse_hopeless(rule: MaskRule, masks: Iterable[tuple[str, bytes | OSError]], shown: str) -> None:
+    """Look at some masks, and refuse a set most of whose masks cannot be used: another rule must be meant.
+
+    Args: masks: names and contents.  shown: names the set.   Raises: DataError.
+    """
+    problems, counted, count = [], 0, 0
+    for name, content in masks:
+        count += 1
         try:
-            counted += int((source.rule.apply(read_values(content)) != IGNORE).sum())
+            counted += int((rule.apply(read_values(content)) != IGNORE).sum())
         except DecodeError as error:
-            problems.append(f"{escaped(source.masks[row].relative)}: {error}")
-    if 2 * len(problems) > len(rows):
+            problems.append(f"{escaped(name)}: {error}")
+    if 2 * len(problems) > count:
         raise DataError(
-            f"{len(problems)} of {len(rows)} masks of {shown} that were looked at cannot be used, for example "
-            f"{problems[0]}; {len(source.rule.classes)} classes are expected: correct the masks, or say what their "
+            f"{len(problems)} of {count} masks of {shown} that were looked at cannot be used, for example "
+            f"{problems[0]}; {len(rule.classes)} classes are expected: correct the masks, or say what their "
             f"values mean in {RULE_FILE}: {_EXAMPLE}"
         )
     if not counted:
         raise DataError(
-            f"all pixels of the {len(rows)} masks of {shown} that were looked at are ignored: say what their values "
+            f"all pixels of the {count} masks of {shown} that were looked at are ignored: say what their values "
             f"mean in {RULE_FILE}: {_EXAMPLE}"
         )

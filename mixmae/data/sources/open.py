@@ -322,7 +322,9 @@ def _open(found: _Collection, split: str) -> Source:
     name = f"{escaped(found.label)}/{split}"
     if found.layout == "parquet":
         manifest = _manifest(found)
-        return open_parquet(storage, name, files, found.beside, manifest=manifest, others=others, met=met)
+        return open_parquet(
+            storage, name, files, found.beside, root=found.root, manifest=manifest, others=others, met=met
+        )
     if found.layout == "tar":
         return open_tars(storage, name, files, _tar_class_names(found), others=others, met=met)
     if found.layout == "list":

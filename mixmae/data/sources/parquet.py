@@ -22,6 +22,7 @@ from mixmae.data.account import Met, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.source import Chunked, DataError, Sample, short_digest
 from mixmae.data.sources.contents import changed, content_digests
+from mixmae.data.sources.hub_truth import HubColumns, HubTruth, find_columns, learn_truth, rule_facts
 from mixmae.data.sources.labels import number_classes
 from mixmae.data.sources.shard_index import (
     LENGTH_BYTES,
@@ -96,13 +97,55 @@ class ParquetSource(Chunked):
     """Class index by what the label column holds, which is text or truth; None: it holds the index, as a number."""
     class_names: tuple[str, ...] | None
     has_labels: bool
-    met: tuple[Met, ...]
-    dense: DenseClasses | None = None
+    opened: tuple[Met, ...]
+    """What was met when it was opened."""
+    own_dense: DenseClasses | None = None
+    """What our own shards know about pixels."""
+    hub: HubColumns | None = None
+    """The columns of truth of files in Hugging Face's layouts."""
+    root: str = ""
+    """The folder that was named, where files may say what masks mean."""
+    others: tuple[StoredFile, ...] = ()
+    """Files of other splits."""
 
     @property
     def files(self) -> tuple[str, ...]:
         """Paths in storage order, absolute if they are local."""
         return tuple(file.path for file in self.stored)
+
+    @property
+    def met(self) -> tuple[Met, ...]:
+        learnt: HubTruth | None = self.__dict__.get("_hub_truth")
+        if learnt is None or not learnt.notes:
+            return self.opened
+        return (*self.opened, Met(f"{self.opened[0].place}, its objects", {}, learnt.notes))
+
+    @property
+    def dense(self) -> DenseClasses | None:
+        """What is known about pixels.   Raises: DataError where it is not clear what masks or objects mean."""
+        return self.own_dense if self.hub is None else self._hub_truth.dense
+
+    @cached_property
+    def _hub_truth(self) -> HubTruth:
+        assert self.hub is not None
+        return learn_truth(self.hub, self._hub_rows, self.image_column, self.storage, self.root)
+
+    def _hub_rows(self, columns: Sequence[str], also_others: bool) -> Iterator[Mapping[str, Any]]:
+        """Rows of the files, and perhaps of those of other splits that have the same columns; see ReadRows."""
+        for file in (*self.stored, *(self.others if also_others else ())):
+            handle = _parquet_file(self.storage, file.path, self.storage.identity(file.path), threading.get_ident())
+            if find_columns(handle.schema_arrow, self.image_column) != self.hub:
+                if file in self.stored:
+                    raise DataError(
+                        f"{self.storage.shown(file.path)} has other columns or classes of masks or objects than "
+                        f"{escaped(self.stored[0].relative)}: keep one schema in a folder"
+                    )
+                continue
+            try:
+                for batch in handle.iter_batches(batch_size=64, columns=list(columns), use_threads=False):
+                    yield from batch.to_pylist()
+            except Exception as error:
+                raise _unreadable(self.storage, file.path, error) from error
 
     @property
     def exact_reads(self) -> bool:
@@ -115,6 +158,7 @@ class ParquetSource(Chunked):
             f"{file.relative.rpartition('/')[2]} {contents} {count}"
             for file, contents, count in zip(self.stored, self._contents, rows, strict=True)
         ]
+        facts += [] if self.hub is None else rule_facts(self.storage, self.root)
         return short_digest("\n".join([*facts, repr(self.class_names)]))
 
     @cached_property
@@ -183,9 +227,16 @@ class ParquetSource(Chunked):
         columns = ["image_id", "height", "width"]
         columns += [SEGMENTATION_COLUMN] if self.dense.pixels else []
         columns += [OBJECTS_COLUMN] if self.dense.objects else []
+        columns = columns if self.hub is None else self.hub.columns
         path = self.files[self.chunk_files[chunk]]
         table = _row_groups.read(self.storage, path, int(self.chunk_groups[chunk]), columns)
-        return [_truth(row) for row in table.take(pa.array(np.asarray(rows_in_chunk, dtype=np.int64))).to_pylist()]
+        rows = table.take(pa.array(np.asarray(rows_in_chunk, dtype=np.int64))).to_pylist()
+        if self.hub is None:
+            return [_truth(row) for row in rows]
+        samples = self.read(chunk, rows_in_chunk)
+        return [
+            self._hub_truth.truth(row, sample.data, sample.where) for row, sample in zip(rows, samples, strict=True)
+        ]
 
     def read_labels(self) -> Int64Array:
         if self.label_column is None:
@@ -221,13 +272,15 @@ def open_parquet(
     files: Sequence[StoredFile],
     sidecars: Collection[str],
     *,
+    root: str = "",
     manifest: Mapping[str, Any] = MappingProxyType({}),
     others: Sequence[StoredFile] = (),
     met: Sequence[Met] = (),
 ) -> ParquetSource:
     """Open Parquet files with the same columns and check that they are whole.
 
-    Args:   sidecars: paths of the index files that are there.  manifest: of the set, if it has one.
+    Args:   sidecars: paths of the index files that are there.  root: the folder that was named.
+            manifest: of the set, if it has one.
             others: files of other splits, whose classes have numbers of the same range.  met: of the collection.
     Raises: DataError if a file is damaged, no column holds images, or the images are not in the files.
     """
@@ -244,7 +297,8 @@ def open_parquet(
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     schema = schemas[0]
     image_column = _image_column(schema, storage.shown(files[0].path))
-    label_column, notes = _label_column(schema, storage.shown(files[0].path))
+    hub = None if RESTART_COLUMN in schema.names else find_columns(schema, image_column)  # our shards say it themselves
+    label_column, notes = _label_column(schema, storage.shown(files[0].path), hub.columns if hub else ())
     for file, (_, stamp) in zip(files, checked, strict=True):
         if stamp is None and index_path(file.path) in sidecars:
             notes.add(
@@ -307,8 +361,11 @@ def open_parquet(
         label_index=label_index,
         class_names=class_names,
         has_labels=has_labels,
-        dense=_dense_classes(schema),
-        met=(
+        own_dense=_dense_classes(schema),
+        hub=hub,
+        root=root,
+        others=tuple(others),
+        opened=(
             Met(place, {"Parquet files": len(files), "rows": num_rows}, notes.notes),
             *_packed(storage, files, manifest),
             *met,
@@ -399,11 +456,14 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _label_column(schema: pa.Schema, shown: str) -> tuple[str | None, Tally]:
-    """The column with the classes, if there is one, and a note if one of such a name cannot be read."""
+def _label_column(schema: pa.Schema, shown: str, taken: Collection[str]) -> tuple[str | None, Tally]:
+    """The column with the classes, if there is one, and a note if one of such a name cannot be read.
+
+    Args: taken: columns that are known to hold something else.
+    """
     tally = Tally()
     for name in _LABEL_COLUMNS:
-        if name in schema.names:
+        if name in schema.names and name not in taken:
             if _label_kind(schema.field(name).type):
                 return name, tally
             what = f"columns of labels cannot be read, {name!r} of type {schema.field(name).type}"

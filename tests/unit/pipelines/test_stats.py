@@ -14,6 +14,7 @@ from PIL import Image
 
 from mixmae.data.source import DataError
 from pipelines.stats import CAPTION_PX, CELL_PX, stats
+from tests.unit.data.sources.test_hub_truth import as_lists, detected, masked, png, stripes
 
 ROOT = Path(__file__).parents[3]
 
@@ -91,3 +92,19 @@ def test_command_line(photos, tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: the data path")
     assert "Traceback" not in failed.stderr
+
+
+def test_parquet_with_objects_or_masks(tmp_path):
+    """What is wrong with objects is counted; masks that are not clear are said to be, and the images are described."""
+    objects = as_lists([[[90.0, 1.0, 5.0, 5.0]], *[[[1.0, 1.0, 5.0, 5.0]]] * 19], [[0]] * 20)
+    lines: list[str] = []
+    folder = detected(tmp_path / "objects" / "train.parquet", objects)
+    content = stats(str(folder), tmp_path / "out", report=lines.append)
+    assert content["splits"]["train"]["objects"]["objects"] == 19
+    assert "outside of their image" in json.dumps(content["met"])
+    assert any("boxes that are empty or outside of their image are left out" in line for line in lines)
+
+    folder = masked(tmp_path / "masks" / "train.parquet", *[png(stripes(0, 255))] * 3)
+    content = stats(str(folder), tmp_path / "more", report=lines.append)
+    assert content["splits"]["train"]["rows"] == 3
+    assert any("of the train images no masks or objects: the masks of" in line for line in lines)

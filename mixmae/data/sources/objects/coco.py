@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixmae.data.account import Tally, escaped
 from mixmae.data.source import DataError
 from mixmae.data.sources.annotations import is_annotation
-from mixmae.data.sources.objects.raw import RawImage, RawObject, RawSet, clean
+from mixmae.data.sources.objects.raw import RawImage, RawObject, RawSet, boxes_are_corners, clean
 from mixmae.data.sources.splits import split_of
 from mixmae.data.sources.storage import Storage, StoredFile
 
 _OTHERS = re.compile(r"(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_.*\.json")
 _LOOKS_LIKE = re.compile(rb'"(images|annotations|categories)"')
 _HEAD_BYTES = 1 << 16
-_MANY = 0.1
-"""A convention of boxes that puts more than this share of them outside of their images is not the file's."""
 
 
 def read_coco(storage: Storage, root: str, beside: Sequence[StoredFile]) -> RawSet | None:
@@ -113,7 +111,7 @@ def _images(content: Any, shown: str, index: Mapping[int, int], tally: Tally) ->
         images.setdefault(number, image)
     if not images:
         raise DataError(f"{shown} names no image")
-    corners = _boxes_are_corners(content["annotations"], images, shown)
+    corners = boxes_are_corners(_boxes(content["annotations"], images), shown)
     if corners:
         what = "boxes are corners (x0 y0 x1 y1) where COCO has x y width height, and are read as corners"
         tally.add(what, shown, count=len(content["annotations"]))
@@ -125,26 +123,16 @@ def _images(content: Any, shown: str, index: Mapping[int, int], tally: Tally) ->
     return list(images.values())
 
 
-def _boxes_are_corners(annotations: Sequence[Any], images: Mapping[Any, RawImage], shown: str) -> bool:
-    """Whether boxes are x0 y0 x1 y1.   Raises: DataError if they are neither that nor x y width height."""
-    outside, wrong, count = 0, 0, 0
+def _boxes(
+    annotations: Sequence[Any], images: Mapping[Any, RawImage]
+) -> Iterator[tuple[Sequence[float], tuple[int, int]]]:
+    """The boxes that are four numbers, with the sizes of their images."""
     for item in annotations:
         try:
             a, b, c, d = map(float, item["bbox"])
-            height, width = images[item["image_id"]].size or (1, 1)
+            yield (a, b, c, d), images[item["image_id"]].size or (1, 1)
         except (KeyError, TypeError, ValueError):
             continue
-        count += 1
-        outside += a + c > 1.01 * width + 1 or b + d > 1.01 * height + 1
-        wrong += c < a or d < b or c > 1.01 * width + 1 or d > 1.01 * height + 1
-    if outside <= _MANY * count:
-        return False
-    if wrong <= _MANY * count:
-        return True
-    raise DataError(
-        f"{outside} of the {count} boxes of {shown} reach beyond their images as x y width height, and {wrong} make no "
-        "sense as x0 y0 x1 y1: write them as COCO does, [x, y, width, height] in pixels"
-    )
 
 
 def _object(

@@ -5,7 +5,7 @@ Coordinates are pixels of the image that was annotated, or shares of its sides (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,11 @@ from mixmae.data.source import DataError
 
 SMALLEST = 1e-3
 """Boxes with a shorter side, in pixels, are empty; of shares, a thousandth of that."""
+
+_MANY = 0.1
+"""A convention of boxes that puts more than this share of them outside of their images is not the file's."""
+_A_FEW = 8
+"""So many boxes without a number above 1 are no accident."""
 
 Box = tuple[float, float, float, float]
 
@@ -111,6 +116,33 @@ def clean(
     if beyond > (1.0 if size else 1e-3):
         tally.add("boxes reach beyond their image and are cut", where)
     return RawObject(box=cut, polygons=tuple(kept), rle=rle, **others)
+
+
+def boxes_are_corners(boxes: Iterable[tuple[Sequence[float], tuple[int, int]]], shown: str) -> bool:
+    """Whether boxes are x0 y0 x1 y1.
+
+    Args: boxes: four numbers each, with the (h, w) of their images.  shown: names the file.
+    Raises: DataError if they are neither that nor x y width height.
+    """
+    outside, wrong, count, largest = 0, 0, 0, 0.0
+    for (a, b, c, d), (height, width) in boxes:
+        count += 1
+        outside += a + c > 1.01 * width + 1 or b + d > 1.01 * height + 1
+        wrong += c < a or d < b or c > 1.01 * width + 1 or d > 1.01 * height + 1
+        largest = max(largest, a, b, c, d)
+    if count >= _A_FEW and 0 < largest <= 1:
+        raise DataError(
+            f"the {count} boxes of {shown} have no number above 1, so they are shares of their images: write them as "
+            "COCO does, [x, y, width, height] in pixels"
+        )
+    if outside <= _MANY * count:
+        return False
+    if wrong <= _MANY * count:
+        return True
+    raise DataError(
+        f"{outside} of the {count} boxes of {shown} reach beyond their images as x y width height, and {wrong} make no "
+        "sense as x0 y0 x1 y1: write them as COCO does, [x, y, width, height] in pixels"
+    )
 
 
 def put_together(images: Sequence[RawImage], tally: Tally) -> list[RawImage]:
