@@ -17,7 +17,7 @@ from mixmae.data.channels import check_channels
 from mixmae.data.source import DataError, Source
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.truth import read_truths
-from mixmae.detection.coco import DetectionScores, confusion, score_detections
+from mixmae.detection.coco import DetectionScores, score_detections
 from mixmae.detection.pictures import draw_objects
 from mixmae.jobs.detecting import Finder
 from mixmae.jobs.detection import (
@@ -30,15 +30,14 @@ from mixmae.jobs.detection import (
     predict_rows,
     rows_of,
     truths_of,
+    worst_rows,
     write_classes,
     write_confusion,
 )
+from mixmae.jobs.supervised import WORST_FILE
 from mixmae.training.run_folder import weights_of
 from mixmae.writing import write_json, write_text, writing_table
 from pipelines.segmented import decoded, stored_name
-
-WORST = 20
-"""Images in which most objects are missed or invented, which worst.png shows."""
 
 
 def evaluate_detection(finder: Finder, source: Source, model: Path, folder: Path) -> int:
@@ -66,21 +65,10 @@ def evaluate_detection(finder: Finder, source: Source, model: Path, folder: Path
     scores = score_detections(truths, predictions, finder.class_names, numbers, masks=finder.model.config.masks)
     if not scores.figures:
         raise DataError(f"no image of {source.name} has an object: there is nothing to judge by.")
-    mistakes = []
-    for truth, row in zip(truths, sorted(found), strict=True):
-        own = [{**item, "image_id": truth.image_id} for item in found[row]]
-        counts = confusion([truth], own, numbers)
-        mistakes.append((int(counts.sum() - counts.trace()), row))
-    worst = sorted(mistakes, reverse=True)[:WORST]
-    wrong = np.array(sorted(row for count, row in worst if count), dtype=np.int64)
-    if len(wrong):
-        shown = [
-            item
-            for batch in read_annotated(dense, wrong, channels=finder.channels, batch_size=EVAL_IMAGES)
-            for item in batch
-            if isinstance(item, Annotated)
-        ]
-        panel_of(finder, shown).save(folder / "worst.png")
+    worst = worst_rows(truths, found, numbers)
+    batches = read_annotated(dense, np.array(sorted(worst)), channels=finder.channels, batch_size=EVAL_IMAGES)
+    shown = {item.row: item for batch in batches for item in batch if isinstance(item, Annotated)}
+    panel_of(finder, [shown[row] for row in worst]).save(folder / WORST_FILE)
     write_results(scores, predictions, finder.class_names, folder)
     content = {
         "model": str(weights_of(model)),
@@ -94,8 +82,7 @@ def evaluate_detection(finder: Finder, source: Source, model: Path, folder: Path
     print(
         f"{weights_of(model)} on {source.name}: {summary(scores)}\n"
         f"{len(found)} images judged; {images_per_s:.1f} images/s on {finder.device.type}\n"
-        f"{folder}: metrics.json, {CLASSES_FILE}, {CONFUSION_FILE}, {PREDICTIONS_FILE}"
-        f"{', worst.png' if len(wrong) else ''}"
+        f"{folder}: metrics.json, {CLASSES_FILE}, {CONFUSION_FILE}, {PREDICTIONS_FILE}, {WORST_FILE}"
     )
     if broken:
         print(f"left out: {name_broken(broken, source.num_rows)}")

@@ -18,15 +18,13 @@ from mixmae.data.pairs import Pair, read_pairs
 from mixmae.data.source import DataError, Sample, Source, read_rows
 from mixmae.data.sources import list_splits, open_source
 from mixmae.data.truth import dense_classes, encode_map, with_maps
-from mixmae.jobs.segmentation import EVAL_IMAGES, judge, write_classes
+from mixmae.jobs.segmentation import EVAL_IMAGES, judge, panel_of, write_classes
 from mixmae.jobs.segmenter import Segmenter
-from mixmae.segmentation.pictures import Shown, overlay, palette, segmentation_panel
+from mixmae.jobs.supervised import WORST, WORST_FILE
+from mixmae.segmentation.pictures import overlay, palette
 from mixmae.segmentation.scores import pixel_scores
 from mixmae.training.run_folder import weights_of
 from mixmae.writing import write_json, writing_table
-
-WORST = 20
-"""Images with the least right pixels, which worst.png shows."""
 
 
 def evaluate_segmentation(segmenter: Segmenter, source: Source, model: Path, folder: Path) -> int:
@@ -51,11 +49,10 @@ def evaluate_segmentation(segmenter: Segmenter, source: Source, model: Path, fol
     for batch in read_pairs(dense, rows, channels=segmenter.channels, batch_size=EVAL_IMAGES):
         broken += [item for item in batch if isinstance(item, BrokenRecord)]
         for pair in (item for item in batch if isinstance(item, Pair)):
-            counted, summed = judge(segmenter, [pair])
+            counted, summed, (share,) = judge(segmenter, [pair])
             confusion += counted.cpu()
             loss += summed.item()
-            if counted.sum():
-                worst.append(((counted.diagonal().sum() / counted.sum()).item(), pair))
+            worst.append((share, pair))
         worst = sorted(worst, key=lambda item: item[0])[:WORST]
     images_per_s = (len(rows) - len(broken)) / (time.monotonic() - start)
     if not confusion.sum():
@@ -76,13 +73,12 @@ def evaluate_segmentation(segmenter: Segmenter, source: Source, model: Path, fol
     write_json(folder / "metrics.json", content)
     with writing_table(folder / "classes.csv") as table:
         write_classes(table, segmenter.class_names, scores)
-    shown = [Shown(pair.pixels, pair.indices, segmenter.predict([pair.pixels])[0]) for _, pair in worst]
-    segmentation_panel(shown, segmenter.class_names).save(folder / "worst.png")
+    panel_of(segmenter, [pair for _, pair in worst]).save(folder / WORST_FILE)
     print(
         f"{weights_of(model)} on {source.name}: mIoU {scores.miou:.2%}, mean accuracy {scores.macc:.2%}, "
         f"pixel accuracy {scores.aacc:.2%}, loss {metrics['loss']:.4f}\n"
         f"{content['num_judged']} images judged; {images_per_s:.1f} images/s on {segmenter.device.type}\n"
-        f"{folder}: metrics.json, classes.csv, worst.png"
+        f"{folder}: metrics.json, classes.csv, {WORST_FILE}"
     )
     if absent:
         print(f"{len(absent)} classes are in no mask, and in no mean of accuracies: {', '.join(absent[:5])}")

@@ -34,6 +34,7 @@ from mixmae.data.truth import DenseSource, read_truths
 from mixmae.detection.coco import (
     DetectionScores,
     ImageTruth,
+    confusion,
     require_pycocotools,
     score_detections,
     write_rows,
@@ -44,7 +45,7 @@ from mixmae.detection.pictures import SHOWN_SCORE, Drawn, Row, detection_panel
 from mixmae.encoders.build import build_encoder
 from mixmae.jobs.config import DetectConfig
 from mixmae.jobs.detecting import Finder, finder_of, pasted
-from mixmae.jobs.supervised import SupervisedJob
+from mixmae.jobs.supervised import WORST, WORST_FILE, SupervisedJob
 from mixmae.machine import threads_per_process
 from mixmae.objects import Detections, unpack_targets
 from mixmae.step import StepOutput
@@ -52,7 +53,7 @@ from mixmae.tracking import JournalTracker
 from mixmae.training.checkpoint import read_state
 from mixmae.training.failures import TrainingStopped
 from mixmae.training.loop import TrainState
-from mixmae.writing import write_text, writing_table
+from mixmae.writing import write_text, writing, writing_table
 
 EVAL_IMAGES = 16
 """Images that a worker evaluates at once."""
@@ -102,7 +103,11 @@ class DetectionJob(SupervisedJob):
 
     @property
     def pictures(self) -> Mapping[str, str]:
-        return {CLASSES_FILE: "AP and recall of each class", CONFUSION_FILE: "what objects were taken for"}
+        return {
+            CLASSES_FILE: "AP and recall of each class",
+            CONFUSION_FILE: "what objects were taken for",
+            WORST_FILE: "the images with the most mistakes",
+        }
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "category_ids": list(self.category_ids)}
@@ -121,7 +126,7 @@ class DetectionJob(SupervisedJob):
 
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
         """COCO's figures of the whole validation set, of which each worker evaluates its part. Rank 0 scores them, and
-        writes classes.csv, confusion.csv and predictions.json."""
+        writes classes.csv, confusion.csv, predictions.json and worst.png."""
         if num_workers > 1:  # rank 0's statistics of batch norms are those that are saved
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -137,7 +142,7 @@ class DetectionJob(SupervisedJob):
             parts: list[Any] = [None] * num_workers
             dist.all_gather_object(parts, found)
             found = {row: predictions for part in parts for row, predictions in part.items()}
-        answer: list[Any] = [self._score(found) if rank == 0 else None]
+        answer: list[Any] = [self._score(finder, found) if rank == 0 else None]
         if num_workers > 1:
             dist.broadcast_object_list(answer, src=0)
         if answer[0] is None:
@@ -182,7 +187,7 @@ class DetectionJob(SupervisedJob):
             self.broken.update({item.where: item for item in batch if isinstance(item, BrokenRecord)})
             yield [item for item in batch if isinstance(item, Annotated)]
 
-    def _score(self, found: Mapping[int, list[dict[str, Any]]]) -> dict[str, float] | None:
+    def _score(self, finder: Finder, found: Mapping[int, list[dict[str, Any]]]) -> dict[str, float] | None:
         """The figures of an evaluation; None if there is nothing to judge by."""
         truths, predictions = truths_of(with_objects(self.validation), found)
         scores = score_detections(
@@ -195,6 +200,10 @@ class DetectionJob(SupervisedJob):
         with writing_table(self.folder / CONFUSION_FILE) as table:
             write_confusion(table, scores, self.classes)
         write_text(self.folder / PREDICTIONS_FILE, json.dumps(predictions))
+        worst = worst_rows(truths, found, self.category_ids)
+        items = {item.row: item for batch in self._images(np.array(sorted(worst)), None) for item in batch}
+        with writing(self.folder / WORST_FILE) as partial:
+            panel_of(finder, [items[row] for row in worst]).save(partial)
         figures = {f"val/{name}": value for name, value in scores.figures.items()}
         if self.num_classes <= CURVES:
             figures |= {f"ap/{plain_name(item.name)}": item.ap for item in scores.classes if item.ap is not None}
@@ -231,6 +240,22 @@ def truths_of(
     known = [image_truth(numbers[row], truths[row]) for row in sorted(found)]
     predictions = [{**item, "image_id": numbers[row]} for row in sorted(found) for item in found[row]]
     return known, predictions
+
+
+def worst_rows(
+    truths: Sequence[ImageTruth], found: Mapping[int, list[dict[str, Any]]], category_ids: Sequence[int]
+) -> list[int]:
+    """The rows of the images in which most objects are missed, invented or taken for others, at most WORST of them.
+
+    Args: truths, found: as truths_of gives and takes them.
+    Returns: the worst first.
+    """
+    mistakes = []
+    for truth, row in zip(truths, sorted(found), strict=True):
+        own = [{**item, "image_id": truth.image_id} for item in found[row]]
+        counts = confusion([truth], own, category_ids)
+        mistakes.append((int(counts.trace() - counts.sum()), row))
+    return [row for _, row in sorted(mistakes)[:WORST]]
 
 
 def image_truth(number: int, truth: Any) -> ImageTruth:

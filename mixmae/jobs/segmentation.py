@@ -27,7 +27,7 @@ from mixmae.encoders.build import build_encoder
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import SegmentConfig
 from mixmae.jobs.segmenter import Segmenter, segmenter_of
-from mixmae.jobs.supervised import SupervisedJob
+from mixmae.jobs.supervised import WORST, WORST_FILE, SupervisedJob
 from mixmae.machine import local_processes, threads_per_process
 from mixmae.segmentation.pictures import Shown, segmentation_panel
 from mixmae.segmentation.scores import PixelScores, count_pixels, pixel_scores
@@ -36,7 +36,7 @@ from mixmae.segmentation.upernet import UPerNet
 from mixmae.step import StepOutput
 from mixmae.tracking import JournalTracker
 from mixmae.training.failures import TrainingStopped
-from mixmae.writing import writing_table
+from mixmae.writing import writing, writing_table
 
 EVAL_IMAGES = 16
 """Images that a worker evaluates at once."""
@@ -89,7 +89,7 @@ class SegmentationJob(SupervisedJob):
 
     @property
     def pictures(self) -> Mapping[str, str]:
-        return {CLASSES_FILE: "IoU and accuracy of each class"}
+        return {CLASSES_FILE: "IoU and accuracy of each class", WORST_FILE: "the images with the most wrong pixels"}
 
     def build_model(self) -> nn.Module:
         model = UPerNet(build_encoder(self.config.sized_encoder()), self.num_classes, self.config.head)
@@ -105,22 +105,27 @@ class SegmentationJob(SupervisedJob):
 
     def evaluate(self, model: nn.Module, *, rank: int, num_workers: int) -> dict[str, float]:
         """mIoU, mean and overall accuracy and loss of all pixels of the validation set, of which each worker evaluates
-        its part; of up to CURVES classes the IoU, too. Rank 0 writes classes.csv."""
+        its part; of up to CURVES classes the IoU, too. Rank 0 writes classes.csv and worst.png."""
         if num_workers > 1:  # rank 0's statistics of batch norms are those that are saved
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         segmenter = segmenter_of(model, self.config, self.classes)
         confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=segmenter.device)
         loss = torch.zeros((), dtype=torch.float64, device=segmenter.device)
+        worst: list[tuple[float, int]] = []
         rows = np.array_split(np.arange(self.validation.num_rows), num_workers)[rank]
         with ThreadPoolExecutor(threads_per_process(local_processes(num_workers))) as pool:
             for pairs in self._pairs(rows, pool):
-                counted, summed = judge(segmenter, pairs)
+                counted, summed, shares = judge(segmenter, pairs)
                 confusion += counted
                 loss += summed
+                worst = sorted([*worst, *zip(shares, (pair.row for pair in pairs), strict=True)])[:WORST]
         if num_workers > 1:
             dist.all_reduce(confusion)
             dist.all_reduce(loss)
+            parts: list[Any] = [None] * num_workers
+            dist.all_gather_object(parts, worst)
+            worst = sorted(item for part in parts for item in part)[:WORST]
         if not confusion.sum():
             raise TrainingStopped(
                 f"No image of {self.validation.name} could be used, or none of its pixels has a class: repair it, or "
@@ -129,6 +134,7 @@ class SegmentationJob(SupervisedJob):
         scores = pixel_scores(confusion.cpu())
         if rank == 0:
             self._write_classes(scores)
+            self._draw_worst(segmenter, [row for _, row in worst])
         figures = {
             "val/loss": loss.item() / int(confusion.sum()),
             "val/miou": scores.miou,
@@ -145,9 +151,7 @@ class SegmentationJob(SupervisedJob):
         """Truth beside prediction, and where they differ, of the same validation images each time."""
         if not self._shown:
             return None, {}
-        predicted = segmenter_of(model, self.config, self.classes).predict([pair.pixels for pair in self._shown])
-        rows = [Shown(pair.pixels, pair.indices, indices) for pair, indices in zip(self._shown, predicted, strict=True)]
-        return segmentation_panel(rows, self.classes), {}
+        return panel_of(segmenter_of(model, self.config, self.classes), self._shown), {}
 
     def open_tracker(self) -> JournalTracker:
         return JournalTracker(self.folder, panel="segmentation")
@@ -165,25 +169,42 @@ class SegmentationJob(SupervisedJob):
             self.broken.update({item.where: item for item in batch if isinstance(item, BrokenRecord)})
             yield [item for item in batch if isinstance(item, Pair)]
 
+    def _draw_worst(self, segmenter: Segmenter, rows: Sequence[int]) -> None:
+        """Draw images, in the order of the rows."""
+        pairs = {pair.row: pair for part in self._pairs(np.array(sorted(rows)), None) for pair in part}
+        with writing(self.folder / WORST_FILE) as partial:
+            panel_of(segmenter, [pairs[row] for row in rows]).save(partial)
+
     def _write_classes(self, scores: PixelScores) -> None:
         """IoU, accuracy and pixels of each class, as of the last evaluation."""
         with writing_table(self.folder / CLASSES_FILE) as table:
             write_classes(table, self.classes, scores)
 
 
-def judge(segmenter: Segmenter, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+def judge(segmenter: Segmenter, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, list[float]]:
     """Compare the model's classes with the truth.
 
-    Returns: the confusion matrix (N, N) int64, and the sum of the cross entropy over pixels, both of these images.
+    Returns: the confusion matrix (N, N) int64, and the sum of the cross entropy over pixels, both of these images; and
+        of each image the share of its pixels that are right, 1 where none has a class.
     """
     num_classes = len(segmenter.class_names)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     loss = torch.zeros((), dtype=torch.float64, device=segmenter.device)
-    for scores, pair in zip(segmenter.scores([pair.pixels for pair in pairs]), pairs, strict=True):
+    shares = torch.ones(len(pairs), dtype=torch.float64, device=segmenter.device)
+    for index, (scores, pair) in enumerate(zip(segmenter.scores([pair.pixels for pair in pairs]), pairs, strict=True)):
         truth = torch.from_numpy(pair.indices).to(segmenter.device)
-        confusion += count_pixels(scores.argmax(dim=0), truth, num_classes)
+        counted = count_pixels(scores.argmax(dim=0), truth, num_classes)
+        confusion += counted
+        shares[index] = (counted.diagonal().sum().double() / counted.sum()).nan_to_num(1.0)
         loss += F.cross_entropy(scores[None], truth[None].long(), ignore_index=IGNORE, reduction="sum").double()
-    return confusion, loss
+    return confusion, loss, shares.tolist()
+
+
+def panel_of(segmenter: Segmenter, pairs: Sequence[Pair]) -> Image.Image:
+    """Truth, prediction and errors of images."""
+    found = segmenter.predict([pair.pixels for pair in pairs])
+    shown = [Shown(pair.pixels, pair.indices, indices) for pair, indices in zip(pairs, found, strict=True)]
+    return segmentation_panel(shown, segmenter.class_names)
 
 
 def write_classes(table: Any, class_names: Sequence[str], scores: PixelScores) -> None:

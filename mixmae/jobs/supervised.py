@@ -24,6 +24,8 @@ from mixmae.training.loop import LoopConfig, TrainState
 
 HELDOUT_IMAGES = 10_000
 """Most images that are held out of a set without a validation split; never more than a tenth of it."""
+WORST, WORST_FILE = 20, "worst.png"
+"""Most images of an evaluation that are shown because the model does worst on them, and the picture's file."""
 INITIAL_FILE = "initial.safetensors"
 """The pretrained encoder as it was loaded, in the folder of a run or of a sweep."""
 

@@ -21,6 +21,7 @@ from mixmae.data.shards.write import StoredImage, shard_schema, write_shard
 from mixmae.data.source import DataError, RowRange, Source
 from mixmae.data.sources import open_source
 from mixmae.data.truth import Truth
+from mixmae.detection.coco import ImageTruth
 from mixmae.encoders.swin import swin_base, with_dense_windows
 from mixmae.jobs import detection
 from mixmae.jobs.config import DetectConfig
@@ -341,10 +342,32 @@ def test_a_set_is_scored(tmp_path, monkeypatch, capsys):
 def test_the_images_with_most_mistakes_are_shown(tmp_path):
     from pipelines.evaluate import main
 
-    _, _, folder = saved(tmp_path, scenes(tmp_path / "set", 6))
+    job, model, folder = saved(tmp_path, scenes(tmp_path / "set", 6))
     output = tmp_path / "out"
     assert main([str(folder), "--data", str(tmp_path / "set"), "--split", "train", "--output", str(output)]) == 0
     assert Image.open(output / "worst.png").size[1] > 500
+    job.evaluate(model, rank=0, num_workers=1)
+    assert "worst.png" in job.pictures
+    assert Image.open(tmp_path / "run/worst.png").size == Image.open(output / "worst.png").size
+
+
+def test_missed_invented_and_mistaken_objects_count(tmp_path):
+    box = np.array([[10, 10, 30, 30]], dtype=np.float32)
+    truths = [
+        ImageTruth(number, (64, 64), box, np.array([0]), np.array([400.0]), np.array([False]), (b"",))
+        for number in (70, 71, 72, 73)
+    ]
+
+    def guess(category, x=10, score=0.9):
+        return {"image_id": 0, "category_id": category, "bbox": [x, 10, 20, 20], "score": score}
+
+    found = {
+        3: [guess(5)],  # right
+        4: [],  # missed
+        6: [guess(5), guess(5, x=40), guess(8, x=40)],  # two invented
+        9: [guess(8), guess(5, x=40, score=0.1)],  # mistaken, and a guess that is not shown
+    }
+    assert detection.worst_rows(truths, found, (5, 8)) == [6, 4, 9, 3]
 
 
 def test_objects_are_found_in_any_images(tmp_path):

@@ -86,8 +86,17 @@ def test_shares_of_the_validation_set_add_up_to_the_whole(tmp_path, monkeypatch)
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(segmentation.dist, "all_reduce", lambda sums: parts.append(sums.clone()))
     monkeypatch.setattr(segmentation.dist, "broadcast", lambda buffer, src: None)
+    worst: list[list[tuple[float, int]]] = []
+
+    def gather(everybodys, own):
+        worst.append(own)
+        everybodys[:] = [own] * 3
+
+    monkeypatch.setattr(segmentation.dist, "all_gather_object", gather)
     for rank in range(3):
         job.evaluate(model, rank=rank, num_workers=3)
+    assert [sorted(row for _, row in part) for part in worst] == [[0, 1, 2], [3], [5, 6]]
+    assert all(part == sorted(part) for part in worst)
     confusion, loss = sum(parts[::2]), sum(parts[1::2])
     assert {tuple(part.sum(dim=1).tolist()) for part in parts[::2]} != {tuple(confusion.sum(dim=1).tolist())}
     right, truth, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
@@ -105,6 +114,34 @@ def test_every_pixel_of_every_image_is_judged_at_its_own_size(tmp_path):
     assert [row["name"] for row in rows] == list(job.classes) == ["ground", *DENSE.objects]
     sizes = [draw(0, index).truth.size for index in range(5)]
     assert sum(int(row["pixels"]) for row in rows) == sum(height * width for height, width in sizes)
+
+
+def test_the_images_with_the_most_wrong_pixels_are_shown(tmp_path, monkeypatch):
+    """The worst first, whatever batch or row they come in."""
+    job = job_on(scenes(tmp_path / "set", 30), tmp_path)
+    wrong = {row: (7 * row) % 30 / 30 for row in range(30)}  # share of the pixels
+    shown: list[int] = []
+    rows = {pair.pixels.tobytes(): pair for batch in job._pairs(np.arange(30), None) for pair in batch}
+
+    def scores(self, images):
+        found = []
+        for pixels in images:
+            pair = rows[pixels.tobytes()]
+            indices = torch.from_numpy(pair.indices).long()
+            indices.view(-1)[: int(wrong[pair.row] * indices.numel())] += 1
+            found.append(torch.nn.functional.one_hot(indices % 7, 7).permute(2, 0, 1).float())
+        return found
+
+    def panel_of(segmenter, pairs):
+        shown[:] = [pair.row for pair in pairs]
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(segmentation.Segmenter, "scores", scores)
+    monkeypatch.setattr(segmentation, "panel_of", panel_of)
+    job.evaluate(build_seeded(job).eval(), rank=0, num_workers=1)
+    assert shown == sorted(range(30), key=lambda row: -wrong[row])[:20]
+    assert "worst.png" in job.pictures
+    assert (tmp_path / "worst.png").exists()
 
 
 def test_a_model_that_knows_the_truth_scores_one(tmp_path, monkeypatch):
