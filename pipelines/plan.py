@@ -59,7 +59,8 @@ class Arguments:
     decode_rate: float | None = None
     """Images per second that a core decodes. Default: measured on --data, else 999 (docs/benchmarks)."""
     reach: float = 0.5
-    """Share of the card's roofline that the run reaches: an assumption, until a run on such a card says otherwise."""
+    """Share of the card's roofline that the run reaches. The kernels of Swin-B, compiled, reached 0.48 on an H200
+    (docs/benchmarks/step_h200_202611.md); whole runs and other cards are not yet measured."""
     output: Path | None = None
     """Folder of the run, where plan.json is left for it."""
 

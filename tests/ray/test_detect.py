@@ -16,6 +16,7 @@ SHORT = [
     *("--augment.image-size", "64", "--encoder.embed-dim", "16", "--encoder.num-heads", "1", "2", "4"),
     *("--encoder.drop-path", "0.2", "--detector.fpn-dim", "16", "--detector.box-dim", "16", "--detector.norm", "group"),
     *("--detector.anchor-sizes", "8", "16", "32", "--ema-decay", "0.9", "--detector.score-threshold", "0"),
+    *("--detector.detections", "10"),
     *("--loop.batch-size", "8", "--loop.micro-batch-size", "4", "--loop.steps", "24", "--loop.log-every-steps", "4"),
 ]
 """The demo recipe, cut down to seconds. Micro-batches of one size make one worker's run the same as two workers'."""
@@ -48,6 +49,7 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert {item["image_id"] for item in predictions} <= set(range(2000, 2400))  # the scenes' own numbers
 
 
+@pytest.mark.slow
 def test_two_workers_begin_with_the_same_losses_and_an_interruption_changes_nothing(finished):
     base = finished.output.parent
     both = base / "both"

@@ -43,6 +43,7 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert len((finished.output / "classes.csv").read_text().splitlines()) == 8
 
 
+@pytest.mark.slow
 def test_two_workers_and_an_interruption_end_with_the_same_weights(finished):
     base = finished.output.parent
     both = base / "both"
