@@ -82,6 +82,14 @@ class Finished:
         history = MlflowClient(tracking_uri=self.server).get_metric_history(self.state["mlflow"]["run_id"], name)
         return sorted((point.step, point.value) for point in history)
 
+    @property
+    def artifacts(self) -> set[str]:
+        """The files that MLflow has of the run."""
+        from mlflow import MlflowClient
+
+        run_id = self.state["mlflow"]["run_id"]
+        return {item.path for item in MlflowClient(tracking_uri=self.server).list_artifacts(run_id)}
+
 
 def interrupt(
     program: list[str], when: Callable[[], bool], *, how: signal.Signals = signal.SIGINT, cwd: Path

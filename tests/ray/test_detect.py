@@ -45,6 +45,7 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert finished.curve("loss/mask")
     assert len(list((finished.output / "panels").glob("*.png"))) == 4
     assert len((finished.output / "classes.csv").read_text().splitlines()) == 7
+    assert {"classes.csv", "worst.png"} <= finished.artifacts
     predictions = json.loads((finished.output / "predictions.json").read_text())
     assert {item["image_id"] for item in predictions} <= set(range(2000, 2400))  # the scenes' own numbers
 

@@ -41,6 +41,7 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert finished.curve("val_ema/miou")
     assert len(list((finished.output / "panels").glob("*.png"))) == 4
     assert len((finished.output / "classes.csv").read_text().splitlines()) == 8
+    assert {"classes.csv", "worst.png"} <= finished.artifacts
 
 
 @pytest.mark.slow
