@@ -12,6 +12,7 @@ finished.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -54,10 +55,8 @@ def detect(arguments: Arguments, recipe: str) -> int:
     if done is None:
         return run.exit_status
     metrics = done.metrics
-    masks = f", of masks {metrics['final/mask_ap']:.2%} and {metrics['final/mask_ap50']:.2%}"
     print(
-        f"Finished in {done.seconds:.0f} s: AP of boxes {metrics['final/box_ap']:.2%} and AP50 "
-        f"{metrics['final/box_ap50']:.2%}{masks if 'final/mask_ap' in metrics else ''} (validation)\n"
+        f"Finished in {done.seconds:.0f} s: {in_words(metrics)} (validation)\n"
         f"best         {run.folder.best}  AP of boxes {metrics['best/box_ap']:.2%} at step {metrics['best/step']:.0f}\n"
         f"classes      {run.folder.path / CLASSES_FILE}\n"
         f"predictions  {run.folder.path / PREDICTIONS_FILE}\n"
@@ -67,6 +66,16 @@ def detect(arguments: Arguments, recipe: str) -> int:
     )
     run.print_broken()
     return 0
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """The figures of the last evaluation, those of masks where the model has some."""
+    kinds = [kind for kind in ("box", "mask") if f"final/{kind}_ap" in metrics]
+    plurals = {"box": "boxes", "mask": "masks"}
+    return ", ".join(
+        f"AP of {plurals[kind]} {metrics[f'final/{kind}_ap']:.2%} and AP50 {metrics[f'final/{kind}_ap50']:.2%}"
+        for kind in kinds
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
