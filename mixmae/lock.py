@@ -420,7 +420,7 @@ def _pid_space() -> str:
 
 def now() -> str:
     """The time, as a lock has it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def dump(owner: Owner) -> bytes:

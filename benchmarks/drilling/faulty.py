@@ -36,6 +36,8 @@ SEEN = "seen.jsonl"
 """In the notes: a line for each batch of each worker."""
 HURRY = "hurry"
 """In the notes; once it is there, steps take no longer than they must."""
+OFFSET = "offset"
+"""In the notes: seconds by which the clock of the driver and the workers is wrong."""
 HOLD_S = 2.0
 """How long a save or a panel takes into which a signal comes."""
 
@@ -52,6 +54,8 @@ class FaultyJob(PretrainJob):
     def build_model(self) -> torch.nn.Module:
         if self.kind == "hang":
             watchdog.LEAST_S = 8.0  # before the worker makes its watchdog
+        elif self.kind == "clock":
+            _set_the_clock(self.notes)
         return super().build_model()
 
     @contextlib.contextmanager
@@ -160,6 +164,20 @@ def _write_slowly(job: FaultyJob) -> None:
     checkpoint.flush = flush  # type: ignore[attr-defined]
 
 
+def _set_the_clock(notes: str) -> None:
+    """All of this process's Python, Ray's and MLflow's too, sees the time of day that the notes say.
+
+    libfaketime would do it for all code, but a Python of 3.11 cannot sleep under it.
+    """
+    honest = time.time
+
+    def now() -> float:
+        offset = Path(notes, OFFSET)
+        return honest() + (float(offset.read_text()) if offset.is_file() else 0.0)
+
+    time.time = now
+
+
 def _kill_mailbox(step: int, notes: str) -> None:
     import ray
 
@@ -194,6 +212,8 @@ def main() -> int:
     faulty.FaultyJob.__init__ = init  # type: ignore[method-assign]
     pretrain.PretrainJob = faulty.FaultyJob  # type: ignore[misc]
     elastic.LOOK_S, elastic.STEADY_S, elastic.FIRST_PAUSE_S = 1.0, 3.0, 5.0
+    if fields["kind"] == "clock":
+        _set_the_clock(fields["notes"])
     if fields["kind"] == "mailbox":
         _kill_mailbox(fields["steps"][0], fields["notes"])
     return pretrain.main()
