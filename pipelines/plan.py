@@ -22,10 +22,11 @@ from mixmae.data.prepare import open_for_training
 from mixmae.data.source import Source
 from mixmae.flops import count_macs, count_parameters
 from mixmae.jobs.config import FinetuneConfig, PretrainConfig, RunConfig
-from mixmae.jobs.estimate import PLAN_FILE, Estimate, build_on_meta, cost_of, decode_rate, measure_steps
+from mixmae.jobs.estimate import Estimate, build_on_meta, cost_of, decode_rate, measure_steps
 from mixmae.machine import usable_cores
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.share import WorkerShare
+from mixmae.training.run_folder import PLAN_FILE
 from mixmae.writing import write_json
 from pipelines.command import recipe_command
 from pipelines.recipes import PRETRAIN_RECIPES

@@ -26,7 +26,7 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
-from mixmae.jobs.estimate import PLAN_FILE, compared_with_plan
+from mixmae.jobs.estimate import compared_with_plan
 from mixmae.jobs.job import Job
 from mixmae.jobs.record import RunRecord, read_begun, versions
 from mixmae.jobs.supervised import SupervisedJob
@@ -54,7 +54,7 @@ from mixmae.training.failures import FolderLost, TrainingStopped, WorkersFailed
 from mixmae.training.loop import TrainState
 from mixmae.training.mirror import HASTE_S, Mirror
 from mixmae.training.progress import ProgressFile
-from mixmae.training.run_folder import RunFolder
+from mixmae.training.run_folder import PLAN_FILE, RunFolder
 from mixmae.training.run_store import StoreError
 from pipelines.console import ProgressView
 

@@ -29,9 +29,8 @@ from mixmae.methods.build import build_method
 from mixmae.share import WorkerShare
 from mixmae.training.optim import build_optimizer
 from mixmae.training.recompute import recompute_stages
+from mixmae.training.run_folder import PLAN_FILE
 
-PLAN_FILE = "plan.json"
-"""In a run's folder: what was planned before it began."""
 WARMUP_STEPS, MEASURED_STEPS, MEASURED_S = 2, 20, 10.0
 """Steps that are made before the clock runs; steps that are measured, or fewer when they take longer than seconds."""
 DECODED_IMAGES = 256

@@ -11,6 +11,7 @@ metrics.sent, metrics.refused.jsonl   how much of it MLflow has, and what it doe
 evaluations.jsonl       metrics of each evaluation, with the step; a step that was trained again is there again
 probe.png               curves of the probe, in pretraining
 broken_images.jsonl     the ledger: images that could not be decoded
+plan.json               what the run was planned to cost, if that was asked for before (mixmae.jobs.estimate)
 left_K_at_step_N/       what was put aside when the run went back to step N, with its own journal
 """
 
@@ -28,6 +29,7 @@ from mixmae.training.run_store import RunStore
 from mixmae.writing import recover, write_json, write_text
 
 RUN_FILE = "run.json"
+PLAN_FILE = "plan.json"
 
 
 class RunFolder:
@@ -75,7 +77,7 @@ class RunFolder:
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         if self.store is not None:
             names = [name for name in self.store.sizes() if not name.startswith(".mark.")]
-        if not all(map(_is_passing, names)):
+        if not all(name == PLAN_FILE or _is_passing(name) for name in names):
             raise ValueError(f"{self.shown()} is not empty and not a run of this program: choose another --output.")
         return None
 

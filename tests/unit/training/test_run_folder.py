@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mixmae.training.run_folder import RunFolder, run_around, weights_of
+from mixmae.training.run_folder import PLAN_FILE, RunFolder, run_around, weights_of
 
 
 def test_a_record_is_read_as_it_was_written_and_in_todays_words(tmp_path):
@@ -15,6 +15,11 @@ def test_a_record_is_read_as_it_was_written_and_in_todays_words(tmp_path):
     folder.write({"status": "running", "config": {"loop": {"panel_every_epochs": 2.0}}})
     assert folder.read() == {"status": "running", "config": {"loop": {"evaluate_every_epochs": 2.0}}}
     assert [path.name for path in folder.path.iterdir()] == ["run.json"]
+
+
+def test_a_plan_may_be_there_before(tmp_path):
+    (tmp_path / PLAN_FILE).write_text("{}")
+    assert RunFolder(tmp_path).read() is None
 
 
 def test_folders_of_something_else_and_damaged_records_are_refused(tmp_path):
