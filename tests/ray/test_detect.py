@@ -10,7 +10,7 @@ from tests.factories import same
 from tests.ray.conftest import Finished, command, has_checkpoint, interrupt, run
 
 pytest.importorskip("pycocotools")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = [
     *("--augment.image-size", "64", "--encoder.embed-dim", "16", "--encoder.num-heads", "1", "2", "4"),
@@ -50,7 +50,6 @@ def test_the_run_says_and_keeps_what_it_did(finished):
     assert {item["image_id"] for item in predictions} <= set(range(2000, 2400))  # the scenes' own numbers
 
 
-@pytest.mark.slow
 def test_two_workers_begin_with_the_same_losses_and_an_interruption_changes_nothing(finished):
     base = finished.output.parent
     both = base / "both"

@@ -163,6 +163,7 @@ def test_interrupted_and_continued_equals_uninterrupted(finished):
     assert best[0]["position"] == best[1]["position"]
 
 
+@pytest.mark.slow
 def test_two_workers_compute_what_one_does(finished):
     output = finished.output.parent / "two"
     arguments = ("demo_finetune", "--output", output, *finished.arguments, "--workers", "2")

@@ -217,6 +217,7 @@ def test_broken_images_are_left_out_of_the_evaluation_and_stop_a_run_that_has_ha
     assert len(ledger.splitlines()) > 32
 
 
+@pytest.mark.slow
 def test_an_odd_environment(photos, tmp_path, monkeypatch):
     """A TMPDIR too long for sockets, no home, empty variables, an ASCII locale, and paths with odd letters."""
     data, output = tmp_path / "dät #1", tmp_path / "rüns 50% #2" / "rün %41?"
