@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--steps 60] [--width 96]
 
 The bare loop has its images in memory; the run of pretrain.py has its stream, its messages, MLflow's journal and its
-checkpoints. Both train the same model with the same number of threads, in turns. Then a Swin-B with its optimiser is
+checkpoints. Both train the same model with the same number of threads, in turns. Training leaves a core to all that:
+with --spare-cores 0 it takes that core, too, and waits whenever it is needed. Then a Swin-B with its optimiser is
 saved while nothing else runs: how long training would stand still, beside a plain copy of as many bytes. The last line
 is JSON. Needs quiet cores.
 """
@@ -55,6 +56,8 @@ class Arguments:
     """Channels of the demo's encoder in its first stage; wide enough that computing takes nearly all of the time."""
     rounds: int = 2
     """Runs of each kind, in turns."""
+    spare_cores: int = 1
+    """Cores that training leaves free, in both."""
     swin_b: bool = True
     """Also save a Swin-B."""
 
@@ -83,7 +86,14 @@ def under_ray(options: Arguments, output: Path) -> list[float]:
         *("--encoder.embed-dim", str(options.width), "--encoder.num-heads", "2", "4", "8"),
         *("--loop.steps", str(options.steps), "--loop.log-every-steps", str(LOG_EVERY)),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    # Python imports this first in each process of the run, and workers count their cores in this way.
+    few = f"import os\nos.sched_getaffinity = lambda pid: set(range({torch.get_num_threads()}))\n"
+    hook = output.with_name("few_cores")
+    hook.mkdir(exist_ok=True)
+    (hook / "sitecustomize.py").write_text(few, encoding="utf-8")
+    path = os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return [rate for _, rate in points(output, "perf/images_per_s")][2:]
 
@@ -126,7 +136,7 @@ def pause() -> dict[str, float]:
 
 def run(options: Arguments) -> int:
     """All legs, and the report.   Returns: the process's exit status."""
-    torch.set_num_threads(threads_per_process(1))
+    torch.set_num_threads(max(1, threads_per_process(1) - options.spare_cores))
     with tempfile.TemporaryDirectory() as base:
         source, heldout = open_for_training("moths", Path(base) / "data", 60)
         config = demo()

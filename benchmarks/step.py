@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                                        # the demo's sizes: about a minute
     python benchmarks/step.py --encoder swin_base --batch 8 --rounds 3 --steps 1            # about 7 minutes
-    python benchmarks/step.py --encoder swin_base --batch 8 --cases mixmae --images 4 --compiled model --rounds 2
+    python benchmarks/step.py --encoder swin_base --batch 8 --cases mixmae --compiled model --rounds 2 --steps 1
     python benchmarks/step.py --against PATH_OF_ANOTHER_CHECKOUT --cases mixmae       # this commit beside another
     python benchmarks/step.py --device cuda --encoder swin_base --batch 128 --precision bfloat16 --compiled blocks model
 

@@ -419,7 +419,7 @@ def _pid_space() -> str:
 
 
 def now() -> str:
-    """The time, as a lock has it."""
+    """The time, as a lock has it: of the clock that its age is reckoned by."""
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

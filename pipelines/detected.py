@@ -68,7 +68,7 @@ def evaluate_detection(finder: Finder, source: Source, model: Path, folder: Path
     worst = worst_rows(truths, found, numbers)
     batches = read_annotated(dense, np.array(sorted(worst)), channels=finder.channels, batch_size=EVAL_IMAGES)
     shown = {item.row: item for batch in batches for item in batch if isinstance(item, Annotated)}
-    panel_of(finder, [shown[row] for row in worst]).save(folder / WORST_FILE)
+    panel_of(finder, [shown[row] for row in worst if row in shown]).save(folder / WORST_FILE)
     write_results(scores, predictions, finder.class_names, folder)
     content = {
         "model": str(weights_of(model)),

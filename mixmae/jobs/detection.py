@@ -203,7 +203,7 @@ class DetectionJob(SupervisedJob):
         worst = worst_rows(truths, found, self.category_ids)
         items = {item.row: item for batch in self._images(np.array(sorted(worst)), None) for item in batch}
         with writing(self.folder / WORST_FILE) as partial:
-            panel_of(finder, [items[row] for row in worst]).save(partial)
+            panel_of(finder, [items[row] for row in worst if row in items]).save(partial)  # a file may be gone by now
         figures = {f"val/{name}": value for name, value in scores.figures.items()}
         if self.num_classes <= CURVES:
             figures |= {f"ap/{plain_name(item.name)}": item.ap for item in scores.classes if item.ap is not None}

@@ -173,7 +173,7 @@ class SegmentationJob(SupervisedJob):
         """Draw images, in the order of the rows."""
         pairs = {pair.row: pair for part in self._pairs(np.array(sorted(rows)), None) for pair in part}
         with writing(self.folder / WORST_FILE) as partial:
-            panel_of(segmenter, [pairs[row] for row in rows]).save(partial)
+            panel_of(segmenter, [pairs[row] for row in rows if row in pairs]).save(partial)  # a file may be gone by now
 
     def _write_classes(self, scores: PixelScores) -> None:
         """IoU, accuracy and pixels of each class, as of the last evaluation."""

@@ -140,6 +140,9 @@ def plan_sorted(
 ) -> SortedPlan | None:
     """Sort the tokens of a grid by group, where that is possible and pays.
 
+    On a CPU it pays for all but very small grids. A GPU's kernels compute tiles of TILE x TILE scores, so that there it
+    pays where the groups need fewer tiles than the grid (docs/benchmarks/step_h200_202611.md).
+
     Where the grid is cut into several windows, sizes differ from draw to draw: a GPU would wait for them, and a graph
     would be compiled anew. So only a CPU sorts there, and not in a graph.
 
@@ -185,7 +188,10 @@ def plan_sorted(
 
 
 def _sorting_pays(tokens: int, sizes: Sequence[int], on_cpu: bool) -> bool:
-    """Whether scores of each group alone cost less than those of a whole grid, masked. See plan_sorted."""
+    """Whether scores of each group alone cost less than those of a whole grid, masked.
+
+    Args: tokens: of the grid.  sizes: tokens of each group.
+    """
     if on_cpu:
         return tokens >= MIN_SORTED_TOKENS
     return sum((-(-size // TILE)) ** 2 for size in sizes) < (-(-tokens // TILE)) ** 2

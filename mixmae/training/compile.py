@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 _BLOCK = re.compile(r"(.*\.)?blocks\.\d+")
-KINDS = 64
+RECOMPILE_LIMIT = 64
 """Graphs that the code of a block may have: for each stage and part with such blocks, with gradients and without, with
 a group map and without. torch's own limit is 8; beyond it, blocks run as they are written."""
 
@@ -22,7 +22,7 @@ def compile_blocks(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cpu":
         return
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for name, module in model.named_modules():
         if _BLOCK.fullmatch(name):
             module.compile(dynamic=False)

@@ -1,9 +1,10 @@
-"""Attention by hand, as it is on a CPU where a bias needs a gradient, against torch's own."""
+"""Attention by hand, as it is on a CPU where a bias needs a gradient, against torch's own; and a GPU's kernels."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from mixmae.layers import attention
 from mixmae.layers.attention import attend
 
 
@@ -32,3 +33,21 @@ def test_the_bias_is_left_as_it_was():
     kept = bias + 0
     attend(*torch.ones(3, 1, 1, 2, 4).unbind(0), kept)
     assert not kept.any()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gpu_trains_under_a_mask_without_cudnn(monkeypatch, learned, training):
+    """Its gradients were NaN there. A bias with a gradient is nothing that cuDNN takes."""
+    allowed, honest = [], F.scaled_dot_product_attention
+
+    def fused(*tensors, attn_mask):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return honest(*tensors, attn_mask=attn_mask)
+
+    monkeypatch.setattr(attention, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    bias = torch.zeros(1, 1, 4, 4, requires_grad=True) if learned else torch.ones(4, 4, dtype=torch.bool)
+    with torch.set_grad_enabled(training):
+        attend(*torch.ones(3, 1, 1, 4, 8).unbind(0), bias)
+    assert allowed == [learned or not training]

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from mixmae.layers import attention as attention_module
 from mixmae.layers.attention import attend
 from mixmae.layers.positions import relative_position_bias
 from mixmae.layers.windows import WindowAttention, plan_sorted, plan_windows
@@ -167,3 +169,23 @@ def test_what_is_not_sorted():
     assert plan_sorted(draw_group_map((6, 6), 4, seeded(), 3), sizes, 5) is None  # several windows of several maps
     assert plan_sorted(cell_map, (), 6) is None  # maps with groups of different sizes
     assert plan_sorted(draw_group_map((5, 5), 4, seeded()), (7, 6, 6, 6), 5) is None  # hardly any tokens
+
+
+@pytest.mark.parametrize(("side", "num_images", "pays"), [(14, 4, True), (14, 2, True), (8, 4, False), (7, 4, False)])
+def test_a_gpu_sorts_where_its_tiles_become_fewer_and_reads_biases_in_one_piece(monkeypatch, side, num_images, pays):
+    """Rows of a bias that are not in one piece send torch to the kernel that keeps all scores."""
+    biases, honest = [], F.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask):
+        biases.append(attn_mask)
+        return honest(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setattr(attention_module, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    cells = draw_group_map((side, side), num_images, seeded())
+    plan = plan_sorted(cells, group_sizes(cells), side)
+    assert (plan is not None) == pays
+    if plan is not None:
+        WindowAttention(8, 2, side)(torch.randn(2, side, side, 8), plan)
+        assert len(biases) == num_images
+        assert all(bias.is_contiguous() for bias in biases)
