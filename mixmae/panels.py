@@ -113,6 +113,18 @@ def _outline_cells(
                 draw.line(side, fill=color)
 
 
+def page_of(tiles: Sequence[Image.Image], *, columns: int) -> Image.Image:
+    """Pictures of one width in lines, on one page.   Args: tiles: at least one.  columns: in a line."""
+    lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in line) for line in lines]
+    width = tiles[0].width
+    page = Image.new("RGB", (columns * width, sum(heights)), (32, 32, 32))
+    for number, line in enumerate(lines):
+        for column, tile in enumerate(line):
+            page.paste(tile, (column * width, sum(heights[:number])))
+    return page
+
+
 def palette(class_names: Sequence[str]) -> NDArray[np.uint8]:
     """A colour for each class, the same in all pictures of a set; neighbours in the list are easily told apart.
 

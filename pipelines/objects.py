@@ -15,6 +15,7 @@ from mixmae.data.rle import decode_rle
 from mixmae.data.source import Source
 from mixmae.data.truth import dense_classes, read_truths
 from mixmae.detection.pictures import Drawn, draw_objects
+from mixmae.panels import page_of
 
 SMALL_PX, LARGE_PX = 32, 96
 """COCO's limits: objects of a smaller area than 32 x 32 pixels are small, those of 96 x 96 or more are large."""
@@ -98,12 +99,4 @@ def draw_page(source: Source, rows: Int64Array) -> Image.Image | None:
                 tiles.append(
                     draw_objects(item.pixels, Drawn(objects.boxes, objects.labels, None, masks), names, PAGE_PX)
                 )
-    if not tiles:
-        return None
-    lines = [tiles[start : start + PAGE_COLUMNS] for start in range(0, len(tiles), PAGE_COLUMNS)]
-    heights = [max(tile.height for tile in line) for line in lines]
-    page = Image.new("RGB", (PAGE_COLUMNS * PAGE_PX, sum(heights)), (32, 32, 32))
-    for number, line in enumerate(lines):
-        for column, tile in enumerate(line):
-            page.paste(tile, (column * PAGE_PX, sum(heights[:number])))
-    return page
+    return page_of(tiles, columns=PAGE_COLUMNS) if tiles else None

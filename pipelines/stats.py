@@ -4,7 +4,8 @@
 
 SOURCE is whatever open_source takes (docs/data.md). Every image is decoded once, so that the list of broken files is
 complete; --sample N decodes only N rows, chosen by a hash. Writes stats.json and contact_sheet.png. Of a set with
-objects (docs/detection.md) their numbers, sizes and classes are counted, too, and objects.png shows some of them.
+objects (docs/detection.md) their numbers, sizes and classes are counted, too, and objects.png shows some of them; of
+one with masks of classes (docs/segmentation.md) each class's share of the pixels, and masks.png shows some.
 """
 
 from __future__ import annotations
@@ -85,46 +86,53 @@ def stats(
         raise DataError(f"sample is {sample}: give the number of images to look at, or leave it out to look at all")
     if workers < 0:
         raise DataError(f"workers is {workers}: give how many threads decode, or 0 for one per core")
-    from pipelines.objects import count_objects, draw_page, has_objects, object_lines  # --help does without torch
+    # --help does without torch
+    from pipelines.maps import count_maps, draw_maps, has_maps, map_lines
+    from pipelines.objects import count_objects, draw_page, has_objects, object_lines
 
     sources = {split: open_source(source, split) for split in list_splits(source)}
     folder = writable_folder(output)
     known = {}
     for split, opened in sources.items():  # before the account, which then has what was met in the objects, too
         try:
-            known[split] = has_objects(opened)
+            known[split] = {"objects": has_objects(opened), "masks": has_maps(opened)}
         except DataError as error:  # what is wrong with masks or objects does not hide the rest
             report(f"note: of the {split} images no masks or objects: {error}")
-            known[split] = False
+            known[split] = {}
     met = account(sources)
     for line in met.lines():
         report(line)
     content: dict[str, Any] = {"source": plain_place(source), "layout": layout_of(source), "met": met.as_json()}
     content["splits"] = {}
     sheet: tuple[Source, dict[int, tuple[Uint8Array, int]]] | None = None
-    page: Image.Image | None = None
+    pages: dict[str, Image.Image | None] = {}
     for split, opened in sources.items():
         summary, thumbnails = _look(opened, sample, seed, workers, report)
         entry = {"name": opened.name, "digest": opened.digest, "rows": opened.num_rows}
         content["splits"][split] = {**entry, "looked_at": summary.num_images, **summary.as_dict(opened.class_names)}
-        for line in _lines(split, content["splits"][split]):
+        for line in _lines(split, content["splits"][split], is_dense=any(known[split].values())):
             report(line)
-        if known[split]:
-            chosen = permutation(opened.num_rows, Draw.HOLDOUT, seed)[:sample]
-            content["splits"][split]["objects"] = count_objects(opened, np.sort(chosen))
-            for line in object_lines(content["splits"][split]["objects"]):
-                report(line)
-            page = page or draw_page(opened, chosen)
+        chosen = permutation(opened.num_rows, Draw.HOLDOUT, seed)[:sample]
+        for kind, count, lines_of, draw in (
+            ("objects", count_objects, object_lines, draw_page),
+            ("masks", count_maps, map_lines, draw_maps),
+        ):
+            if known[split].get(kind):
+                content["splits"][split][kind] = count(opened, np.sort(chosen))
+                for line in lines_of(content["splits"][split][kind]):
+                    report(line)
+                pages[kind] = pages.get(kind) or draw(opened, chosen)
         sheet = sheet or (opened, thumbnails)
     write_json(folder / "stats.json", content)
     if sheet is not None:
         with writing(folder / "contact_sheet.png") as partial:
             draw_contact_sheet(sheet[1], sheet[0].class_names).save(partial)
     written = [folder / "stats.json", folder / "contact_sheet.png"]
-    if page is not None:
-        written.append(folder / "objects.png")
-        with writing(written[-1]) as partial:
-            page.save(partial)
+    for kind, page in pages.items():
+        if page is not None:
+            written.append(folder / f"{kind}.png")
+            with writing(written[-1]) as partial:
+                page.save(partial)
     report(f"written: {', '.join(map(str, written))}")
     return content
 
@@ -191,8 +199,8 @@ def _small(pixels: Uint8Array) -> Uint8Array:
     return np.asarray(image)
 
 
-def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
-    """What is printed about one split."""
+def _lines(split: str, entry: dict[str, Any], *, is_dense: bool) -> Iterator[str]:
+    """What is printed about one split.   Args: is_dense: whether it has classes of objects or pixels."""
     looked = "" if entry["looked_at"] == entry["rows"] else f" ({entry['looked_at']} looked at)"
     yield f"{split}: {entry['rows']} images{looked}, {entry['bytes'] / 1e6:.1f} MB, digest {entry['digest']}"
     if entry["smallest_px"]:
@@ -214,7 +222,7 @@ def _lines(split: str, entry: dict[str, Any]) -> Iterator[str]:
             yield f"    {count:>9}  {name}"
         if len(classes) > _NAMED:
             yield f"    and {len(classes) - _NAMED} more in stats.json"
-    else:
+    elif not is_dense:
         yield "  no classes"
     broken = entry["broken"]
     share = 100 * len(broken) / max(1, entry["looked_at"])

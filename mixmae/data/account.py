@@ -72,7 +72,7 @@ class Account:
     def line(self) -> str:
         """One line: images, classes, and the most frequent of what is left out."""
         counts = ", ".join(f"{count} {split}" for split, count in self.images.items())
-        classes = "no classes"
+        classes = "no classes of whole images"
         if self.num_classes:
             unlabelled = sum(self.images.values()) - sum(self.labelled.values())
             classes = "1 class" if self.num_classes == 1 else f"{self.num_classes} classes"

@@ -18,6 +18,7 @@ TILE_PX = 320
 """Images are shrunk or enlarged to this width in a panel."""
 GAP_PX, TITLE_PX = 6, 16
 _OPACITY = 0.5
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,8 @@ def draw_objects(pixels: Uint8Array, objects: Drawn, class_names: Sequence[str],
         name = class_names[label] if objects.scores is None else f"{class_names[label]} {objects.scores[index]:.2f}"
         left, top = box[0] + 2, max(0, box[1] - 13)
         pen.rectangle(pen.textbbox((left, top), name, font=font), fill=colour)
-        pen.text((left, top), name, fill=(0, 0, 0), font=font)
+        is_dark = colours[label] @ _LUMINANCE < 128
+        pen.text((left, top), name, fill=(255, 255, 255) if is_dark else (0, 0, 0), font=font)
     return picture
 
 

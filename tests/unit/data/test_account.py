@@ -25,7 +25,7 @@ def test_rows_that_are_held_out_are_of_the_same_place(write_files):
     met = account({"training": train, "held-out": held_out})
     assert met.images == {"training": 27, "held-out": 3}
     assert met.looked_at == {"image files": 30}
-    assert met.line == "27 training, 3 held-out images; no classes"
+    assert met.line == "27 training, 3 held-out images; no classes of whole images"
 
 
 def test_shards_remember_what_they_were_made_of(write_files, tmp_path):
