@@ -362,7 +362,16 @@ def _rule_of_masks(storage: Storage, masks: Sequence[StoredFile], shown: str) ->
         f"note: reading {len(masks)} masks of {shown} once, to know their classes; classes.txt would say them",
         flush=True,
     )
-    return rule_of_values(_values_of(storage, tuple(masks)), shown)
+    seen = _values_of(storage, tuple(masks))
+    if not seen:
+        (content,) = storage.read_files([masks[0].path])
+        try:
+            read_values(content)
+        except DecodeError as error:
+            raise DataError(
+                f"none of the {len(masks)} masks of {shown} can be used, for example {escaped(masks[0].relative)}: {error}"
+            ) from error
+    return rule_of_values(seen, shown)
 
 
 def rule_of_values(seen: tuple[int, ...], shown: str) -> MaskRule:

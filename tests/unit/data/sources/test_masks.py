@@ -171,6 +171,9 @@ def test_masks_with_colours(tmp_path):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)).save(path)
     with pytest.raises(DataError, match=r"10 of 10 masks .* has colours \(mode RGB\)"):
         open_source(str(tmp_path))
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(DataError, match=r"none of the 10 masks .* for example masks/.*png: its mask has colours"):
+        open_source(str(tmp_path))
 
 
 def test_labels_beyond_the_classes(tmp_path):
