@@ -368,8 +368,9 @@ def _rule_of_masks(storage: Storage, masks: Sequence[StoredFile], shown: str) ->
         try:
             read_values(content)
         except DecodeError as error:
+            first = escaped(masks[0].relative)
             raise DataError(
-                f"none of the {len(masks)} masks of {shown} can be used, for example {escaped(masks[0].relative)}: {error}"
+                f"none of the {len(masks)} masks of {shown} can be used, for example {first}: {error}"
             ) from error
     return rule_of_values(seen, shown)
 
