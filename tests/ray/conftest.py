@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from mixmae.data.shards.scenes import DENSE, draw
+from mixmae.data.shards.write import StoredImage, shard_schema, write_shard
 from mixmae.encoders.swin import SwinConfig
 from mixmae.training.checkpoint import list_checkpoints
 from tests.mlflow_server import environment, serve_mlflow
@@ -125,6 +127,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         suffix = "png" if index % 5 == 0 else "jpg"
         picture.save(place / f"{index:03d}.{suffix}")
     (folder / "a" / "001.jpg").write_bytes((folder / "a" / "001.jpg").read_bytes()[:300])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the built-in set's first scenes, 160 for training and 40 of its validation: quick to judge."""
+    folder = tmp_path_factory.mktemp("few_scenes")
+    for split, numbers in (("train", range(160)), ("validation", range(2000, 2040))):
+        scenes = ((number, draw(0, number)) for number in numbers)
+        images = [StoredImage(scene.jpeg, f"{number}.jpg", truth=scene.truth) for number, scene in scenes]
+        write_shard(folder / f"{split}-00000-of-00001.parquet", images, shard_schema(None, dense=DENSE))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Segmentation end to end on the built-in scenes: a real Ray cluster, a real MLflow server, as a user runs it."""
+"""Segmentation end to end on some of the built-in scenes: a real Ray cluster and MLflow server, as a user runs it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, mlflow_server) -> Finished:
+def finished(tmp_path_factory, mlflow_server, few_scenes) -> Finished:
     base = tmp_path_factory.mktemp("runs")
-    arguments = ["--mlflow-uri", mlflow_server, *SHORT]
+    arguments = ["--mlflow-uri", mlflow_server, "--data", str(few_scenes), *SHORT]
     done = run("demo_segment", "--output", base / "whole", *arguments, "--workers", "1", cwd=base, pipeline="segment")
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)
 
 
 def test_the_run_says_and_keeps_what_it_did(finished):
-    assert "7 classes of pixels, validation on 400 images" in finished.text
+    assert "7 classes of pixels, validation on 40 images" in finished.text
     assert "Finished in" in finished.text
     state = finished.state
     assert state["classes"][0] == "ground"
