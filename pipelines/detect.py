@@ -47,10 +47,8 @@ def detect(arguments: Arguments, recipe: str) -> int:
     run, job = prepared
     run.join_cluster(job)
     job = track(run, job)
-    print(
-        f"{run.headline(job)}\n"
-        f"{job.num_classes} classes of objects, validation on {job.validation.num_rows} images of {job.validation.name}"
-    )
+    judged = f"{job.validation.num_rows} images of {job.validation.name}"
+    print(f"{run.headline(job)}\n{job.num_classes} classes of objects, validation on {judged}\n{job.sizes_line}")
     done = run.train(job)
     if done is None:
         return run.exit_status

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixmae.data.blocks import BrokenRecord
 from mixmae.data.chunks import Int64Array
@@ -119,6 +120,20 @@ def check_objects(source: DenseSource, is_hopeless: Callable[[int, int], bool], 
             f"{bare} of {num_objects} objects in {len(truths)} images of {source.name} have a box and no mask: give "
             "--detector.no-masks to learn boxes alone, or annotate masks."
         )
+
+
+def fitted_sides(source: DenseSource, canvas: tuple[int, int]) -> NDArray[np.float64]:
+    """(n,) sides of objects in pixels of the canvas (H, W) that images are fitted into, roots of the boxes' areas.
+
+    Those of up to COUNTED images, spread over the set, without crowds.
+    """
+    sides = [np.zeros(0)]
+    for truth in read_truths(source, _spread(source, COUNTED)):
+        if truth.objects is not None and min(truth.size) > 0:
+            factor = min(canvas[0] / truth.size[0], canvas[1] / truth.size[1])
+            boxes = truth.objects.boxes[~truth.objects.crowd].astype(np.float64)
+            sides.append(factor * np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
+    return np.concatenate(sides)
 
 
 def _spread(source: Source, count: int) -> Int64Array:

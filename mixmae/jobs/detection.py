@@ -22,6 +22,7 @@ from mixmae.data.annotated import (
     category_ids,
     check_objects,
     distinct_ids,
+    fitted_sides,
     object_classes,
     read_annotated,
     with_objects,
@@ -63,6 +64,8 @@ CURVES = 32
 """Most classes that get a curve of their own; all are in classes.csv."""
 CLASSES_FILE, CONFUSION_FILE, PREDICTIONS_FILE = "classes.csv", "confusion.csv", "predictions.json"
 _NOTHING = "(nothing)"
+_OUT_OF_REACH = 0.05
+"""Share of objects too small or too large for all anchors that a run is told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,27 @@ class DetectionJob(SupervisedJob):
     def category_ids(self) -> tuple[int, ...]:
         """The number of each class in its own file."""
         return category_ids(object_classes(self.validation))
+
+    @property
+    def sizes_line(self) -> str:
+        """How large objects are beside the anchors, and what to do if many of them are out of their reach."""
+        canvas, anchors = self.config.augment.size, self.config.detector.anchor_sizes
+        sides = fitted_sides(with_objects(self.source), canvas)
+        quantiles = ", ".join(f"{share:.0%} {np.quantile(sides, share):.0f}" for share in (0.05, 0.5, 0.95))
+        line = f"sides of objects on the canvas: {quantiles} px; anchors of {min(anchors)} to {max(anchors)} px"
+        # A square of half an anchor's side overlaps it by a quarter: less than what counts as no background at all.
+        small, large = (sides < min(anchors) / 2).mean(), (sides > 2 * max(anchors)).mean()
+        if small > _OUT_OF_REACH:
+            line += (
+                f"\nnote: {small:.0%} of the objects are smaller than half of the smallest anchor and will hardly be "
+                "found: give smaller --detector.anchor-sizes, or a larger --augment.image-size"
+            )
+        if large > _OUT_OF_REACH:
+            line += (
+                f"\nnote: {large:.0%} of the objects are larger than twice the largest anchor and will hardly be "
+                "found: give larger --detector.anchor-sizes"
+            )
+        return line
 
     @property
     def uniform_loss(self) -> float:

@@ -396,3 +396,25 @@ def test_objects_are_found_in_any_images(tmp_path):
         assert (output / "overlays" / name).with_suffix(".png").is_file()
     table = list(csv.DictReader((output / "predictions.csv").open()))
     assert [bool(row["problem"]) for row in table].count(True) == 1
+
+
+def test_objects_out_of_the_anchors_reach_are_told_of(tmp_path):
+    source = scenes(tmp_path / "set", 12)
+    known = [draw(0, index).truth for index in range(12)]
+    sides = np.concatenate(
+        [
+            64 / max(truth.size) * np.sqrt((truth.objects.boxes[:, 2:] - truth.objects.boxes[:, :2]).prod(axis=1))
+            for truth in known
+        ]
+    )
+    line = job_on(source, tmp_path / "run").sizes_line
+    assert f"5% {np.quantile(sides, 0.05):.0f}, 50% {np.quantile(sides, 0.5):.0f}" in line
+    assert "anchors of 16 to 128 px" in line
+    for name, sizes, remedy in (
+        ("large", (100, 200, 300, 400), "smaller --detector"),
+        ("small", (1, 2, 3, 4), "larger"),
+    ):
+        far = job_on(source, tmp_path / name, **{"detector.anchor_sizes": sizes}).sizes_line
+        share = (sides < 50).mean() if name == "large" else (sides > 8).mean()
+        assert f"note: {share:.0%} of the objects" in far
+        assert f"give {remedy}" in far

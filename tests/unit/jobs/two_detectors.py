@@ -50,3 +50,6 @@ train(
 torch.save(model.state_dict(), Path(output) / f"{rank}.pt")
 figures = job.evaluate(model.eval(), rank=rank, num_workers=2)
 (Path(output) / f"{rank}.json").write_text(json.dumps(figures))
+# Who leaves while the other still waits for it makes it fail.
+dist.barrier()
+dist.destroy_process_group()

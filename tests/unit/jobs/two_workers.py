@@ -49,3 +49,6 @@ train(
     device=torch.device("cpu"),
 )
 torch.save(model.state_dict(), Path(output) / f"{rank}.pt")
+# Who leaves while the other still waits for it makes it fail.
+dist.barrier()
+dist.destroy_process_group()
