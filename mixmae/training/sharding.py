@@ -46,9 +46,8 @@ def shard(model: nn.Module, device: torch.device) -> Gather:
     mesh = DeviceMesh.from_group(group, device.type)
     # FSDP gathers where a module is called, and blocks of encoders never run otherwise. Those of decoders also run in
     # halves, so they belong to the root, which is gathered for the whole step.
-    for name, module in model.named_modules():
-        if _BLOCK.fullmatch(name):
-            fully_shard(module, mesh=mesh)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
     @contextlib.contextmanager
@@ -63,6 +62,13 @@ def shard(model: nn.Module, device: torch.device) -> Gather:
             whole_model.to("meta")
 
     return gather
+
+
+def most_gathered(model: nn.Module) -> int:
+    """Bytes of weights that a step on a sharded model has whole at once: two blocks, as the next one is fetched ahead,
+    and the root's.   Args: model: before it is sharded."""
+    blocks = sorted(map(_weight_bytes, _blocks(model)))
+    return _weight_bytes(model) - sum(blocks[:-2])
 
 
 def unsharded(model: nn.Module) -> Gather:
@@ -102,6 +108,14 @@ def cut_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         for name, value in own.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:  # not so the number of steps
                 own[name] = part_of(value, parameter)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if _BLOCK.fullmatch(name)]
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _is_part(tensor: Tensor) -> bool:
