@@ -40,7 +40,10 @@ def shard(model: nn.Module, device: torch.device) -> Gather:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    whole_model = copy.deepcopy(model).to("meta")
+    # A copy without memory: deepcopy takes what it is given for each tensor.
+    shapes: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    shapes |= {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
+    whole_model = copy.deepcopy(model, shapes)
     group = dist.group.WORLD
     assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
