@@ -12,7 +12,7 @@ import contextlib
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -79,6 +79,21 @@ class StepCost:
     def state(self) -> int:
         """What is there whatever the batch."""
         return self.weights + self.gradients + self.optimizer
+
+    def sharded(self, num_workers: int, gathered: int) -> StepCost:
+        """The memory of each worker where they share out weights, gradients and the optimiser's state.
+
+        Args: gathered: bytes of weights that are whole at once.
+        Returns: with a peak that is rather too high: the gradients of that moment are counted whole.
+        """
+        spared = 1 - 1 / num_workers
+        return replace(
+            self,
+            weights=self.weights // num_workers,
+            gradients=self.gradients // num_workers,
+            optimizer=self.optimizer // num_workers,
+            peak=self.peak - int(spared * (self.weights + self.optimizer - gathered)),
+        )
 
 
 def measure_step(

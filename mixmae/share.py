@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -114,6 +114,11 @@ class WorkerShare:
     def accumulation(self) -> int:
         """Micro-batches of each step. Workers whose shares differ may have one more or less than others."""
         return len(self.micro_batches)
+
+    @cached_property
+    def most_micro_batches(self) -> int:
+        """Micro-batches of each step of the worker that has the most of them."""
+        return replace(self, rank=self.num_workers - 1).accumulation
 
     def first_sample(self, index: int) -> int:
         """Index in the global batch of the first image of this worker's micro-batch number `index` of a step."""

@@ -131,7 +131,7 @@ def _on_cards(arguments: Arguments, source: Source | None) -> tuple[Estimate, bo
     config, card = arguments.config, CARDS[arguments.card]
     share = _largest_share(config, arguments.gpus)
     micro_batch = max(share.micro_batches)
-    cost = cost_of(config, micro_batch, arguments.num_classes, card=card)
+    cost = cost_of(config, micro_batch, arguments.num_classes, card=card, workers=arguments.gpus)
     usable = USABLE_MEMORY * card.memory_gib * GIB
     print(
         f"per step     {arguments.gpus} x {arguments.card}, {share.accumulation} micro-batch"
@@ -166,7 +166,7 @@ def _largest(arguments: Arguments, images: int) -> int:
     """The largest micro-batch of a worker's images that fits the card; 0 if none does."""
     config, card = arguments.config, CARDS[arguments.card]
     return largest_micro_batch(
-        lambda images: cost_of(config, images, arguments.num_classes, card=card),
+        lambda images: cost_of(config, images, arguments.num_classes, card=card, workers=arguments.gpus),
         unit=_images_mixed(config),
         limit=images,
         memory=USABLE_MEMORY * card.memory_gib * GIB,
@@ -191,7 +191,7 @@ def _on_cores(arguments: Arguments, source: Source | None) -> Estimate:
     num_blocks = config.share(num_workers=1).num_blocks
     workers = arguments.workers or -(-num_blocks // -(-num_blocks // cores))  # as a run chooses
     share = _largest_share(config, workers)
-    cost = cost_of(config, max(share.micro_batches), arguments.num_classes)
+    cost = cost_of(config, max(share.micro_batches), arguments.num_classes, workers=workers)
     measured = measure_steps(config, share, arguments.num_classes)
     rate = arguments.decode_rate or decode_rate(config, source)
     # Decoding takes its time from the same cores.
@@ -232,7 +232,7 @@ def _cheaper(arguments: Arguments, estimate: Estimate) -> None:
     for flag, variant in variants.items():
         share = _largest_share(variant, arguments.gpus)
         micro_batch = max(share.micro_batches)
-        cost = cost_of(variant, micro_batch, arguments.num_classes, card=card)
+        cost = cost_of(variant, micro_batch, arguments.num_classes, card=card, workers=arguments.gpus)
         assert cost.seconds is not None
         assert estimate.bound is not None
         bound = config.loop.batch_size / (share.images / micro_batch * cost.seconds)

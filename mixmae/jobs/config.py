@@ -333,6 +333,7 @@ RESUMABLE = frozenset(
         "loop.compile",
         "loop.deterministic",
         "loop.recompute_stages",
+        "loop.shard",
         "loop.log_every_steps",
         "loop.evaluate_every_epochs",
         "loop.checkpoint_every_epochs",

@@ -30,6 +30,7 @@ from mixmae.share import WorkerShare
 from mixmae.training.optim import build_optimizer
 from mixmae.training.recompute import recompute_stages
 from mixmae.training.run_folder import PLAN_FILE
+from mixmae.training.sharding import most_gathered
 
 WARMUP_STEPS, MEASURED_STEPS, MEASURED_S = 2, 20, 10.0
 """Steps that are made before the clock runs; steps that are measured, or fewer when they take longer than seconds."""
@@ -98,9 +99,12 @@ def _loss(config: RunConfig, model: nn.Module, images: Tensor, num_classes: int)
     return F.cross_entropy(model(images).float(), torch.full((len(images), num_classes), 1 / num_classes))
 
 
-def cost_of(config: RunConfig, images: int, num_classes: int, card: Card | None = None) -> StepCost:
-    """Count what a micro-batch of a run costs.   Args: card: where; None: on this machine's CPU."""
-    return measure_step(
+def cost_of(config: RunConfig, images: int, num_classes: int, card: Card | None = None, workers: int = 1) -> StepCost:
+    """Count what a micro-batch of a run costs.
+
+    Args: card: where; None: on this machine's CPU.  workers: that may share out the model.
+    """
+    cost = measure_step(
         lambda: build_model(config, num_classes),
         lambda model: build_optimizer(model, config.optim),
         lambda model, batch: _loss(config, model, batch, num_classes),
@@ -109,6 +113,7 @@ def cost_of(config: RunConfig, images: int, num_classes: int, card: Card | None 
         precision=config.loop.precision,
         card=card,
     )
+    return cost.sharded(workers, most_gathered(build_on_meta(config, num_classes))) if config.loop.shard else cost
 
 
 def measure_steps(config: RunConfig, share: WorkerShare, num_classes: int) -> MeasuredSteps:

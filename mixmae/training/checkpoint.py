@@ -17,6 +17,7 @@ from torch import nn
 
 from mixmae.training.checkpoint_files import sha256_of, state_sha256, step_of
 from mixmae.training.ema import WeightAverage
+from mixmae.training.sharding import cut_state, part_of
 from mixmae.writing import flush, writing
 
 MODEL_FILE = "model.safetensors"
@@ -57,7 +58,8 @@ def save_checkpoint(
 def parts_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, average: WeightAverage | None
 ) -> dict[str, dict[str, Any]]:
-    """What goes into each file of a checkpoint; tensors are those of the model and the optimiser, not copies."""
+    """What goes into each file of a checkpoint; tensors are those of the model and the optimiser, not copies, and parts
+    where these are sharded."""
     parts: dict[str, dict[str, Any]] = {
         MODEL_FILE: {name: value.detach() for name, value in model.state_dict().items()}
     }
@@ -182,14 +184,16 @@ def load_checkpoint(
         except Exception as error:  # torch and safetensors raise whatever they like on damaged bytes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise DamagedCheckpoint(f"{folder / name} is damaged ({reason}): use another checkpoint.") from error
-    difference = _difference(model.state_dict(), loaded[MODEL_FILE])
+    own = model.state_dict()
+    difference = _difference(own, loaded[MODEL_FILE])
     if difference:
         raise CheckpointError(
             f"{folder} was made with another model ({difference}): continue it with the config it was made with "
             "(state.json beside it has it), or choose a new --output."
         )
-    model.load_state_dict(loaded[MODEL_FILE])
+    model.load_state_dict({name: part_of(value, own[name]) for name, value in loaded[MODEL_FILE].items()})
     if optimizer is not None:
+        cut_state(optimizer, loaded[OPTIMIZER_FILE])
         optimizer.load_state_dict(loaded[OPTIMIZER_FILE])
     if average is not None:
         average.load_state_dict(loaded[AVERAGE_FILE])

@@ -20,17 +20,18 @@ from torch import Tensor, nn
 
 from mixmae.training.checkpoint import MODEL_FILE, CheckpointError, load_checkpoint, read_state, verify, write_parts
 from mixmae.training.loop import Diverged, step_seed
+from mixmae.training.sharding import whole
 
 BATCH_FILE, JOB_FILE = "batch.pt", "job.pickle"
 
 
 def write_diverged(folder: Path, *, job: Any, model: nn.Module, bad: Diverged) -> None:
-    """Write one worker's part of the last bad step.   Args: job: the TrainingJob.  model: bare."""
+    """Write one worker's part of the last bad step; all workers call it.   Args: job: the TrainingJob.  model: bare."""
     assert is_dataclass(bad.batch)
     tensors = {field.name: getattr(bad.batch, field.name) for field in fields(bad.batch)}
     kept = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
     position = {"step": bad.step - 1, "first_sample": bad.first_sample, "seed": job.loop.seed}
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: whole(value.detach()).cpu() for name, value in model.state_dict().items()}
     write_parts(folder, {MODEL_FILE: weights, BATCH_FILE: kept}, job.describe() | {"position": position})
     (folder / JOB_FILE).write_bytes(pickle.dumps(job))
 

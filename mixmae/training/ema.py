@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixmae.training.sharding import part_of
+
 
 class WeightAverage:
     """An exponential moving average of the trainable parameters: average = d * average + (1 - d) * weight.
@@ -69,4 +71,4 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def _copy(values: dict[str, Any], into: dict[str, Any]) -> None:
     for name, target in into.items():
-        target.copy_(values[name])
+        target.copy_(part_of(values[name], target))

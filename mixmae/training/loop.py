@@ -29,6 +29,7 @@ from mixmae.step import StepOutput
 from mixmae.training.ema import WeightAverage
 from mixmae.training.failures import TrainingStopped
 from mixmae.training.schedule import RunLength, Schedule, learning_rate
+from mixmae.training.sharding import is_sharded, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class LoopConfig:
     recompute_stages: tuple[int, ...] = ()
     """Stages of the encoder, counted from 1, whose blocks keep only their input and are computed again for the backward
     pass: less memory, and up to a third more time for these stages. A plain ViT is one stage."""
+    shard: bool = False
+    """Share out weights, gradients and the optimiser's state among the workers instead of a copy for each: for models
+    that do not fit into a GPU otherwise. Each step sends more. With one worker it changes nothing."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, as a CPU does anyway. Slower on a GPU; an operation that
     has no such form stops the run."""
@@ -225,7 +229,7 @@ def train(
     """Run the steps from `state.step` to the end of the run.
 
     Args:
-        model: the module to train, wrapped by DistributedDataParallel when there are several workers.
+        model: the module to train; when there are several workers, wrapped by DistributedDataParallel or sharded.
         optimizer: over the model's parameters; each group's rate is the schedule's times its "lr_scale", if it has one.
         average: of the bare model's weights, updated after each step; None: no average.
         peak_lr: learning rate at the end of the warmup.
@@ -252,6 +256,8 @@ def train(
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     evaluate_every = length.every(config.evaluate_every_epochs)
     checkpoint_every = length.every(config.checkpoint_every_epochs)
+    # Weights that are shared out are gathered by all workers together: who has fewer micro-batches takes part in vain.
+    passes = share.most_micro_batches if is_sharded(model) else share.accumulation
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
     averages = _Averages(device, state.pending.get("averages"))
@@ -274,16 +280,18 @@ def train(
         lr = learning_rate(state.step, peak=peak_lr, length=length, schedule=config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        for index in range(share.accumulation):
-            fetch_start = time.perf_counter()
-            batch = next(batches)
-            wait_s += time.perf_counter() - fetch_start
-            broken.extend(batch.broken)
+        for index in range(passes):
+            counts = index < share.accumulation
+            if counts:  # else the last one goes through the model again, and its loss counts for nothing
+                fetch_start = time.perf_counter()
+                batch = next(batches)
+                wait_s += time.perf_counter() - fetch_start
+                broken.extend(batch.broken)
+                first_sample = share.first_sample(index)
             events.beat()
 
             # The same generator for all micro-batches and workers: they share the step's group map.
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
-            first_sample = share.first_sample(index)
             # Drop path and the like draw from the global generator: make it a function of the images' index too.
             torch.manual_seed(step_seed(config.seed, "modules", state.step, first_sample))
             last = index == share.accumulation - 1
@@ -292,8 +300,9 @@ def train(
                     stack.enter_context(model.no_sync())  # gradients are summed once per step, with the last
                 with autocast:
                     output = step_function(model, batch, generator, first_sample)
-                (output.loss / share.divisor(index)).backward()
-            averages.add({"loss": output.loss.detach(), **output.metrics}, share.micro_batches[index])
+                (output.loss / share.divisor(index) if counts else 0 * output.loss).backward()
+            if counts:
+                averages.add({"loss": output.loss.detach(), **output.metrics}, share.micro_batches[index])
 
         norm = _clip(model, clip_grad_norm)
         averages.add({"grad_norm": norm}, share.images)
@@ -354,8 +363,8 @@ def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip the gradient if asked; returns its norm before clipping."""
     if max_norm is None:  # clipping to infinity would read and write every gradient to change nothing
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients)
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return whole(nn.utils.get_total_norm(gradients))
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 DIVERGED = (

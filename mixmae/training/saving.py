@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixmae.training.checkpoint import list_checkpoints, parts_of, write_parts
 from mixmae.training.ema import WeightAverage
+from mixmae.training.sharding import whole
 
 
 class CheckpointWriter:
@@ -43,7 +44,7 @@ class CheckpointWriter:
         self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
-        self._reserving: Future[None] | None = None
+        self._reserving: Future[Any] | None = None
 
     def save(
         self,
@@ -54,7 +55,8 @@ class CheckpointWriter:
         average: WeightAverage | None,
         state: dict[str, Any],
     ) -> float:
-        """Copy everything and begin to write it as step_N; waits for the checkpoint before this one.
+        """Copy everything and begin to write it as step_N; waits for the checkpoint before this one. Where the model is
+        sharded, all other workers call `give_parts`.
 
         Args: state: JSON values that nobody changes any more.
         Returns: seconds for which training stood still.
@@ -64,7 +66,7 @@ class CheckpointWriter:
             self.wait()
         if self._reserving is not None:
             self._reserving.result()
-        parts = self._copy(parts_of(model, optimizer, average), "")
+        parts = _mapped(self._copy, parts_of(model, optimizer, average))
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies are made without waiting for each
         self._writing = self._thread.submit(self._write, step, parts, state)
@@ -96,27 +98,44 @@ class CheckpointWriter:
                 old.replace(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _copy(self, value: Any, name: str) -> Any:
-        """A copy of nested dicts and lists with all tensors in this process's memory."""
-        if isinstance(value, Tensor):
-            copy = self._copies.get(name)
-            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                pinned = value.device.type == "cuda"
-                copy = self._copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-            return copy.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            return {key: self._copy(item, f"{name}/{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(item, f"{name}/{index}") for index, item in enumerate(value))
-        return value
+    def _copy(self, value: Tensor, name: str) -> Tensor:
+        """A copy of a whole tensor in this process's memory."""
+        return self._place(value, name).copy_(whole(value.detach()), non_blocking=True)
+
+    def _place(self, value: Tensor, name: str) -> Tensor:
+        """The memory for it."""
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+            pinned = value.device.type == "cuda"
+            copy = self._copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        return copy
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
         """Take the memory for the copies beforehand, in the thread: the first copy would wait for every new page.
 
         Args: as `save`; the optimiser has made a step.
         """
+        # Not in the thread: while a step gathers weights, its model must not be asked for them.
+        parts = parts_of(model, optimizer, average)
+        self._reserving = self._thread.submit(_mapped, lambda value, name: self._place(value, name).zero_(), parts)
 
-        def touch() -> None:
-            self._copy(parts_of(model, optimizer, average), "")
 
-        self._reserving = self._thread.submit(touch)
+def give_parts(model: nn.Module, optimizer: torch.optim.Optimizer | None, average: WeightAverage | None) -> None:
+    """Send what this worker has of a sharded model to the one that saves it at the same time."""
+
+    def give(value: Tensor, name: str) -> Tensor:
+        whole(value.detach())
+        return value
+
+    _mapped(give, parts_of(model, optimizer, average))
+
+
+def _mapped(change: Callable[[Tensor, str], Tensor], value: Any, name: str = "") -> Any:
+    """Nested dicts and lists with all tensors changed.   Args: change: is given a tensor and its path."""
+    if isinstance(value, Tensor):
+        return change(value, name)
+    if isinstance(value, dict):
+        return {key: _mapped(change, item, f"{name}/{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(change, item, f"{name}/{index}") for index, item in enumerate(value))
+    return value

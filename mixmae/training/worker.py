@@ -63,8 +63,9 @@ from mixmae.training.mirror import Mirror
 from mixmae.training.optim import OptimConfig, build_optimizer
 from mixmae.training.recompute import recompute_stages
 from mixmae.training.run_store import DamagedCopy, RunStore
-from mixmae.training.saving import CheckpointWriter
+from mixmae.training.saving import CheckpointWriter, give_parts
 from mixmae.training.schedule import RunLength
+from mixmae.training.sharding import Gather, is_sharded, shard, unsharded
 from mixmae.training.watchdog import Watchdog
 
 _LISTEN_S = 0.5
@@ -314,6 +315,7 @@ def _run_worker(
         _bring_to_node(store, rank=rank, num_workers=num_workers)
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
+    gather = shard(model, device) if job.loop.shard and num_workers > 1 else unsharded(model)
     recompute_stages(model, job.loop.recompute_stages)
     optimizer = build_optimizer(model, job.optim)
     average = None if job.ema_decay is None else WeightAverage(model, job.ema_decay)
@@ -326,7 +328,7 @@ def _run_worker(
             say = partial(_note, mailbox)
             # The first to come, so that it ends last, when all is written: it waits for the store.
             stack.enter_context(Mirror(store, "worker", keep=keep, may_write=may_write, say=say))
-        events = _WorkerEvents(job, model, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
+        events = _WorkerEvents(job, model, gather, optimizer, average, mailbox, rank=rank, num_workers=num_workers)
         stack.callback(events.close)
         writes_here = may_write if store is None else _always  # the mirror asks
         events.writer = CheckpointWriter(checkpoints, keep=keep, may_write=writes_here, report=events.note)
@@ -342,7 +344,7 @@ def _run_worker(
                 )
             except CheckpointError as error:
                 return {"state": vars(TrainState()), "checkpoint": "", "stopped": str(error)}
-            if num_workers > 1 and trained is model:
+            if num_workers > 1 and trained is model and not is_sharded(model):
                 # Never static_graph: DDP looks for tensors in what the model returns, and finds none in a StepOutput.
                 trained = DistributedDataParallel(
                     model,
@@ -504,6 +506,7 @@ class _WorkerEvents:
         self,
         job: TrainingJob,
         model: nn.Module,
+        gather: Gather,
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
         mailbox: Any,
@@ -511,7 +514,7 @@ class _WorkerEvents:
         rank: int,
         num_workers: int,
     ) -> None:
-        self._job, self._model, self._optimizer, self._average = job, model, optimizer, average
+        self._job, self._model, self._gather, self._optimizer, self._average = job, model, gather, optimizer, average
         self._mailbox, self._rank, self._num_workers = mailbox, rank, num_workers
         self._tracker = job.open_tracker() if rank == 0 else None
         self._reported_skip = False
@@ -573,10 +576,10 @@ class _WorkerEvents:
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
         measured = self.measure(step)
-        if self._tracker is None:
-            return measured
-        with torch.no_grad():
-            image, metrics = self._job.draw_panel(self._model)
+        with self._gather() as model, torch.no_grad():
+            if self._tracker is None:
+                return measured
+            image, metrics = self._job.draw_panel(model)
         if metrics:
             self._tracker.log_metrics(curve_names(metrics), step)
         if image is not None:
@@ -611,18 +614,19 @@ class _WorkerEvents:
     def _measure_both(self, step: int) -> dict[str, float]:
         """The metrics of the weights and, under names with _ema, of their average; the best of both are kept."""
         share: dict[str, int] = {"rank": self._rank, "num_workers": self._num_workers}
-        if step == 0:
-            return dict(self._job.evaluate_untrained(self._model, **share))
-        metrics = dict(self._job.evaluate(self._model, **share))
-        self._keep_if_best(step, metrics, "trained")
+        with self._gather() as model:
+            if step == 0:
+                return dict(self._job.evaluate_untrained(model, **share))
+            metrics = dict(self._job.evaluate(model, **share))
+            self._keep_if_best(step, model, metrics, "trained")
         if self._average is not None:
-            with self._average.applied_to(self._model):
-                averaged = self._job.evaluate(self._model, **share)
-                self._keep_if_best(step, averaged, "averaged")
+            with self._average.applied_to(self._model), self._gather() as model:
+                averaged = self._job.evaluate(model, **share)
+                self._keep_if_best(step, model, averaged, "averaged")
             metrics |= {name.replace("/", "_ema/", 1): value for name, value in averaged.items()}
         return {**metrics, **self.references}
 
-    def _keep_if_best(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
+    def _keep_if_best(self, step: int, model: nn.Module, metrics: Mapping[str, float], weights: str) -> None:
         if self._rank != 0 or self._job.best is None:
             return
         name, folder = self._job.best
@@ -630,7 +634,7 @@ class _WorkerEvents:
         if folder.exists() and read_state(folder)["metrics"][name] >= metrics[name]:
             return
         state = self._job.describe() | {"position": {"step": step}, "metrics": dict(metrics), "weights": weights}
-        save_checkpoint(folder, model=self._model, optimizer=None, state=state)
+        save_checkpoint(folder, model=model, optimizer=None, state=state)
 
     def save(self, state: TrainState) -> None:
         self.has_checkpoint = True
@@ -649,6 +653,9 @@ class _WorkerEvents:
                 )
             self._tracker.log_metrics({"perf/checkpoint_pause_s": pause_s}, state.step)
             self._mailbox.put.remote(("saved", state.step))
+        elif is_sharded(self._model):
+            with self.watchdog.paused():
+                give_parts(self._model, self._optimizer, self._average)
         ray.train.report(metrics if self._rank == 0 else {"step": state.step})
 
     def wait_for_checkpoint(self) -> None:

@@ -164,9 +164,10 @@ def test_interrupted_and_continued_equals_uninterrupted(finished):
 
 
 @pytest.mark.slow
-def test_two_workers_compute_what_one_does(finished):
-    output = finished.output.parent / "two"
-    arguments = ("demo_finetune", "--output", output, *finished.arguments, "--workers", "2")
+@pytest.mark.parametrize("flags", [pytest.param((), id="ddp"), pytest.param(("--loop.shard",), id="sharded")])
+def test_two_workers_compute_what_one_does(finished, flags):
+    output = finished.output.parent / f"two{len(flags)}"
+    arguments = ("demo_finetune", "--output", output, *finished.arguments, "--workers", "2", *flags)
     done = run(*arguments, cwd=output.parent, pipeline="finetune")
     assert done.returncode == 0, done.stdout + done.stderr
     two = Finished(output, finished.server, finished.arguments, done.stdout)

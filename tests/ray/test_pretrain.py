@@ -185,9 +185,12 @@ def test_interrupted_and_continued_equals_uninterrupted(finished):
     assert seen.info.status == "FINISHED"
 
 
-def test_two_workers_compute_what_one_does(finished):
-    output = finished.output.parent / "two"
-    done = run("demo", "--output", output, *finished.arguments, "--workers", "2", cwd=output.parent)
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="ddp"), pytest.param(("--loop.shard",), id="sharded", marks=pytest.mark.slow)]
+)
+def test_two_workers_compute_what_one_does(finished, flags):
+    output = finished.output.parent / f"two{len(flags)}"
+    done = run("demo", "--output", output, *finished.arguments, "--workers", "2", *flags, cwd=output.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     two = Finished(output, finished.server, finished.arguments, done.stdout)
     assert two.state["metrics"]["loss"] == pytest.approx(finished.state["metrics"]["loss"], rel=1e-3)

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from mixmae.cost import CARDS
-from mixmae.jobs.estimate import compared_with_plan
+from mixmae.jobs.estimate import build_on_meta, compared_with_plan, cost_of
 from pipelines import plan
+from pipelines.recipes import PRETRAIN_RECIPES
 from tests.factories import jpeg
 
 DEMO = ("demo", "--gpus", "2", "--card", "L4")
@@ -43,6 +44,19 @@ def test_a_step_that_does_not_fit_says_what_does(capsys, monkeypatch):
     size = int(text.split("--loop.micro-batch-size ")[1].split()[0])
     assert 0 < size < 256
     assert plan.main([*DEMO, "--loop.batch-size", "512", "--loop.micro-batch-size", str(size)]) == 0
+
+
+def test_workers_that_share_out_the_model_need_less_memory():
+    config = PRETRAIN_RECIPES["demo"]()
+    sharing = dataclasses.replace(config, loop=dataclasses.replace(config.loop, shard=True))
+    whole, alone, part = cost_of(config, 4, 10), cost_of(sharing, 4, 10), cost_of(sharing, 4, 10, workers=2)
+    assert alone == whole
+    assert part.state == pytest.approx(whole.state / 2, abs=2)
+    model = build_on_meta(config, 10)
+    blocks = [block for stage in model.encoder.stages for block in stage.blocks]
+    sizes = sorted(4 * sum(weight.numel() for weight in block.parameters()) for block in blocks)
+    gathered = 4 * sum(weight.numel() for weight in model.parameters()) - sum(sizes[:-2])
+    assert whole.peak - part.peak == pytest.approx((whole.weights + whole.optimizer - gathered) / 2, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mixmae.methods.build import build_method
 from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.training.loop import LoopConfig, Silent, TrainState, step_seed, train
 from mixmae.training.schedule import RunLength
+from mixmae.training.sharding import shard, whole
 
 STEPS = 3
 BATCH = 8
@@ -48,11 +49,13 @@ class Logs(Silent):
         self.pending = self.pending or dict(state.pending.get("averages", {}))
 
 
-def run(config: PretrainConfig, *, rank: int = 0, num_workers: int = 1) -> dict[str, Any]:
+def run(config: PretrainConfig, *, rank: int = 0, num_workers: int = 1, sharded: bool = False) -> dict[str, Any]:
     """The weights after some steps in float64, and what was logged."""
     torch.manual_seed(0)
     bare = build_method(build_encoder(config.sized_encoder()), config.method).double()
-    model: nn.Module = DistributedDataParallel(bare) if num_workers > 1 else bare
+    if sharded:
+        shard(bare, torch.device("cpu"))
+    model: nn.Module = DistributedDataParallel(bare) if num_workers > 1 and not sharded else bare
     share = config.share(rank=rank, num_workers=num_workers)
 
     def batches():
@@ -82,16 +85,18 @@ def run(config: PretrainConfig, *, rank: int = 0, num_workers: int = 1) -> dict[
         events=events,
         device=torch.device("cpu"),
     )
-    return {"weights": bare.state_dict(), "records": events.records, "pending": events.pending}
+    weights = {name: whole(value) for name, value in bare.state_dict().items()}
+    return {"weights": weights, "records": events.records, "pending": events.pending}
 
 
 def worker(rank: int, num_workers: int, folder: str, configs: dict[str, PretrainConfig]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_workers)
     for name, config in configs.items():
-        result = run(config, rank=rank, num_workers=num_workers)
-        if rank == num_workers - 1:
-            torch.save(result, f"{folder}/{name}.pt")
+        for sharded in (False, True):
+            result = run(config, rank=rank, num_workers=num_workers, sharded=sharded)
+            if rank == num_workers - 1:
+                torch.save(result, f"{folder}/{name}{', sharded' * sharded}.pt")
     dist.destroy_process_group()
 
 
@@ -111,8 +116,9 @@ CONFIGS = {
 @pytest.mark.timeout(200)
 def test_workers_with_unequal_shares_compute_what_one_does(tmp_path: Path, num_workers: int) -> None:
     mp.spawn(worker, (num_workers, str(tmp_path), CONFIGS), nprocs=num_workers)
-    for name, config in CONFIGS.items():
-        found, alone = torch.load(tmp_path / f"{name}.pt"), run(config)
+    results = {name: run(config) for name, config in CONFIGS.items()}
+    for name, alone in [*results.items(), *((f"{name}, sharded", alone) for name, alone in results.items())]:
+        found = torch.load(tmp_path / f"{name}.pt")
         for key, value in alone["weights"].items():  # the loss is in float32
             torch.testing.assert_close(
                 found["weights"][key], value, rtol=0, atol=3e-7, msg=lambda text, at=(name, key): f"{at}: {text}"
