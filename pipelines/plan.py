@@ -58,16 +58,16 @@ class TrainingSet:
     gigabytes: float
     """Of its files."""
     num_classes: int
-    decode_rate: float | None = None
-    """Images per second and core; None: not known."""
+    decode_rate: float
+    """Images per second and core that are decoded and transformed as the recipes do it, on an AMD EPYC
+    (docs/benchmarks/ingest_cpu2_202611.md)."""
 
 
 IMAGENET = TrainingSet(name="ImageNet-1K", num_images=1_281_167, gigabytes=140, num_classes=1000, decode_rate=999)
-"""Rate: JPEGs like ImageNet's, stored in restart tiles, crops of 224 px, on an AMD EPYC
-(docs/benchmarks/ingest_cpu2_202611.md); without the tiles about two thirds of it."""
-ADE20K = TrainingSet(name="ADE20K", num_images=ADE20K_IMAGES, gigabytes=1, num_classes=150)
+"""Rate: JPEGs stored in restart tiles, crops of 224 px; without the tiles about two thirds of it."""
+ADE20K = TrainingSet(name="ADE20K", num_images=ADE20K_IMAGES, gigabytes=1, num_classes=150, decode_rate=69)
 """SceneParse150. Bytes: its archive, ADEChallengeData2016.zip, with masks and validation images."""
-COCO = TrainingSet(name="COCO 2017", num_images=118_287, gigabytes=19, num_classes=80)
+COCO = TrainingSet(name="COCO 2017", num_images=118_287, gigabytes=19, num_classes=80, decode_rate=38)
 """Bytes: the archive train2017.zip, of 18 GiB on the page of downloads of cocodataset.org."""
 
 
@@ -89,8 +89,8 @@ class Arguments:
     num_classes: int | None = None
     """Of finetuning. Default: 1000; for segmentation and detection, those of --data, else 150 and 80."""
     decode_rate: float | None = None
-    """Images per second that a core decodes. Default: measured on --data, else 999 for images like ImageNet's
-    (docs/benchmarks)."""
+    """Images per second that a core decodes. Default: measured on --data, else 999 for images like ImageNet's, 69 for
+    ADE20K's and 38 for COCO's (docs/benchmarks)."""
     reach: float = 0.5
     """Share of the card's roofline that the run reaches. The kernels of Swin-B, compiled, reached 0.48 on an H200
     (docs/benchmarks/step_h200_202611.md); whole runs and other cards are not yet measured."""
@@ -282,10 +282,7 @@ def _feed(arguments: Arguments, source: Source | None, estimate: Estimate) -> No
         rate, origin = decode_rate(arguments.config, source), ", measured here"
     elif rate is None:
         rate, origin = usual.decode_rate, " (docs/benchmarks; measure yours: --data, or --decode-rate)"
-    if rate is None:
-        print("decoding     the cores that it takes are not known: --data measures them, or --decode-rate")
-    else:
-        print(f"decoding     {estimate.images_per_s / rate:.1f} cores at {rate:.0f} images/s each{origin}")
+    print(f"decoding     {estimate.images_per_s / rate:.1f} cores at {rate:.0f} images/s each{origin}")
     if source is None:
         print(f"reading      {usual.gigabytes:.0f} GB per epoch")
 

@@ -37,20 +37,20 @@ def test_a_plan_on_cards_and_the_run_that_finds_it(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "images", "reading"),
+    ("recipe", "images", "reading", "rate"),
     [
-        ("demo_segment", "20210 (ADE20K), 600 steps of 8", "1 GB"),
-        ("demo_detect", "118287 (COCO 2017), 500 steps of 8", "19 GB"),
+        ("demo_segment", "20210 (ADE20K), 600 steps of 8", "1 GB", 69),
+        ("demo_detect", "118287 (COCO 2017), 500 steps of 8", "19 GB", 38),
     ],
 )
-def test_a_plan_of_a_dense_task(capsys, tmp_path, recipe, images, reading):
+def test_a_plan_of_a_dense_task(capsys, tmp_path, recipe, images, reading, rate):
     flags = ["--gpus", "2", "--card", "L4", "--output", str(tmp_path / "run")]
     assert plan.main([recipe, *flags]) == 0
     text = capsys.readouterr().out
     assert images in text
     assert "2 x L4, 1 micro-batch of 4 images each, float32" in text
     assert f"reading      {reading} per epoch" in text
-    assert "decoding     the cores that it takes are not known" in text
+    assert f"cores at {rate} images/s each (docs/benchmarks" in text
     assert "all 64 regions for boxes and 16 for masks" in text or recipe == "demo_segment"
     assert "--loop.precision bfloat16" in text
     assert json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["recipe"] == recipe
