@@ -105,6 +105,7 @@ def measure_step(
     images: int,
     precision: Precision = "float32",
     card: Card | None = None,
+    floats_have_values: bool = False,
 ) -> StepCost:
     """Count what a step costs.
 
@@ -115,11 +116,13 @@ def measure_step(
         image_shape: (C, H, W).  images: B, of a micro-batch.
         precision: of the forward pass, as in the training loop.
         card: where it is to run; None: this machine's CPU. It decides which kernel attention takes.
+        floats_have_values: compute what follows from real tensors and generators alone for floats, too, because sizes
+            follow from boxes. False: for integers alone, since masks as floats take much memory.
     Returns: the cost of the second step, when the optimiser has its state.
     """
     with torch.device("meta"):
         model = build()
-    with FakeTensorMode(allow_non_fake_inputs=True), _attention_of(card), _Meter(card) as meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), _attention_of(card), _Meter(card, floats_have_values) as meter:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         optimizer = optimizer_of(model)
         if draw := getattr(model, "draw", None):
@@ -199,9 +202,9 @@ def _attention_of(card: Card | None) -> Iterator[None]:
 class _Meter(TorchDispatchMode):
     """Sees each operation: its FLOPs, its reads and writes, and the memory that it makes."""
 
-    def __init__(self, card: Card | None) -> None:
+    def __init__(self, card: Card | None, floats_have_values: bool) -> None:
         super().__init__()
-        self._card = card
+        self._card, self._floats_have_values = card, floats_have_values
         self._alive = 0
         self._storages: dict[weakref.ref[torch.UntypedStorage], int] = {}
         self._parts: list[str] = []
@@ -238,22 +241,28 @@ class _Meter(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # What follows from the draws alone has values, too: it is made of integers that have them, or of nothing.
-        has_values = bool(read) and not any(isinstance(leaf, FakeTensor) or leaf.is_floating_point() for leaf in read)
+        floats = self._floats_have_values
+        has_values = bool(read) and not any(
+            isinstance(leaf, FakeTensor) or (leaf.is_floating_point() and not floats) for leaf in read
+        )
         if not has_values:
-            out = func(*args, **(kwargs or {}))
-        if has_values or (
-            not read and not any(t.is_floating_point() for t in tree_leaves(out) if isinstance(t, Tensor))
-        ):
+            out = func(*args, **kwargs)
+        if not read:
+            is_drawn = floats and kwargs.get("generator") is not None
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            has_values = is_drawn or not any(tensor.is_floating_point() for tensor in made)
+        if has_values:
             with unset_fake_temporarily():
-                out = func(*args, **(kwargs or {}))
+                out = func(*args, **kwargs)
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in written:
             self._note(tensor.untyped_storage())
         self.peak = max(self.peak, self._alive)
         formula = flop_registry.get(func.overloadpacket)
-        flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
         self.flops += flops
         if self._card is not None and written and not func.is_view:
             moved = sum(min(_bytes(tensor), tensor.untyped_storage().nbytes()) for tensor in (*read, *written))
@@ -276,9 +285,9 @@ class _Meter(TorchDispatchMode):
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts by which activations are told apart: the stages or blocks of the encoder, the decoder, the head."""
+    """The parts by which activations are told apart: the stages or blocks of the encoder, the decoder, the heads."""
     for name, module in model.named_modules():
-        if re.fullmatch(r"encoder\.(stages\.\d+|(?!stages|blocks)\w+)|(?!encoder)\w+", name):
+        if re.fullmatch(r"encoder\.(stages\.\d+|(?!stages|blocks)\w+)|roi_heads\.\w+|(?!encoder)\w+", name):
             yield name, module
         elif re.fullmatch(r"encoder\.blocks\.\d+", name):
             yield "encoder.blocks", module

@@ -26,9 +26,8 @@ import tyro
 from mixmae.data.account import Account
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.config import BRANCHABLE, RunConfig, completed, differences, to_json
-from mixmae.jobs.estimate import compared_with_plan
 from mixmae.jobs.job import Job
-from mixmae.jobs.record import RunRecord, read_begun, versions
+from mixmae.jobs.record import RunRecord, compared_with_plan, read_begun, versions
 from mixmae.jobs.supervised import SupervisedJob
 from mixmae.lock import Hold, holds, take, taken_over
 from mixmae.machine import Device

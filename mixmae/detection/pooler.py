@@ -5,6 +5,7 @@ Legend: B images, C channels, R regions of all images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
     Args: boxes: (R, 4) float32.  strides: of the levels, each twice the one before.   Returns: (R,) int64.
     """
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
-    base = torch.tensor(CANONICAL_STRIDE / strides[0]).log2().item()
+    base = math.log2(CANONICAL_STRIDE / strides[0])
     level = (base + (sides / CANONICAL_PX + 1e-8).log2()).floor()
     return level.clamp(0, len(strides) - 1).to(torch.int64)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import resource
 import statistics
 import sys
@@ -12,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,16 @@ from mixmae.data.order import Plan
 from mixmae.data.source import Source
 from mixmae.encoders.build import build_encoder
 from mixmae.finetune.classification import ImageClassifier
-from mixmae.jobs.config import PretrainConfig, RunConfig
+from mixmae.flops import count_macs
+from mixmae.jobs.config import DetectConfig, PretrainConfig, RunConfig, SegmentConfig
+from mixmae.jobs.full_detector import FullDetector, FullForward, full_loss
 from mixmae.machine import threads_per_process
 from mixmae.methods.build import build_method
+from mixmae.segmentation.step import segmentation_step
+from mixmae.segmentation.upernet import UPerNet
 from mixmae.share import WorkerShare
 from mixmae.training.optim import build_optimizer
 from mixmae.training.recompute import recompute_stages
-from mixmae.training.run_folder import PLAN_FILE
 from mixmae.training.sharding import most_gathered
 
 WARMUP_STEPS, MEASURED_STEPS, MEASURED_S = 2, 20, 10.0
@@ -62,24 +65,16 @@ class MeasuredSteps:
     """Bytes that it had before there was a model."""
 
 
-def compared_with_plan(folder: Path, images_per_s: float) -> dict[str, float]:
-    """What a run was planned to be and became, as metrics; nothing if there is no plan in its folder.
-
-    Args: images_per_s: of the run.
-    """
-    try:
-        planned = float(json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))["images_per_s"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return {"plan/images_per_s": planned, "plan/reached": images_per_s / planned}
-
-
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
-    """The model of a run: a pretraining method, or a classifier."""
+    """The model of a run: a pretraining method, a classifier, a UPerNet, or a detector with all regions."""
     encoder = build_encoder(config.sized_encoder())
     model: nn.Module
     if isinstance(config, PretrainConfig):
         model = build_method(encoder, config.method)
+    elif isinstance(config, SegmentConfig):
+        model = UPerNet(encoder, num_classes, config.head)
+    elif isinstance(config, DetectConfig):
+        model = FullDetector(encoder, num_classes, config.detector)
     else:
         model = ImageClassifier(encoder, num_classes)
     recompute_stages(model, config.loop.recompute_stages)
@@ -92,10 +87,44 @@ def build_on_meta(config: RunConfig, num_classes: int) -> nn.Module:
         return build_model(config, num_classes)
 
 
-def _loss(config: RunConfig, model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of a checkpoint: all weights, and AdamW's two moments of those that are trained."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return weights + sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def forward_macs(config: RunConfig, num_classes: int) -> int:
+    """MACs per image of a training step's forward."""
+    model = build_on_meta(config, num_classes)
+    inputs: dict[str, Any] = {}
+    if isinstance(config, PretrainConfig):
+        inputs = {"generator": torch.Generator()}
+    elif isinstance(config, SegmentConfig):
+        inputs = {"with_auxiliary": True}
+    elif isinstance(config, DetectConfig):
+        assert isinstance(model, FullDetector)
+        model = FullForward(model)
+    size, channels, unit = config.augment.image_size, config.encoder.in_channels, micro_batch_unit(config)
+    return count_macs(model, size, in_channels=channels, num_images=unit, **inputs).total
+
+
+def micro_batch_unit(config: RunConfig) -> int:
+    """The fewest images of a micro-batch; all micro-batches are multiples of it."""
+    if isinstance(config, PretrainConfig):
+        return config.method.images_mixed
+    # UPerNet pools to a single point, which a batch norm needs two of.
+    return 2 if isinstance(config, SegmentConfig) and config.head.norm == "batch" else 1
+
+
+def loss_of(config: RunConfig, model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     """The loss of a step, on images that are normalised."""
     if isinstance(config, PretrainConfig):
         return model(images, generator=torch.Generator().manual_seed(0)).loss
+    if isinstance(config, SegmentConfig):
+        targets = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64)
+        return segmentation_step(model, images, targets, aux_weight=config.head.aux_weight).loss
+    if isinstance(config, DetectConfig):
+        return full_loss(model, images)
     return F.cross_entropy(model(images).float(), torch.full((len(images), num_classes), 1 / num_classes))
 
 
@@ -107,11 +136,12 @@ def cost_of(config: RunConfig, images: int, num_classes: int, card: Card | None 
     cost = measure_step(
         lambda: build_model(config, num_classes),
         lambda model: build_optimizer(model, config.optim),
-        lambda model, batch: _loss(config, model, batch, num_classes),
+        lambda model, batch: loss_of(config, model, batch, num_classes),
         image_shape=(config.encoder.in_channels, *config.augment.size),
         images=images,
         precision=config.loop.precision,
         card=card,
+        floats_have_values=isinstance(config, DetectConfig),
     )
     return cost.sharded(workers, most_gathered(build_on_meta(config, num_classes))) if config.loop.shard else cost
 
@@ -136,7 +166,7 @@ def _make_steps(config: RunConfig, share: WorkerShare, num_classes: int) -> Meas
         start = time.perf_counter()
         for micro_batch in images.split(share.micro_batches):
             with autocast:
-                loss = _loss(config, model, config.normalise(micro_batch), num_classes)
+                loss = loss_of(config, model, config.normalise(micro_batch), num_classes)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,7 @@ from mixmae.data.source import Source
 from mixmae.data.sources.storage import plain_place
 from mixmae.jobs.config import RunConfig
 from mixmae.tracking import RunRef, run_of
-from mixmae.training.run_folder import RunFolder
+from mixmae.training.run_folder import PLAN_FILE, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +139,15 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         **{name: version(name) for name in ("ray", "numpy", "pyarrow")},
     }
+
+
+def compared_with_plan(folder: Path, images_per_s: float) -> dict[str, float]:
+    """What a run was planned to be and became, as metrics; nothing if there is no plan in its folder.
+
+    Args: images_per_s: of the run.
+    """
+    try:
+        planned = float(json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))["images_per_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"plan/images_per_s": planned, "plan/reached": images_per_s / planned}

@@ -256,8 +256,10 @@ def train(
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     evaluate_every = length.every(config.evaluate_every_epochs)
     checkpoint_every = length.every(config.checkpoint_every_epochs)
-    # Weights that are shared out are gathered by all workers together: who has fewer micro-batches takes part in vain.
-    passes = share.most_micro_batches if is_sharded(model) else share.accumulation
+    # All workers gather weights that are shared out, or sum statistics of batch norms, together: who has fewer
+    # micro-batches takes part in vain.
+    together = is_sharded(model) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    passes = share.most_micro_batches if together else share.accumulation
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
 
     averages = _Averages(device, state.pending.get("averages"))
@@ -294,7 +296,7 @@ def train(
             generator = torch.Generator().manual_seed(step_seed(config.seed, "step", state.step))
             # Drop path and the like draw from the global generator: make it a function of the images' index too.
             torch.manual_seed(step_seed(config.seed, "modules", state.step, first_sample))
-            last = index == share.accumulation - 1
+            last = index == passes - 1
             with contextlib.ExitStack() as stack:
                 if isinstance(model, DistributedDataParallel) and not last:
                     stack.enter_context(model.no_sync())  # gradients are summed once per step, with the last

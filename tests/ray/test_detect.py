@@ -26,6 +26,8 @@ SHORT = [
 def finished(tmp_path_factory, mlflow_server, few_scenes) -> Finished:
     base = tmp_path_factory.mktemp("runs")
     arguments = ["--mlflow-uri", mlflow_server, "--data", str(few_scenes), *SHORT]
+    (base / "whole").mkdir()
+    (base / "whole" / "plan.json").write_text('{"images_per_s": 40}')
     done = run("demo_detect", "--output", base / "whole", *arguments, "--workers", "1", cwd=base, pipeline="detect")
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)
@@ -34,6 +36,8 @@ def finished(tmp_path_factory, mlflow_server, few_scenes) -> Finished:
 def test_the_run_says_and_keeps_what_it_did(finished):
     assert "6 classes of objects, validation on 40 images" in finished.text
     assert "Finished in" in finished.text
+    assert "planned 40 images/s, ran at" in finished.text
+    assert finished.state["metrics"]["plan/reached"] > 0
     state = finished.state
     assert state["classes"] == ["disc", "square", "triangle", "star", "ring", "plus"]
     assert 0 <= state["metrics"]["final/box_ap"] <= state["metrics"]["best/box_ap"]

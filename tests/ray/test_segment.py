@@ -24,6 +24,8 @@ SHORT = [
 def finished(tmp_path_factory, mlflow_server, few_scenes) -> Finished:
     base = tmp_path_factory.mktemp("runs")
     arguments = ["--mlflow-uri", mlflow_server, "--data", str(few_scenes), *SHORT]
+    (base / "whole").mkdir()
+    (base / "whole" / "plan.json").write_text('{"images_per_s": 40}')
     done = run("demo_segment", "--output", base / "whole", *arguments, "--workers", "1", cwd=base, pipeline="segment")
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(base / "whole", mlflow_server, arguments, done.stdout)
@@ -32,6 +34,8 @@ def finished(tmp_path_factory, mlflow_server, few_scenes) -> Finished:
 def test_the_run_says_and_keeps_what_it_did(finished):
     assert "7 classes of pixels, validation on 40 images" in finished.text
     assert "Finished in" in finished.text
+    assert "planned 40 images/s, ran at" in finished.text
+    assert finished.state["metrics"]["plan/reached"] > 0
     state = finished.state
     assert state["classes"][0] == "ground"
     assert 0 < state["metrics"]["final/miou"] < 1

@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from mixmae.cost import CARDS
-from mixmae.jobs.estimate import build_on_meta, compared_with_plan, cost_of
+from mixmae.cost import CARDS, GIB, USABLE_MEMORY
+from mixmae.jobs.estimate import build_on_meta, cost_of
+from mixmae.jobs.record import compared_with_plan
 from pipelines import plan
-from pipelines.recipes import PRETRAIN_RECIPES
+from pipelines.recipes import DETECT_RECIPES, PRETRAIN_RECIPES
 from tests.factories import jpeg
 
 DEMO = ("demo", "--gpus", "2", "--card", "L4")
@@ -33,6 +34,39 @@ def test_a_plan_on_cards_and_the_run_that_finds_it(capsys, tmp_path):
     reached = compared_with_plan(tmp_path / "run", written["images_per_s"] / 2)
     assert reached == {"plan/images_per_s": written["images_per_s"], "plan/reached": 0.5}
     assert compared_with_plan(tmp_path, 1.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "reading", "rate"),
+    [
+        ("demo_segment", "20210 (ADE20K), 600 steps of 8", "1 GB", 69),
+        ("demo_detect", "118287 (COCO 2017), 500 steps of 8", "19 GB", 38),
+    ],
+)
+def test_a_plan_of_a_dense_task(capsys, tmp_path, recipe, images, reading, rate):
+    flags = ["--gpus", "2", "--card", "L4", "--output", str(tmp_path / "run")]
+    assert plan.main([recipe, *flags]) == 0
+    text = capsys.readouterr().out
+    assert images in text
+    assert "2 x L4, 1 micro-batch of 4 images each, float32" in text
+    assert f"reading      {reading} per epoch" in text
+    assert f"cores at {rate} images/s each (docs/benchmarks" in text
+    assert "all 64 regions for boxes and 16 for masks" in text or recipe == "demo_segment"
+    assert "--loop.precision bfloat16" in text
+    assert json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["recipe"] == recipe
+
+
+def test_what_fits_can_be_run(capsys, monkeypatch):
+    """The size that is named divides the batch, as a run needs it, though more images would fit."""
+    flags = ["--gpus", "1", "--card", "L4", "--decode-rate", "100"]
+    one, two = (cost_of(DETECT_RECIPES["demo_detect"](), size, 80, card=CARDS["L4"]).peak for size in (1, 2))
+    room = one + 4.5 * (two - one)  # for 5 images of 8
+    small = dataclasses.replace(CARDS["L4"], memory_gib=room / GIB / USABLE_MEMORY)
+    monkeypatch.setitem(plan.CARDS, "L4", small)
+    assert plan.main(["demo_detect", *flags]) == 1
+    text = capsys.readouterr().out
+    assert "this does NOT fit: --loop.micro-batch-size 4 fits" in text
+    assert "cores at 100 images/s each" in text
 
 
 def test_a_step_that_does_not_fit_says_what_does(capsys, monkeypatch):
@@ -88,3 +122,14 @@ def test_a_plan_on_cores_is_of_steps_made_here(capsys, tmp_path):
     assert written["bound"] is None
     assert written["workers"] == 2
     assert 1 < written["images_per_s"] < 1e5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["demo_segment", "demo_detect"])
+def test_a_plan_of_a_dense_task_on_cores_is_of_the_built_in_scenes(capsys, tmp_path, recipe):
+    flags = ["--gpus", "0", "--workers", "1", "--output", str(tmp_path / "run"), "--loop.batch-size", "2"]
+    assert plan.main([recipe, *flags]) == 0
+    said = lines(capsys)
+    assert "2000 (scenes/train)" in said["images"]
+    assert "decoded per core" in said["speed"]
+    assert json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["images_per_s"] > 0.1

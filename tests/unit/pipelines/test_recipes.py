@@ -20,10 +20,12 @@ from mixmae.methods.mixmae import MixMAEConfig
 from mixmae.methods.simmim import SimMIMConfig
 from pipelines.pretrain import Arguments
 from pipelines.recipes import (
+    DETECT_RECIPES,
     FINETUNE_RECIPES,
     LINEAR_PROBE_RECIPES,
     PRETRAIN_RECIPES,
     RECIPE_GROUPS,
+    SEGMENT_RECIPES,
     find_recipe,
     list_recipes,
 )
@@ -39,6 +41,8 @@ SMALL = [recipe.__name__ for recipe in SMALL_RECIPES]
 PAPER = [name for name in PRETRAIN_RECIPES if name not in ("demo", *SMALL)]
 TRANSFER = [recipe.__name__ for recipe in TRANSFER_RECIPES]
 """Finetuning on other sets than ImageNet (table 5)."""
+DENSE = {name: recipe for name, recipe in {**SEGMENT_RECIPES, **DETECT_RECIPES}.items() if "demo" not in name}
+"""On ADE20K and COCO (tables 4 and 13 to 16)."""
 METHODS = {"mixmae": MixMAEConfig, "simmim": SimMIMConfig, "mae": MAEConfig}
 BASE = "mixmae_swin_base_300ep_images_2"
 ABLATIONS = {
@@ -200,11 +204,22 @@ def test_an_unknown_name_like_no_other_is_told_where_the_list_is():
 def test_the_results_name_every_recipe_of_the_paper_with_its_figures():
     """docs/results.md: each recipe is there, none is unknown, and its rows have what its docstring expects."""
     text = (ROOT / "docs" / "results.md").read_text()
-    assert set(re.findall(r"`((?:mixmae|simmim|mae)_\w+)`", text)) == {*PAPER, *TRANSFER}
-    for name in (*PAPER, *TRANSFER):
+    assert set(re.findall(r"`((?:mixmae|simmim|mae)_\w+)`", text)) == {*PAPER, *TRANSFER, *DENSE}
+    for name in (*PAPER, *TRANSFER, *DENSE):
         rows = " ".join(line for line in text.splitlines() if f"`{name}`" in line)
-        expected = ALL[name].__doc__.split("Expected:")[1]
+        expected = {**ALL, **DENSE}[name].__doc__.split("Expected:")[1]
         assert all(figure in rows for figure in re.findall(r"\d\d\.\d", expected)), name
+
+
+def test_the_dense_recipes_of_a_row_take_the_encoder_of_its_pretraining():
+    """docs/results.md: each row of ADE20K and COCO names one recipe of each, of the same widths and depths."""
+    text = (ROOT / "docs" / "results.md").read_text().split("## Tables 4 and 13 to 16")[1].split("\n## ")[0]
+    rows = [re.findall(r"`(\w+)`", line) for line in text.splitlines() if "not yet run" in line]
+    assert len(rows) == 18
+    for pretraining, segmenting, detecting in rows:
+        encoder = PRETRAIN_RECIPES[pretraining]().encoder
+        for config in (SEGMENT_RECIPES[segmenting](), DETECT_RECIPES[detecting]()):
+            assert (config.encoder.embed_dim, config.encoder.depths) == (encoder.embed_dim, encoder.depths)
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS, ids=lambda transfer: transfer.name)

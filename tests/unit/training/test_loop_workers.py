@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from mixmae.training.loop import LoopConfig, Silent, TrainState, step_seed, trai
 from mixmae.training.schedule import RunLength
 from mixmae.training.sharding import shard, whole
 
+KINDS = ("", "sharded", "norm")
+"""Distributed data parallelism, sharding, and the first with a norm over all workers."""
 STEPS = 3
 BATCH = 8
 SWIN = SwinConfig(image_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_sizes=(4, 4, 2, 1))
@@ -33,6 +36,25 @@ TINY = PretrainConfig(
     loop=LoopConfig(batch_size=BATCH, epochs=1, warmup_epochs=0, log_every_steps=STEPS),
 )
 TINY = replace(TINY, augment=replace(TINY.augment, image_size=32))
+
+
+class Together(nn.SyncBatchNorm):
+    """Waits for all workers in each pass, as it does on GPUs, and changes nothing."""
+
+    def forward(self, input):
+        dist.all_reduce(torch.zeros(1))
+        return input
+
+
+class WithNorm(nn.Module):
+    """A model and a norm over all workers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.norm = model, Together(3, affine=False)
+
+    def forward(self, images, **draws):
+        return self.model(self.norm(images), **draws)
 
 
 class Logs(Silent):
@@ -49,13 +71,16 @@ class Logs(Silent):
         self.pending = self.pending or dict(state.pending.get("averages", {}))
 
 
-def run(config: PretrainConfig, *, rank: int = 0, num_workers: int = 1, sharded: bool = False) -> dict[str, Any]:
-    """The weights after some steps in float64, and what was logged."""
+def run(config: PretrainConfig, *, rank: int = 0, num_workers: int = 1, kind: str = "") -> dict[str, Any]:
+    """The weights after some steps in float64, and what was logged.   Args: kind: one of KINDS."""
     torch.manual_seed(0)
     bare = build_method(build_encoder(config.sized_encoder()), config.method).double()
-    if sharded:
+    model: nn.Module = WithNorm(bare) if kind == "norm" else bare
+    if kind == "sharded":
         shard(bare, torch.device("cpu"))
-    model: nn.Module = DistributedDataParallel(bare) if num_workers > 1 and not sharded else bare
+    elif num_workers > 1:
+        with mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle"):  # it wants GPUs
+            model = DistributedDataParallel(model)
     share = config.share(rank=rank, num_workers=num_workers)
 
     def batches():
@@ -93,10 +118,10 @@ def worker(rank: int, num_workers: int, folder: str, configs: dict[str, Pretrain
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_workers)
     for name, config in configs.items():
-        for sharded in (False, True):
-            result = run(config, rank=rank, num_workers=num_workers, sharded=sharded)
+        for kind in KINDS:
+            result = run(config, rank=rank, num_workers=num_workers, kind=kind)
             if rank == num_workers - 1:
-                torch.save(result, f"{folder}/{name}{', sharded' * sharded}.pt")
+                torch.save(result, f"{folder}/{name}{kind}.pt")
     dist.destroy_process_group()
 
 
@@ -117,7 +142,7 @@ CONFIGS = {
 def test_workers_with_unequal_shares_compute_what_one_does(tmp_path: Path, num_workers: int) -> None:
     mp.spawn(worker, (num_workers, str(tmp_path), CONFIGS), nprocs=num_workers)
     results = {name: run(config) for name, config in CONFIGS.items()}
-    for name, alone in [*results.items(), *((f"{name}, sharded", alone) for name, alone in results.items())]:
+    for name, alone in [(f"{name}{kind}", alone) for name, alone in results.items() for kind in KINDS]:
         found = torch.load(tmp_path / f"{name}.pt")
         for key, value in alone["weights"].items():  # the loss is in float32
             torch.testing.assert_close(
