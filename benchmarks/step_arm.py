@@ -93,6 +93,12 @@ class Arm:
         assert isinstance(encoder, SwinConfig)
         self.size = encoder.image_sides
         self.model = self._build(encoder, decoder).to(self.device)
+        if spec.compiled == "blocks":
+            from mixmae.training.compile import compile_blocks  # an older commit has none
+
+            compile_blocks(self.model, torch.device("cuda"))
+        elif spec.compiled:
+            self.model.compile(dynamic=False)
         if spec.recompute:
             from mixmae.training.recompute import recompute_stages  # an older commit has none
 
@@ -102,12 +108,6 @@ class Arm:
             self.optimizer = build_optimizer(self.model, optim)
         else:  # as the official code makes it
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=optim.betas, weight_decay=0.05)
-        if spec.compiled == "blocks":
-            from mixmae.training.compile import compile_blocks  # an older commit has none
-
-            compile_blocks(self.model, torch.device("cuda"))
-        elif spec.compiled:
-            self.model.compile(dynamic=False)
         generator = torch.Generator().manual_seed(1)
         images = torch.randint(256, (spec.batch, 3, *self.size), dtype=torch.uint8, generator=generator)
         self.images = images.pin_memory() if spec.input == "pinned" else images

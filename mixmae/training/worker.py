@@ -316,13 +316,13 @@ def _run_worker(
     torch.manual_seed(step_seed(job.loop.seed, "init"))
     model = job.build_model().to(device)
     gather = shard(model, device) if job.loop.shard and num_workers > 1 else unsharded(model)
+    if job.loop.compile:
+        compile_blocks(model, device)
     recompute_stages(model, job.loop.recompute_stages)
     optimizer = build_optimizer(model, job.optim)
     average = None if job.ema_decay is None else WeightAverage(model, job.ema_decay)
 
     trained: nn.Module = model
-    if job.loop.compile:
-        compile_blocks(model, device)
     with contextlib.ExitStack() as stack:
         if store is not None and rank == 0:
             say = partial(_note, mailbox)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from torch import nn
 
 from mixmae.layers import attention
 from mixmae.training.compile import compile_blocks
+from mixmae.training.recompute import recompute_stages
 from tests.factories import noise_images, seeded, tiny_mixmae
 
 
@@ -16,17 +16,19 @@ def graphs(monkeypatch):
         found.append(graph)
         return graph
 
-    compiling = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiling(self, backend=backend, **options))
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiling(function, backend=backend, **options))
     torch._dynamo.reset()
     return found
 
 
-def test_for_a_gpu_blocks_of_a_stage_share_a_graph(monkeypatch, graphs):
+@pytest.mark.parametrize("recomputed", [(), (1, 2)])
+def test_for_a_gpu_blocks_of_a_stage_share_a_graph(monkeypatch, graphs, recomputed):
     """And no step compiles anew: the draws change, the shapes do not. Names stay as they are."""
     monkeypatch.setattr(attention, "on_cpu", lambda tensor: False)  # windows are masked and grids sorted as on a GPU
     plain, compiled = tiny_mixmae(num_images=2), tiny_mixmae(num_images=2)
     compile_blocks(compiled, torch.device("cuda"))
+    recompute_stages(compiled, recomputed)
     images, names = noise_images(4), list(plain.state_dict())
     assert list(compiled.state_dict()) == names
     counts = []

@@ -148,13 +148,15 @@ class Run(Silent):
 
 def compiled(model: nn.Module) -> list[Any]:
     """Compile as on a GPU, but with a backend that runs graphs as they are; the list that they will be in."""
-    graphs, compiling = [], nn.Module.compile
+    graphs, compiling = [], torch.compile
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph
 
-    with mock.patch.object(nn.Module, "compile", lambda self, **options: compiling(self, backend=backend, **options)):
+    with mock.patch.object(
+        torch, "compile", lambda function, **options: compiling(function, backend=backend, **options)
+    ):
         compile_blocks(model, torch.device("cuda"))
     return graphs
 
