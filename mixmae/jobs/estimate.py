@@ -26,7 +26,7 @@ from mixmae.finetune.classification import ImageClassifier
 from mixmae.flops import count_macs
 from mixmae.jobs.config import DetectConfig, PretrainConfig, RunConfig, SegmentConfig
 from mixmae.jobs.full_detector import FullDetector, FullForward, full_loss
-from mixmae.machine import threads_per_process
+from mixmae.machine import keep_freed_memory, threads_per_process
 from mixmae.methods.build import build_method
 from mixmae.segmentation.step import segmentation_step
 from mixmae.segmentation.upernet import UPerNet
@@ -156,6 +156,7 @@ def measure_steps(config: RunConfig, share: WorkerShare, num_classes: int) -> Me
 
 def _make_steps(config: RunConfig, share: WorkerShare, num_classes: int) -> MeasuredSteps:
     torch.set_num_threads(threads_per_process(share.num_workers))
+    keep_freed_memory()  # as a run does
     base = _peak_bytes(restart=True)
     model = build_model(config, num_classes)
     optimizer = build_optimizer(model, config.optim)
