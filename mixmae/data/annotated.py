@@ -40,7 +40,8 @@ def object_classes(source: Source) -> DenseClasses:
     if known is None or known.objects is None:
         raise DataError(
             f"{source.name} has no objects, and detection needs them: give images with the annotations of COCO, Pascal "
-            "VOC, YOLO or LabelMe, or shards that make_shards made of them (docs/detection.md)."
+            "VOC (where it has masks of classes, too, name its folder Annotations), YOLO or LabelMe, or shards that "
+            "make_shards made of them (docs/detection.md)."
         )
     return known
 

@@ -33,6 +33,7 @@ from mixmae.data.images.decode import DecodeError, Uint8Array
 from mixmae.data.source import DataError, short_digest
 from mixmae.data.sources.contents import content_digests
 from mixmae.data.sources.folders import FilesSource, ImageFile, open_files
+from mixmae.data.sources.image_sets import read_image_sets
 from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile, suffix_of
 from mixmae.data.truth import IGNORE, MAX_CLASSES, DenseClasses, Truth, encode_map
@@ -175,7 +176,8 @@ def list_masks(storage: Storage, root: str, files: Sequence[StoredFile]) -> Mask
                 "pixels do not keep their values: save masks as PNG."
             )
         kinds = {match.groupdict().get("kind") for _, match in masks.values()}
-        splits, tally = _split(storage, root, layout, pairs), Tally()
+        tally = Tally()
+        splits = _split(storage, root, layout, pairs, images.keys(), tally)
         for key in images.keys() - masks.keys():
             what = "images have no mask and are left out"
             tally.add(what, images[key].relative, "add their masks, with all pixels ignored if need be")
@@ -203,22 +205,24 @@ def _refuse_full_ade(files: Sequence[StoredFile]) -> None:
         )
 
 
-def _split(storage: Storage, root: str, layout: _Layout, pairs: dict[str, MaskedFile]) -> dict[str, list[MaskedFile]]:
-    """The pairs by split: by the folders' names, in Pascal VOC by its lists."""
+def _split(
+    storage: Storage,
+    root: str,
+    layout: _Layout,
+    pairs: dict[str, MaskedFile],
+    images: Collection[str],
+    tally: Tally,
+) -> dict[str, list[MaskedFile]]:
+    """The pairs by split: by the folders' names, in Pascal VOC by its lists.   Args: images: keys, masked or not."""
     splits: dict[str, list[MaskedFile]] = {}
     if layout.title == "Pascal VOC":
         folder = next(iter(pairs.values())).image.relative.rpartition("JPEGImages/")[0]
-        for split, name in (("train", "train"), ("validation", "val")):
-            try:
-                text = storage.read_file(f"{root}/{folder}ImageSets/Segmentation/{name}.txt").decode(errors="replace")
-            except OSError:
-                continue
-            part = [pairs[folder + stem] for stem in text.split() if folder + stem in pairs]
-            if part:
-                splits[split] = part
-        if "train" in splits:
-            return splits
-        splits = {}
+        usable, known = (
+            {key.removeprefix(folder) for key in keys if key.startswith(folder)} for keys in (pairs, images)
+        )
+        sets = read_image_sets(storage, f"{root}/{folder}ImageSets/Segmentation", usable, known, tally)
+        if sets:
+            return {split: [pairs[folder + stem] for stem in stems] for split, stems in sets.items()}
     for key in sorted(pairs):
         named = filter(None, map(split_of_folder, pairs[key].image.relative.split("/")[:-1]))
         splits.setdefault(next(named, "train"), []).append(pairs[key])

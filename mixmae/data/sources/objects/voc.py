@@ -7,12 +7,13 @@ here: they are not learnt from, and detections of them are not judged.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from mixmae.data.account import Tally, escaped
 from mixmae.data.source import DataError
+from mixmae.data.sources.image_sets import read_image_sets
 from mixmae.data.sources.objects.raw import RawImage, RawSet, clean, number_names
 from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile
@@ -29,7 +30,10 @@ def read_voc(storage: Storage, root: str, beside: Sequence[StoredFile], images: 
     by_stem: dict[tuple[str, str], str] = {}
     for item in images:
         folder, _, base = item.relative.rpartition("/")
-        by_stem[folder.rpartition("/")[0] + "/" if "/" in folder else "", base.rpartition(".")[0]] = item.relative
+        parent, _, last = folder.rpartition("/")
+        key = (f"{parent}/" if parent else "", base.rpartition(".")[0])
+        if not last.startswith("Segmentation") and (last == "JPEGImages" or key not in by_stem):  # those are masks
+            by_stem[key] = item.relative
     found: dict[tuple[str, str], tuple[RawImage, list[tuple[str, dict[str, Any]]]]] = {}
     names: set[str] = set()
     for (prefix, stem), file in sorted(pairs.items()):
@@ -41,16 +45,23 @@ def read_voc(storage: Storage, root: str, beside: Sequence[StoredFile], images: 
         image.image_id = len(found)
         found[prefix, stem] = (image, objects)
         names |= {label for label, _ in objects}
+    folders = {prefix for prefix, _ in found}
+    for key in sorted(by_stem.keys() - pairs.keys()):
+        if key[0] in folders:
+            remedy = "an XML file without objects says that an image has none"
+            tally.add("images have no XML file and are left out", by_stem[key], remedy)
     if not found:
         raise DataError(f"{storage.shown(root)} has XML annotations, but none of their images: unpack JPEGImages there")
     index, ordered = number_names(names, storage.shown(root))
     for image, objects in found.values():
         for label, values in objects:
             kept = clean(tally, f"{label} in {image.name}", image.size, label=index[label], **values)
-            if kept is not None:
+            if kept is not None and kept in image.objects:
+                tally.add("objects that repeat another one are left out", f"{label} in {image.name}")
+            elif kept is not None:
                 image.objects.append(kept)
     every = {key: image for key, (image, _) in found.items()}
-    splits = _splits(storage, root, every, tally)
+    splits = _splits(storage, root, every, by_stem.keys(), tally)
     return RawSet(
         title="Pascal VOC",
         splits=splits,
@@ -88,27 +99,25 @@ def _read(
 
 
 def _splits(
-    storage: Storage, root: str, images: dict[tuple[str, str], RawImage], tally: Tally
+    storage: Storage,
+    root: str,
+    images: dict[tuple[str, str], RawImage],
+    there: Collection[tuple[str, str]],
+    tally: Tally,
 ) -> dict[str, list[RawImage]]:
-    """By the lists of ImageSets/Main, else by folders."""
+    """By the lists of ImageSets/Main, else by folders.   Args: there: also of images without annotations."""
     splits: dict[str, list[RawImage]] = {}
     listed: set[tuple[str, str]] = set()
     for prefix in sorted({prefix for prefix, _ in images}):
-        for split, base in (("train", "train"), ("validation", "val"), ("test", "test")):
-            try:
-                text = storage.read_file(f"{root}/{prefix}ImageSets/Main/{base}.txt").decode(errors="replace")
-            except OSError:
-                continue
-            keys = [key for line in text.splitlines() if line.split() and (key := (prefix, line.split()[0])) in images]
-            if keys:
-                splits.setdefault(split, []).extend(images[key] for key in keys)
-                listed |= set(keys)
-    if "train" in splits:
+        usable, known = ({stem for pre, stem in keys if pre == prefix} for keys in (images, there))
+        for split, stems in read_image_sets(storage, f"{root}/{prefix}ImageSets/Main", usable, known, tally).items():
+            splits.setdefault(split, []).extend(images[prefix, stem] for stem in stems)
+            listed |= {(prefix, stem) for stem in stems}
+    if splits:
         others = [image for key, image in images.items() if key not in listed]
         if others:
             tally.add("images are in no list of ImageSets and are left out", others[0].name, count=len(others))
         return splits
-    splits = {}
     for image in images.values():
         named = filter(None, map(split_of_folder, image.name.split("/")[:-1]))
         splits.setdefault(next(named, "train"), []).append(image)

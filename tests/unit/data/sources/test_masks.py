@@ -132,8 +132,11 @@ def test_pascal_voc(tmp_path):
             _mask(root / f"SegmentationClass/2007_{number:06d}.png", 0, 20, 255, mode="P")
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(10)))
-    (lists / "val.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(10, 17)))
+    _image(root / "JPEGImages/Häuser am See.jpg")
+    _mask(root / "SegmentationClass/Häuser am See.png", 0, 20, 255, mode="P")
+    listed = [*(f"2007_{number:06d}" for number in range(9)), "Häuser am See", "gone"]
+    (lists / "train.txt").write_bytes("\r\n".join(listed).encode())
+    (lists / "val.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(9, 16)))
     train, val = (open_source(str(tmp_path), split) for split in ("train", "validation"))
     assert (train.num_rows, val.num_rows) == (10, 7)
     assert train.dense.pixels[20] == "tvmonitor"
@@ -141,7 +144,7 @@ def test_pascal_voc(tmp_path):
     notes = {note.what: note.count for note in train.met[-1].notes}
     assert notes == {
         "images have no mask and are left out": 2,
-        "images are in no list of ImageSets and are left out": 1,
+        "images are in no list of ImageSets and are left out": 2,
     }
 
 
@@ -155,6 +158,7 @@ def test_missing_masks_are_counted_and_named(tmp_path):
         "masks have no image and are left out": (1, "masks/nobody.png"),
     }
 
+        "images that the lists of ImageSets name are not there": 1,
 
 def test_masks_saved_as_jpeg(tmp_path):
     for number in range(8):

@@ -270,11 +270,39 @@ class TestVoc:
 
     def test_the_folder_of_annotations_means_objects_where_there_are_masks_too(self, tmp_path):
         voc(tmp_path, "a", voc_object("dog", 1, 1, 9, 9))
-        (tmp_path / "SegmentationClass").mkdir()
-        Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / "SegmentationClass/a.png")
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            (tmp_path / folder).mkdir()
+            Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / folder / "a.png")
         assert open_source(str(tmp_path)).dense.objects is None
-        assert objects_in(tmp_path / "Annotations")[0].dense.objects == ("dog",)
+        source = objects_in(tmp_path / "Annotations")[0]
+        assert source.dense.objects == ("dog",)
+        assert source.read(0, [0])[0].path == "JPEGImages/a.jpg", "a mask is no photo"
 
+    def test_names_with_spaces_and_images_that_are_missing(self, tmp_path):
+        dog = voc_object("dog", 1, 1, 9, 9)
+        voc(tmp_path, "Häuser am See", dog, dog, lists=["train"])
+        voc(tmp_path, "b", dog, lists=["val"])
+        picture(tmp_path / "JPEGImages/bare.jpg")
+        path = tmp_path / "ImageSets/Main/train.txt"
+        path.write_bytes((path.read_text() + "gone\nbare\nb\n\n").replace("\n", "\r\n").encode())
+        source, objects = objects_in(tmp_path)
+        assert [len(item.boxes) for item in objects] == [1, 1]
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        assert notes_of(source) == {
+            "objects that repeat another one are left out": 1,
+            "images that the lists of ImageSets name are not there": 1,
+            "images have no XML file and are left out": 1,
+            "images are in the lists of two splits, so that what is learnt from is judged, too": 1,
+        }
+
+    @pytest.mark.parametrize("trainval", [True, False])
+    def test_images_of_a_test_list_are_not_trained_on(self, tmp_path, trainval):
+        for stem in "abc":
+            voc(tmp_path, stem, voc_object("dog", 1, 1, 9, 9), lists=["test"] if stem == "c" else ["trainval"])
+        if not trainval:
+            (tmp_path / "ImageSets/Main/trainval.txt").unlink()
+        assert list_splits(str(tmp_path)) == ("train", "test")
+        assert objects_in(tmp_path)[0].num_rows == 2
 
 def yolo(folder: Path, lines: str, *, stem="a", names="names: [car, bus]\n", split="train"):
     picture(folder / f"images/{split}/{stem}.jpg")
