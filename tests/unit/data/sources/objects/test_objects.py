@@ -304,11 +304,12 @@ class TestVoc:
         assert list_splits(str(tmp_path)) == ("train", "test")
         assert objects_in(tmp_path)[0].num_rows == 2
 
-def yolo(folder: Path, lines: str, *, stem="a", names="names: [car, bus]\n", split="train"):
+
+def yolo(folder: Path, lines: str, *, stem="a", names="names: [car, bus]\n", split="train", places=""):
     picture(folder / f"images/{split}/{stem}.jpg")
     (folder / f"labels/{split}").mkdir(parents=True, exist_ok=True)
     (folder / f"labels/{split}/{stem}.txt").write_text(lines)
-    (folder / "data.yaml").write_text(f"train: images/train\n{names}")
+    (folder / "data.yaml").write_text(f"{places}{names}")
 
 
 class TestYolo:
@@ -324,7 +325,9 @@ class TestYolo:
         assert len(objects_in(tmp_path, "validation")[1][0].boxes) == 0
 
     def test_mistakes(self, tmp_path):
-        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.1 0.1\n0 0.5\nx 1 2 3 4\n0 1.5 0.5 0.1 0.1\n")
+        yolo(
+            tmp_path, "0 0.5 0.5 0.2 0.2\n0 .50 0.5 0.2 0.2 \n2 0.5 0.5 0.1 0.1\n0 0.5\nx 1 2 3 4\n0 1.5 0.5 0.1 0.1\n"
+        )
         picture(tmp_path / "images/train/bare.jpg")
         (tmp_path / "labels/train/gone.txt").write_text("")
         source, objects = objects_in(tmp_path)
@@ -332,13 +335,61 @@ class TestYolo:
         assert notes_of(source) == {
             "lines that repeat another one are left out": 1,
             "objects of a class beyond the 2 that have names are left out": 1,
-            "polygons of fewer than three points are left out": 1,
-            "objects without a polygon of three points are left out": 1,
+            "lines that are neither a class and a box nor a class and a polygon are left out": 1,
             "lines that are no numbers are left out": 1,
             "boxes that are empty or outside of their image are left out": 1,
             "images have no text file, and no objects": 1,
             "annotations of images that are not there are left out": 1,
         }
+
+    def test_scores_poses_and_numbers_that_are_none(self, tmp_path):
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2 0.93\nnan 0.5 0.5 0.2 0.2\ninf 0.5 0.5 0.2 0.2\n0 nan 0.5 0.2 0.2\n")
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.round(3).tolist() == [[24, 16, 36, 24]]
+        assert objects.masks == (b"",)
+        assert notes_of(source) == {
+            "boxes are followed by a fifth number, which is not used": 1,
+            "objects of a class beyond the 2 that have names are left out": 2,
+            "boxes that are no numbers are left out": 1,
+        }
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2 0.5 0.5 0.6 0.6\n", names="names: [car]\nkpt_shape: [2, 2]\n")
+        assert objects_in(tmp_path)[1][0].masks == (b"",), "points of a pose are no polygon"
+
+    @pytest.mark.parametrize(
+        "places",
+        [
+            "path: ../datasets/mine\ntrain: images/fit\nval: images/hold\n",
+            "train: ../images/fit\nval: C:\\mine\\images\\hold\n",
+            "path: /home/me/mine/images\ntrain: [fit]\nval: [hold]\n",
+            "train: fit.txt\nval: lists/hold.txt\n",
+        ],
+    )
+    def test_splits_are_those_of_the_yaml_file(self, tmp_path, places):
+        (tmp_path / "lists").mkdir()
+        (tmp_path / "fit.txt").write_text("./images/fit/a.jpg\n/home/me/images/fit/b c.jpg\n\n")
+        (tmp_path / "lists/hold.txt").write_text("images/hold/d.jpg\n")
+        for stem, split in (("a", "fit"), ("b c", "fit"), ("d", "hold"), ("e", "more")):
+            yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", stem=stem, split=split, places=places)
+        source = objects_in(tmp_path)[0]
+        assert source.num_rows == 2
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        left = "images are in no folder or list that data.yaml names, and are left out"
+        assert notes_of(source) == {left: 1}
+
+    def test_a_yaml_file_that_does_not_fit(self, tmp_path):
+        places = "train: images/train\nval: images/train\ntest: images/test\nnc: 3\n"
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", places=places, names="names: {'0': car, '1': bus}\n")
+        source = objects_in(tmp_path)[0]
+        assert source.dense.objects == ("car", "bus")
+        assert list_splits(str(tmp_path)) == ("train",)
+        assert notes_of(source) == {
+            "nc in data.yaml is not the 2 of its names, which count": 1,
+            "images are of two splits in data.yaml, and are used in the first of train, val and test": 1,
+            "folders or lists of images that data.yaml names are not there": 1,
+        }
+        yolo(tmp_path, "", names="names: car\n")
+        with pytest.raises(DataError, match="names is one text: write a list"):
+            open_source(str(tmp_path))
 
     def test_classes_need_names(self, tmp_path):
         yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", names="")
