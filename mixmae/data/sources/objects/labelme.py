@@ -25,6 +25,7 @@ from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile
 
 _CIRCLE_POINTS = 64
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
 
 
 def read_labelme(
@@ -52,7 +53,9 @@ def read_labelme(
     for image, parts in entries:
         for (label, _), values in parts.items():
             item = clean(tally, f"{label} in {image.name}", image.size, label=index[label], **values)
-            if item is not None:
+            if item is not None and item in image.objects:
+                tally.add("objects that repeat another one are left out", f"{label} in {image.name}")
+            elif item is not None:
                 image.objects.append(item)
         named = filter(None, map(split_of_folder, image.name.split("/")[:-1]))
         splits.setdefault(next(named, "train"), []).append(image)
@@ -121,7 +124,11 @@ def _parts(file: StoredFile, content: Any, image: RawImage, tally: Tally) -> dic
         elif kind == "polygon":
             values["polygons"].append([value for point in points for value in point])
         else:
-            tally.add("shapes that have no area (points, lines) are left out", where)
+            if kind in _WITHOUT_AREA:
+                tally.add("shapes that have no area (points, lines) are left out", where)
+            else:
+                what = "shapes that are no polygon, rectangle, circle or mask are left out"
+                tally.add(what, f"{escaped(str(kind))}, {where}", "draw them as polygons")
             if not values["polygons"]:
                 found.pop(key)
     return found

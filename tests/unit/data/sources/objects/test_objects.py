@@ -460,6 +460,16 @@ class TestLabelMe:
             "images have no JSON file and are left out": 1,
         }
 
+    def test_repeated_shapes_and_shapes_of_other_kinds(self, tmp_path):
+        corners = [[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]
+        labelme(tmp_path, shape("cup", corners), shape("cup", corners), shape("cup", corners, "rotation"))
+        source, (objects,) = objects_in(tmp_path)
+        assert len(objects.boxes) == 1
+        assert notes_of(source) == {
+            "objects that repeat another one are left out": 1,
+            "shapes that are no polygon, rectangle, circle or mask are left out": 1,
+        }
+
 
 def test_folders_of_other_kinds_have_no_objects(tmp_path):
     for number in range(4):
