@@ -92,8 +92,8 @@ class MaskRule:
         if (indices < 0).any():
             wrong = np.unique(values[indices < 0]).tolist()
             raise DecodeError(
-                f"its mask has the value{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong[:5]))}, which is no class "
-                f"and is not ignored"
+                f"its mask has the value{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong[:5]))}, which "
+                f"{'are no classes and are' if len(wrong) > 1 else 'is no class and is'} not ignored"
             )
         return indices.astype(np.uint8)
 
@@ -179,10 +179,10 @@ def list_masks(storage: Storage, root: str, files: Sequence[StoredFile]) -> Mask
             )
         tally = Tally()
         splits = _split(storage, root, layout, pairs, images.keys(), tally)
-        for key in images.keys() - masks.keys():
+        for key in sorted(images.keys() - masks.keys()):
             what = "images have no mask and are left out"
             tally.add(what, images[key].relative, "add their masks, with all pixels ignored if need be")
-        for key in masks.keys() - images.keys():
+        for key in sorted(masks.keys() - images.keys()):
             tally.add("masks have no image and are left out", masks[key][0].relative)
         listed = {pair.image.relative for part in splits.values() for pair in part}
         unlisted = [pair.image.relative for pair in pairs.values() if pair.image.relative not in listed]
