@@ -20,10 +20,12 @@ import yaml
 
 from mixmae.data.account import Tally, escaped
 from mixmae.data.source import DataError
-from mixmae.data.sources.objects.raw import RawImage, RawObject, RawSet, clean
+from mixmae.data.sources.objects.raw import OUTSIDE, RawImage, RawObject, RawSet, clean
 from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile
 
+_A_FEW = 8
+"""So many boxes outside of their images are no accident, if they are most."""
 _YAML = re.compile(r".*\.ya?ml")
 _IMAGE = re.compile(r"(?P<pre>(?:.*/)?)images/(?P<rest>.+)\.[^./]+")
 
@@ -33,7 +35,8 @@ def read_yolo(storage: Storage, root: str, beside: Sequence[StoredFile], images:
     labels = {file.relative: file for file in beside if re.fullmatch(r"(?:.*/)?labels/.+\.txt", file.relative)}
     if not labels:
         return None
-    tally, splits, used = Tally(), dict[str, list[RawImage]](), set[str]()
+    tally, splits = Tally(), dict[str, list[RawImage]]()
+    used, described = set[str](), set[str]()
     file, content = _description(storage, beside)
     names = _names(storage, root, file, content, tally)
     there = [item for item in images if _IMAGE.fullmatch(item.relative)]
@@ -49,21 +52,34 @@ def read_yolo(storage: Storage, root: str, beside: Sequence[StoredFile], images:
         match = _IMAGE.fullmatch(item.relative)
         assert match is not None
         label = f"{match['pre']}labels/{match['rest']}.txt"
+        split = split_of[item.relative]
         image = RawImage(name=item.relative, size=None, image_id=number)
         if label in labels:
             used.add(label)
+            described.add(split)
             image.objects = _objects(storage, labels[label], len(names), tally, poses="kpt_shape" in content)
         else:
             tally.add("images have no text file, and no objects", item.relative)
-        splits.setdefault(split_of[item.relative], []).append(image)
+        splits.setdefault(split, []).append(image)
     known = {f"{match['pre']}labels/{match['rest']}.txt" for i in there if (match := _IMAGE.fullmatch(i.relative))}
     for label in sorted(labels.keys() - known):
         if not label.endswith("labels/classes.txt"):
             tally.add("annotations of images that are not there are left out", label)
+    for split in sorted(splits.keys() - described - {"test"}):
+        what = "splits have no text file at all, so that none of their images has an object"
+        tally.add(what, split, "put their labels there, or leave their images out")
     if not used:
         raise DataError(
             f"{storage.shown(root)} has YOLO's labels, but none of their images: each labels/x.txt belongs to "
             "images/x.jpg"
+        )
+    outside = next((note for note in tally.notes if note.what == OUTSIDE), None)
+    num_objects = sum(len(image.objects) for part in splits.values() for image in part)
+    if outside is not None and outside.count > max(num_objects, _A_FEW):
+        raise DataError(
+            f"{outside.count} of the {outside.count + num_objects} boxes of {storage.shown(root)} are outside of their "
+            f"images, such as {outside.example}: YOLO's numbers are shares of the sides of an image, from 0 to 1, and "
+            "not pixels"
         )
     return RawSet(title="YOLO", splits=splits, class_names=names, class_ids=tuple(range(len(names))), tally=tally)
 
@@ -76,7 +92,9 @@ def _description(storage: Storage, beside: Sequence[StoredFile]) -> tuple[Stored
         try:
             content: Any = yaml.safe_load(storage.read_file(file.path))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise DataError(f"{storage.shown(file.path)} cannot be read: {' '.join(str(error).split())}") from error
+            raise DataError(
+                f"{storage.shown(file.path)} cannot be read ({' '.join(str(error).split())}): correct it"
+            ) from error
         if isinstance(content, dict) and content.get("names"):
             return file, content
     return None, {}

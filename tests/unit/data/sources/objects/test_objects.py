@@ -424,6 +424,19 @@ class TestLabelMe:
             shape("cat", [[30, 20], [30, 25]], "circle"),
             shape("dog", [[0, 0], [5, 0], [5, 5], [0, 5]], group_id=1),
             shape("dog", [[50, 30], [55, 30], [55, 35], [50, 35]], group_id=1),
+    def test_pixels_instead_of_shares_are_refused(self, tmp_path):
+        yolo(tmp_path, "".join(f"0 {20 + number} 20 10 10\n" for number in range(9)))
+        with pytest.raises(DataError, match=r"9 of the 9 boxes .* shares of the sides of an image, from 0 to 1"):
+            open_source(str(tmp_path))
+
+    def test_a_split_without_text_files_is_named(self, tmp_path):
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n")
+        picture(tmp_path / "images/val/b.jpg")
+        assert notes_of(objects_in(tmp_path)[0]) == {
+            "images have no text file, and no objects": 1,
+            "splits have no text file at all, so that none of their images has an object": 1,
+        }
+
             shape("owl", [[4, 6], [23, 15]], "mask", mask=drawn),
         )
         source, (objects,) = objects_in(tmp_path)
