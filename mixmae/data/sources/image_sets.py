@@ -54,4 +54,6 @@ def _read(storage: Storage, path: str, usable: Collection[str], there: Collectio
             found[name] = None
         elif name and name not in there:
             tally.add("images that the lists of ImageSets name are not there", whole)
+    if text.split() and not found:
+        tally.add("lists of ImageSets name no image that is annotated", path.rpartition("/")[2])
     return list(found)

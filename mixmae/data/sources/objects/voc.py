@@ -1,5 +1,8 @@
 """Pascal VOC: Annotations/x.xml beside JPEGImages/x.jpg, and lists of the splits in ImageSets/Main.
 
+Where most images have an XML file right beside them, x.xml and x.jpg, as labelling tools store it, folders tell the
+splits.
+
 Boxes are corners in pixels, counted from 1, the last two included. Objects that are marked as difficult are crowds
 here: they are not learnt from, and detections of them are not judged.
 """
@@ -12,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mixmae.data.account import Tally, escaped
+from mixmae.data.images.decode import DecodeError, image_size
 from mixmae.data.source import DataError
 from mixmae.data.sources.image_sets import read_image_sets
 from mixmae.data.sources.objects.raw import RawImage, RawSet, clean, number_names
@@ -24,16 +28,22 @@ _PATH = re.compile(r"(?P<pre>(?:.*/)?)(?:Annotations|annotations)/(?P<stem>[^/]+
 def read_voc(storage: Storage, root: str, beside: Sequence[StoredFile], images: Sequence[StoredFile]) -> RawSet | None:
     """The objects of a set with an XML file for each image; None if it has none.   Raises: DataError."""
     pairs = {(match["pre"], match["stem"]): file for file in beside if (match := _PATH.fullmatch(file.relative))}
-    if not pairs:
-        return None
-    tally = Tally()
     by_stem: dict[tuple[str, str], str] = {}
-    for item in images:
-        folder, _, base = item.relative.rpartition("/")
-        parent, _, last = folder.rpartition("/")
-        key = (f"{parent}/" if parent else "", base.rpartition(".")[0])
-        if not last.startswith("Segmentation") and (last == "JPEGImages" or key not in by_stem):  # those are masks
-            by_stem[key] = item.relative
+    if pairs:
+        for item in images:
+            folder, _, base = item.relative.rpartition("/")
+            parent, _, last = folder.rpartition("/")
+            key = (f"{parent}/" if parent else "", base.rpartition(".")[0])
+            if not last.startswith("Segmentation") and (last == "JPEGImages" or key not in by_stem):  # those are masks
+                by_stem[key] = item.relative
+    else:
+        by_stem = {_folder_and_stem(item): item.relative for item in images}
+        pairs = {_folder_and_stem(file): file for file in beside if file.relative.endswith(".xml")}
+        both = sorted(pairs.keys() & by_stem.keys())
+        if 2 * len(both) < len(by_stem) or not both or b"<annotation" not in storage.read_file(pairs[both[0]].path):
+            return None  # of some other kind
+    tally = Tally()
+    paths = {item.relative: item.path for item in images}
     found: dict[tuple[str, str], tuple[RawImage, list[tuple[str, dict[str, Any]]]]] = {}
     names: set[str] = set()
     for (prefix, stem), file in sorted(pairs.items()):
@@ -41,7 +51,7 @@ def read_voc(storage: Storage, root: str, beside: Sequence[StoredFile], images: 
         if name is None:
             tally.add("annotations of images that are not there are left out", file.relative)
             continue
-        image, objects = _read(storage, file, name, tally)
+        image, objects = _read(storage, file, name, paths[name], tally)
         image.image_id = len(found)
         found[prefix, stem] = (image, objects)
         names |= {label for label, _ in objects}
@@ -71,15 +81,30 @@ def read_voc(storage: Storage, root: str, beside: Sequence[StoredFile], images: 
     )
 
 
+def _folder_and_stem(file: StoredFile) -> tuple[str, str]:
+    folder, mark, base = file.relative.rpartition("/")
+    return folder + mark, base.rpartition(".")[0]
+
+
 def _read(
-    storage: Storage, file: StoredFile, name: str, tally: Tally
+    storage: Storage, file: StoredFile, name: str, path: str, tally: Tally
 ) -> tuple[RawImage, list[tuple[str, dict[str, Any]]]]:
+    """An XML file's image and objects.   Args: name, path: of the image."""
     shown = storage.shown(file.path)
     try:
         tree = ElementTree.fromstring(storage.read_file(file.path))
-        size = (int(tree.findtext("size/height", "")), int(tree.findtext("size/width", "")))
+        size = tuple(int(float(tree.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise DataError(f"{shown} is not an annotation of Pascal VOC with the size of its image ({error})") from error
+        raise DataError(
+            f"{shown} is not an annotation of Pascal VOC ({error}): correct it, or delete it to leave its image out"
+        ) from error
+    if min(size) < 1:
+        what = "XML files do not say the size of their image, and their boxes are taken to be of the upright image"
+        tally.add(what, file.relative)
+        try:
+            size = image_size(storage.read_file(path))
+        except (OSError, DecodeError):
+            size = (1, 1)  # the image is counted as broken
     objects: list[tuple[str, dict[str, Any]]] = []
     for item in tree.findall("object"):
         label = escaped((item.findtext("name") or "").strip())
@@ -95,7 +120,7 @@ def _read(
         if difficult:
             tally.add("objects marked as difficult are neither learnt from nor judged", file.relative)
         objects.append((label, {"box": (x0 - 1, y0 - 1, x1, y1), "crowd": difficult}))
-    return RawImage(name=name, size=size, image_id=-1), objects
+    return RawImage(name=name, size=(size[0], size[1]), image_id=-1), objects
 
 
 def _splits(

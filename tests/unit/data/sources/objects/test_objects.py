@@ -264,9 +264,42 @@ class TestVoc:
             "objects without a name are left out": 1,
             "annotations of images that are not there are left out": 1,
         }
-        (tmp_path / "Annotations/a.xml").write_text("<annotation></annotation>")
-        with pytest.raises(DataError, match="with the size of its image"):
+        (tmp_path / "Annotations/a.xml").write_text("")
+        with pytest.raises(DataError, match=r"is not an annotation of Pascal VOC .* or delete it to leave its image"):
             open_source(str(tmp_path))
+
+    @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
+    def test_without_sizes_boxes_are_of_the_upright_image(self, tmp_path, size):
+        voc(tmp_path, "a", voc_object("dog", 11, 6, 30, 25))
+        path = tmp_path / "Annotations/a.xml"
+        path.write_text(path.read_text().replace(f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>", size))
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.tolist() == [[10, 5, 30, 25]]
+        assert [what for what in notes_of(source) if "do not say the size" in what]
+
+    def test_xml_files_beside_their_images(self, tmp_path):
+        for split in ("train", "val"):
+            voc(tmp_path / split, "a ü", voc_object("dog", 11, 6, 30, 25))
+            for path in (tmp_path / split / "JPEGImages/a ü.jpg", tmp_path / split / "Annotations/a ü.xml"):
+                path.rename(tmp_path / split / path.name)
+                path.parent.rmdir()
+        picture(tmp_path / "train/bare.jpg")
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.tolist() == [[10, 5, 30, 25]]
+        assert list_splits(str(tmp_path)) == ("train", "validation")
+        assert notes_of(source) == {"images have no XML file and are left out": 1}
+        for name in "cde":
+            picture(tmp_path / f"train/{name}.jpg")
+        assert open_source(str(tmp_path)).num_rows == 5, "few such files do not make a set of objects of photos"
+
+    def test_a_split_without_annotations_is_named(self, tmp_path):
+        voc(tmp_path, "a", voc_object("dog", 1, 1, 9, 9), lists=["train"])
+        voc(tmp_path, "b", lists=["val"])
+        (tmp_path / "Annotations/b.xml").unlink()
+        assert notes_of(objects_in(tmp_path)[0]) == {
+            "images have no XML file and are left out": 1,
+            "lists of ImageSets name no image that is annotated": 1,
+        }
 
     def test_the_folder_of_annotations_means_objects_where_there_are_masks_too(self, tmp_path):
         voc(tmp_path, "a", voc_object("dog", 1, 1, 9, 9))
@@ -391,6 +424,19 @@ class TestYolo:
         with pytest.raises(DataError, match="names is one text: write a list"):
             open_source(str(tmp_path))
 
+    def test_pixels_instead_of_shares_are_refused(self, tmp_path):
+        yolo(tmp_path, "".join(f"0 {20 + number} 20 10 10\n" for number in range(9)))
+        with pytest.raises(DataError, match=r"9 of the 9 boxes .* shares of the sides of an image, from 0 to 1"):
+            open_source(str(tmp_path))
+
+    def test_a_split_without_text_files_is_named(self, tmp_path):
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n")
+        picture(tmp_path / "images/val/b.jpg")
+        assert notes_of(objects_in(tmp_path)[0]) == {
+            "images have no text file, and no objects": 1,
+            "splits have no text file at all, so that none of their images has an object": 1,
+        }
+
     def test_classes_need_names(self, tmp_path):
         yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", names="")
         with pytest.raises(DataError, match=r"no data\.yaml with the names of the classes"):
@@ -424,19 +470,6 @@ class TestLabelMe:
             shape("cat", [[30, 20], [30, 25]], "circle"),
             shape("dog", [[0, 0], [5, 0], [5, 5], [0, 5]], group_id=1),
             shape("dog", [[50, 30], [55, 30], [55, 35], [50, 35]], group_id=1),
-    def test_pixels_instead_of_shares_are_refused(self, tmp_path):
-        yolo(tmp_path, "".join(f"0 {20 + number} 20 10 10\n" for number in range(9)))
-        with pytest.raises(DataError, match=r"9 of the 9 boxes .* shares of the sides of an image, from 0 to 1"):
-            open_source(str(tmp_path))
-
-    def test_a_split_without_text_files_is_named(self, tmp_path):
-        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n")
-        picture(tmp_path / "images/val/b.jpg")
-        assert notes_of(objects_in(tmp_path)[0]) == {
-            "images have no text file, and no objects": 1,
-            "splits have no text file at all, so that none of their images has an object": 1,
-        }
-
             shape("owl", [[4, 6], [23, 15]], "mask", mask=drawn),
         )
         source, (objects,) = objects_in(tmp_path)
