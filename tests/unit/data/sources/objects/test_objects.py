@@ -311,6 +311,29 @@ class TestVoc:
         assert source.dense.objects == ("dog",)
         assert source.read(0, [0])[0].path == "JPEGImages/a.jpg", "a mask is no photo"
 
+    def test_the_folder_of_masks_of_objects_means_these_masks(self, tmp_path):
+        dog, cat = voc_object("dog", 1, 1, 10, 10), voc_object("cat", 21, 11, 40, 30)
+        voc(tmp_path, "a", dog, cat, voc_object("cat", 50, 30, 55, 35))
+        voc(tmp_path, "swapped", cat, dog)
+        voc(tmp_path, "bare", dog)
+        values = np.zeros((HEIGHT, WIDTH), np.uint8)
+        values[:10, :10], values[10:30, 20:40], values[10:30, 20] = 1, 2, 255
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            (tmp_path / folder).mkdir()
+            for stem in ("a", "swapped"):
+                Image.fromarray(values).save(tmp_path / folder / f"{stem}.png")
+        source, (objects, swapped) = objects_in(tmp_path / "SegmentationObject")
+        assert objects.boxes.tolist() == [[0, 0, 10, 10], [20, 10, 40, 30]]
+        masks = [decode_rle(counts, (HEIGHT, WIDTH)) for counts in objects.masks]
+        assert [mask.sum() for mask in masks] == objects.areas.tolist() == [100, 380]
+        assert np.array_equal(masks[1], values == 2)
+        assert len(swapped.labels) == 0
+        assert notes_of(source) == {
+            "images have no mask in SegmentationObject and are left out": 1,
+            "objects without a pixel in SegmentationObject are left out": 1,
+            "objects whose pixels in SegmentationObject are not those of their box are left out": 2,
+        }
+
     def test_names_with_spaces_and_images_that_are_missing(self, tmp_path):
         dog = voc_object("dog", 1, 1, 9, 9)
         voc(tmp_path, "Häuser am See", dog, dog, lists=["train"])
