@@ -6,8 +6,8 @@ SegmentationClass, ImageSets/Segmentation), and images/ beside masks/ (or annota
 above or inside. Masks are PNGs of one channel, or with a palette, whose values are read as they are.
 
 What the values mean is settled before anything is trained: by a file masks.json in the folder, else by the layout, else
-by classes.txt, a name per line from value 0 on, else by the values themselves. 255 is ignored where nothing else is
-said.
+by classes.txt, a name per line from value 0 on, else by the values themselves. Sets in Pascal VOC's form may have
+classes of their own, so there classes.txt comes before the layout. 255 is ignored where nothing else is said.
     {"classes": ["road", "car"], "values": [1, 2], "ignore": [0, 255]}
 """
 
@@ -40,8 +40,8 @@ from mixmae.data.truth import IGNORE, MAX_CLASSES, DenseClasses, Truth, encode_m
 from mixmae.machine import usable_cores
 
 RULE_FILE = "masks.json"
-NAME_FILES = ("classes.txt", "classnames.txt")
-"""Names of classes, one per line."""
+NAME_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
+"""Names of classes, one per line; the last one is that of labelme2voc."""
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _EXAMPLE = '{"classes": ["road", "car"], "values": [1, 2], "ignore": [0, 255]}'
 LOOKED_AT = 200
@@ -264,8 +264,6 @@ def rule_of_folder(storage: Storage, root: str, layout: str, kind: str | None = 
             others = tuple(sorted({*range(34), IGNORE} - set(CITYSCAPES.values())))
             return MaskRule(classes=tuple(CITYSCAPES), values=tuple(CITYSCAPES.values()), ignore=others)
         return MaskRule(classes=tuple(CITYSCAPES), values=tuple(range(len(CITYSCAPES))))
-    if layout == "Pascal VOC":
-        return MaskRule(classes=VOC, values=tuple(range(len(VOC))))
     if layout == "ADE20K":
         names = _ade_names(storage, root)
         return MaskRule(classes=names, values=tuple(range(1, 151)), ignore=(0, IGNORE))
@@ -276,6 +274,8 @@ def rule_of_folder(storage: Storage, root: str, layout: str, kind: str | None = 
             continue
         classes = tuple(escaped(line.strip()) for line in lines if line.strip())
         return MaskRule(classes=classes, values=tuple(range(len(classes))))
+    if layout == "Pascal VOC":
+        return MaskRule(classes=VOC, values=tuple(range(len(VOC))))
     return None
 
 

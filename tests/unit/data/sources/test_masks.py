@@ -164,6 +164,15 @@ def test_pascal_voc(tmp_path):
     }
 
 
+def test_classes_of_their_own_in_the_form_of_pascal_voc(tmp_path):
+    for number in range(8):
+        _image(tmp_path / f"JPEGImages/{number}.jpg", number)
+        _mask(tmp_path / f"SegmentationClass/{number}.png", 0, 2, 255, mode="P")
+    assert open_source(str(tmp_path)).dense.pixels[2] == "bicycle"
+    (tmp_path / "class_names.txt").write_text("_background_\nscrew\nnut\n")
+    assert open_source(str(tmp_path)).dense.pixels == ("_background_", "screw", "nut")
+
+
 def test_missing_masks_are_counted_and_named(tmp_path):
     _pairs(tmp_path)
     _image(tmp_path / "images/alone.jpg")
