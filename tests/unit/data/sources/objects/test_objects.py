@@ -529,6 +529,26 @@ class TestLabelMe:
             "images have no JSON file and are left out": 1,
         }
 
+    def test_a_folder_of_annotations(self, tmp_path):
+        for stem in ("a", "b ü", "c"):
+            labelme(tmp_path, shape("cup", [[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]), stem=stem)
+        for name, image in (("a", "..\\images\\train\\other.jpg"), ("b ü", "C:/gone/b ü.jpg"), ("c", "c.jpg")):
+            content = json.loads((tmp_path / f"{name}.json").read_text()) | {"imagePath": image}
+            (tmp_path / "json").mkdir(exist_ok=True)
+            (tmp_path / f"{name}.json").unlink()
+            (tmp_path / f"json/{name}.json").write_text(json.dumps(content))
+        for name, target in (("a", "train/other"), ("b ü", "val/b ü"), ("c", "train/bare")):
+            (tmp_path / "images" / target).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}.jpg").rename(tmp_path / f"images/{target}.jpg")
+        source, objects = objects_in(tmp_path)
+        assert [len(item.boxes) for item in objects] == [1]
+        assert source.read(0, [0])[0].path == "images/train/other.jpg"
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        assert notes_of(source) == {
+            "annotations of images that are not there are left out": 1,
+            "images have no JSON file and are left out": 1,
+        }
+
     def test_repeated_shapes_and_shapes_of_other_kinds(self, tmp_path):
         corners = [[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]
         labelme(tmp_path, shape("cup", corners), shape("cup", corners), shape("cup", corners, "rotation"))
