@@ -40,7 +40,8 @@ def object_classes(source: Source) -> DenseClasses:
     if known is None or known.objects is None:
         raise DataError(
             f"{source.name} has no objects, and detection needs them: give images with the annotations of COCO, Pascal "
-            "VOC, YOLO or LabelMe, or shards that make_shards made of them (docs/detection.md)."
+            "VOC (where it has masks of classes, too, name its folder Annotations or SegmentationObject), YOLO or "
+            "LabelMe, or shards that make_shards made of them (docs/detection.md)."
         )
     return known
 
@@ -114,11 +115,13 @@ def check_objects(source: DenseSource, is_hopeless: Callable[[int, int], bool], 
             f"all {num_objects} objects in {len(truths)} images of {source.name} are crowds (iscrowd = 1), which "
             "nothing is learnt from: set iscrowd to 0 for single objects, and pack the set again."
         )
-    bare = sum(not mask for item in objects for mask in item.masks)
-    if masks and bare:
+    bare = {row: sum(not mask for mask in truth.objects.masks) for row, truth in enumerate(truths) if truth.objects}
+    if masks and any(bare.values()):
+        first = next(row for row, count in bare.items() if count)
+        (example,) = read_rows(source, _spread(source, COUNTED)[[first]])
         raise DataError(
-            f"{bare} of {num_objects} objects in {len(truths)} images of {source.name} have a box and no mask: give "
-            "--detector.no-masks to learn boxes alone, or annotate masks."
+            f"{sum(bare.values())} of {num_objects} objects in {len(truths)} images of {source.name} have a box and no "
+            f"mask, such as in {example.where}: give --detector.no-masks to learn boxes alone, or annotate masks."
         )
 
 

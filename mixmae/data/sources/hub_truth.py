@@ -201,7 +201,7 @@ class HubTruth:
                 raw = self.raw_objects(row, size, Tally(), where)
                 lost = 0 if columns.is_sized else len(self.raw_objects(row, _ANYWHERE, Tally(), where)) - len(raw)
                 if lost:
-                    raise DecodeError(f"{lost} of its boxes are outside of the image")
+                    raise DecodeError(f"{lost} of its {len(raw) + lost} boxes lie outside of the image")
                 objects = as_objects(raw, size, shares=False)
         except (DecodeError, ValueError, TypeError) as error:
             return Truth(image_id=image_id, problem=f"{error}")

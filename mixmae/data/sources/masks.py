@@ -6,8 +6,8 @@ SegmentationClass, ImageSets/Segmentation), and images/ beside masks/ (or annota
 above or inside. Masks are PNGs of one channel, or with a palette, whose values are read as they are.
 
 What the values mean is settled before anything is trained: by a file masks.json in the folder, else by the layout, else
-by classes.txt, a name per line from value 0 on, else by the values themselves. 255 is ignored where nothing else is
-said.
+by classes.txt, a name per line from value 0 on, else by the values themselves. Sets in Pascal VOC's form may have
+classes of their own, so there classes.txt comes before the layout. 255 is ignored where nothing else is said.
     {"classes": ["road", "car"], "values": [1, 2], "ignore": [0, 255]}
 """
 
@@ -19,28 +19,29 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from mixmae.data.account import Note, Tally, escaped
+from mixmae.data.account import Met, Note, Tally, escaped
 from mixmae.data.chunks import Int64Array
 from mixmae.data.images.decode import DecodeError, Uint8Array
 from mixmae.data.source import DataError, short_digest
 from mixmae.data.sources.contents import content_digests
 from mixmae.data.sources.folders import FilesSource, ImageFile, open_files
+from mixmae.data.sources.image_sets import read_image_sets
 from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile, suffix_of
 from mixmae.data.truth import IGNORE, MAX_CLASSES, DenseClasses, Truth, encode_map
 from mixmae.machine import usable_cores
 
 RULE_FILE = "masks.json"
-NAME_FILES = ("classes.txt", "classnames.txt")
-"""Names of classes, one per line."""
+NAME_FILES = ("classes.txt", "classnames.txt", "class_names.txt")
+"""Names of classes, one per line; the last one is that of labelme2voc."""
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _EXAMPLE = '{"classes": ["road", "car"], "values": [1, 2], "ignore": [0, 255]}'
 LOOKED_AT = 200
@@ -91,8 +92,8 @@ class MaskRule:
         if (indices < 0).any():
             wrong = np.unique(values[indices < 0]).tolist()
             raise DecodeError(
-                f"its mask has the value{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong[:5]))}, which is no class "
-                f"and is not ignored"
+                f"its mask has the value{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong[:5]))}, which "
+                f"{'are no classes and are' if len(wrong) > 1 else 'is no class and is'} not ignored"
             )
         return indices.astype(np.uint8)
 
@@ -163,7 +164,9 @@ def list_masks(storage: Storage, root: str, files: Sequence[StoredFile]) -> Mask
         return None
     _refuse_full_ade(files)
     for layout in _LAYOUTS:
-        masks = {_key(match): (file, match) for file in files if (match := re.fullmatch(layout.mask, file.relative))}
+        found = [(file, match) for file in files if (match := re.fullmatch(layout.mask, file.relative))]
+        kind = _one_kind(match.groupdict().get("kind") for _, match in found)
+        masks = {_key(match): (file, match) for file, match in found if match.groupdict().get("kind") == kind}
         images = {_key(match): file for file in files if (match := re.fullmatch(layout.image, file.relative))}
         pairs = {key: MaskedFile(images[key], masks[key][0]) for key in images if key in masks}
         if not pairs:
@@ -174,20 +177,26 @@ def list_masks(storage: Storage, root: str, files: Sequence[StoredFile]) -> Mask
                 f"{len(jpegs)} masks of {storage.shown(root)} are JPEGs, such as {escaped(jpegs[0])}, and a JPEG's "
                 "pixels do not keep their values: save masks as PNG."
             )
-        kinds = {match.groupdict().get("kind") for _, match in masks.values()}
-        splits, tally = _split(storage, root, layout, pairs), Tally()
-        for key in images.keys() - masks.keys():
+        tally = Tally()
+        splits = _split(storage, root, layout, pairs, images.keys(), tally)
+        for key in sorted(images.keys() - masks.keys()):
             what = "images have no mask and are left out"
             tally.add(what, images[key].relative, "add their masks, with all pixels ignored if need be")
-        for key in masks.keys() - images.keys():
+        for key in sorted(masks.keys() - images.keys()):
             tally.add("masks have no image and are left out", masks[key][0].relative)
         listed = {pair.image.relative for part in splits.values() for pair in part}
         unlisted = [pair.image.relative for pair in pairs.values() if pair.image.relative not in listed]
         if unlisted:
             tally.add("images are in no list of ImageSets and are left out", unlisted[0], count=len(unlisted))
-        rule = rule_of_folder(storage, root, layout.title, kinds)
+        rule = rule_of_folder(storage, root, layout.title, kind)
         return MaskListing(layout=layout.title, splits=splits, rule=rule, notes=tally.notes)
     return None
+
+
+def _one_kind(kinds: Iterable[str | None]) -> str | None:
+    """The kind that most masks have, labelIds of two as frequent: an image may have masks of both."""
+    counts = Counter(kinds)
+    return max(sorted(counts, key=str), key=lambda kind: counts[kind], default=None)
 
 
 def _key(match: re.Match[str]) -> str:
@@ -203,34 +212,34 @@ def _refuse_full_ade(files: Sequence[StoredFile]) -> None:
         )
 
 
-def _split(storage: Storage, root: str, layout: _Layout, pairs: dict[str, MaskedFile]) -> dict[str, list[MaskedFile]]:
-    """The pairs by split: by the folders' names, in Pascal VOC by its lists."""
+def _split(
+    storage: Storage,
+    root: str,
+    layout: _Layout,
+    pairs: dict[str, MaskedFile],
+    images: Collection[str],
+    tally: Tally,
+) -> dict[str, list[MaskedFile]]:
+    """The pairs by split: by the folders' names, in Pascal VOC by its lists.   Args: images: keys, masked or not."""
     splits: dict[str, list[MaskedFile]] = {}
     if layout.title == "Pascal VOC":
         folder = next(iter(pairs.values())).image.relative.rpartition("JPEGImages/")[0]
-        for split, name in (("train", "train"), ("validation", "val")):
-            try:
-                text = storage.read_file(f"{root}/{folder}ImageSets/Segmentation/{name}.txt").decode(errors="replace")
-            except OSError:
-                continue
-            part = [pairs[folder + stem] for stem in text.split() if folder + stem in pairs]
-            if part:
-                splits[split] = part
-        if "train" in splits:
-            return splits
-        splits = {}
+        usable, known = (
+            {key.removeprefix(folder) for key in keys if key.startswith(folder)} for keys in (pairs, images)
+        )
+        sets = read_image_sets(storage, f"{root}/{folder}ImageSets/Segmentation", usable, known, tally)
+        if sets:
+            return {split: [pairs[folder + stem] for stem in stems] for split, stems in sets.items()}
     for key in sorted(pairs):
         named = filter(None, map(split_of_folder, pairs[key].image.relative.split("/")[:-1]))
         splits.setdefault(next(named, "train"), []).append(pairs[key])
     return splits
 
 
-def rule_of_folder(
-    storage: Storage, root: str, layout: str, kinds: Collection[str | None] = frozenset()
-) -> MaskRule | None:
+def rule_of_folder(storage: Storage, root: str, layout: str, kind: str | None = None) -> MaskRule | None:
     """What the masks' values mean, by a file or by the layout; None if neither says.
 
-    Args: layout: title of one, or another word.  kinds: of Cityscapes' masks, labelIds or labelTrainIds.
+    Args: layout: title of one, or another word.  kind: of Cityscapes' masks, labelIds or labelTrainIds.
     Raises: DataError for files that do not say it.
     """
     try:
@@ -251,12 +260,10 @@ def rule_of_folder(
                 f"{storage.shown(root)}/{RULE_FILE} does not say what values mean ({error!r}): write {_EXAMPLE}"
             ) from error
     if layout == "Cityscapes":
-        if "labelIds" in kinds:
+        if kind == "labelIds":
             others = tuple(sorted({*range(34), IGNORE} - set(CITYSCAPES.values())))
             return MaskRule(classes=tuple(CITYSCAPES), values=tuple(CITYSCAPES.values()), ignore=others)
         return MaskRule(classes=tuple(CITYSCAPES), values=tuple(range(len(CITYSCAPES))))
-    if layout == "Pascal VOC":
-        return MaskRule(classes=VOC, values=tuple(range(len(VOC))))
     if layout == "ADE20K":
         names = _ade_names(storage, root)
         return MaskRule(classes=names, values=tuple(range(1, 151)), ignore=(0, IGNORE))
@@ -267,6 +274,8 @@ def rule_of_folder(
             continue
         classes = tuple(escaped(line.strip()) for line in lines if line.strip())
         return MaskRule(classes=classes, values=tuple(range(len(classes))))
+    if layout == "Pascal VOC":
+        return MaskRule(classes=VOC, values=tuple(range(len(VOC))))
     return None
 
 
@@ -327,8 +336,12 @@ def open_masked(
         rule=rule,
         dense=DenseClasses(pixels=rule.classes),
     )
-    _look_at(source, storage.shown(root))
-    return source
+    if _look_at(source, storage.shown(root), only_ignored=split == "test"):
+        return source
+    tally = Tally()
+    what = "images of the test split have masks whose pixels are all ignored, as where the truth is not public"
+    tally.add(what, pairs[0].mask.relative, "there is nothing to judge predictions by", count=len(pairs))
+    return replace(source, met=(*source.met, Met(f"{storage.shown(root)} test masks", {}, tally.notes)))
 
 
 def read_values(content: bytes | OSError) -> Uint8Array:
@@ -337,10 +350,14 @@ def read_values(content: bytes | OSError) -> Uint8Array:
         raise DecodeError(f"its mask cannot be read: {content.strerror or content}")
     if content[:2] == b"\xff\xd8":
         raise DecodeError("its mask is a JPEG, whose pixels do not keep their values: save masks as PNG")
+    if not content:
+        raise DecodeError("its mask is an empty file")
     try:
         with Image.open(io.BytesIO(content)) as image:
             mode = image.mode
             values = np.array(image)
+    except UnidentifiedImageError as error:  # whose message has an address in memory
+        raise DecodeError("its mask is not an image") from error
     except Exception as error:  # codecs raise whatever they like on damaged bytes
         raise DecodeError(f"its mask does not decode: {error}") from error
     if mode == "1":
@@ -415,17 +432,21 @@ def _values_of(storage: Storage, masks: tuple[StoredFile, ...]) -> tuple[int, ..
     return tuple(np.flatnonzero(found).tolist())
 
 
-def _look_at(source: MaskedFiles, shown: str) -> None:
+def _look_at(source: MaskedFiles, shown: str, *, only_ignored: bool) -> bool:
+    """Whether a look at some masks finds pixels that count.   Args: only_ignored: whether there may be none."""
     rows = np.unique(np.linspace(0, source.num_rows - 1, min(LOOKED_AT, source.num_rows)).astype(np.int64))
     masks = [source.masks[row] for row in rows.tolist()]
     contents = ((mask.relative, source.storage.read_files([mask.path])[0]) for mask in masks)
-    refuse_hopeless(source.rule, contents, shown)
+    return refuse_hopeless(source.rule, contents, shown, only_ignored=only_ignored)
 
 
-def refuse_hopeless(rule: MaskRule, masks: Iterable[tuple[str, bytes | OSError]], shown: str) -> None:
+def refuse_hopeless(
+    rule: MaskRule, masks: Iterable[tuple[str, bytes | OSError]], shown: str, *, only_ignored: bool = False
+) -> bool:
     """Look at some masks, and refuse a set most of whose masks cannot be used: another rule must be meant.
 
-    Args: masks: names and contents.  shown: names the set.   Raises: DataError.
+    Args:    masks: names and contents.  shown: names the set.  only_ignored: whether all pixels may be ignored.
+    Returns: whether any pixel counts.   Raises: DataError.
     """
     problems, counted, count = [], 0, 0
     for name, content in masks:
@@ -440,8 +461,9 @@ def refuse_hopeless(rule: MaskRule, masks: Iterable[tuple[str, bytes | OSError]]
             f"{problems[0]}; {len(rule.classes)} classes are expected: correct the masks, or say what their "
             f"values mean in {RULE_FILE}: {_EXAMPLE}"
         )
-    if not counted:
+    if not counted and not only_ignored:
         raise DataError(
             f"all pixels of the {count} masks of {shown} that were looked at are ignored: say what their values "
             f"mean in {RULE_FILE}: {_EXAMPLE}"
         )
+    return counted > 0

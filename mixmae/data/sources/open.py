@@ -198,7 +198,8 @@ def _find(text: str) -> _Collection:
             )
         beside = [index_path(path)] if layout == "parquet" else []
         return _found(layout, storage, os.path.dirname(path), [file], beside, os.path.basename(path))
-    only_objects = storage.is_local and os.path.basename(path) == "Annotations"
+    voc_masks = os.path.basename(path) == "SegmentationObject" and os.path.isdir(f"{os.path.dirname(path)}/Annotations")
+    only_objects = storage.is_local and (voc_masks or os.path.basename(path) == "Annotations")
     if only_objects:  # of Pascal VOC, which has masks, too
         path = os.path.dirname(path)
     beside_names = {INDEX_SUFFIX, *ANNOTATION_SUFFIXES, *OBJECT_SUFFIXES}
@@ -216,7 +217,7 @@ def _find(text: str) -> _Collection:
     lists = [file for file in listed if suffix_of(file.path) in ANNOTATION_SUFFIXES]
     if not any(layout in by_layout for layout in ("parquet", "tar")):
         described = [file for file in listed if suffix_of(file.path) in {*ANNOTATION_SUFFIXES, *OBJECT_SUFFIXES}]
-        objects = list_objects(storage, path, described, by_layout.get("files", ()))
+        objects = list_objects(storage, path, described, by_layout.get("files", ()), voc_masks=voc_masks)
         if objects is not None:
             images = {split: [file for file, _ in pairs] for split, pairs in objects.splits.items()}
             return _Collection("files", storage, path, os.path.basename(path), images, notes=notes, objects=objects)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,18 @@ class ObjectListing:
 
 
 def list_objects(
-    storage: Storage, root: str, beside: Sequence[StoredFile], images: Sequence[StoredFile]
+    storage: Storage,
+    root: str,
+    beside: Sequence[StoredFile],
+    images: Sequence[StoredFile],
+    *,
+    voc_masks: bool = False,
 ) -> ObjectListing | None:
     """Find the images and objects in a folder; None if nothing is known about objects.
 
-    Args: beside: files that may be annotations.  images: all image files.
+    Args:
+        beside: files that may be annotations.  images: all image files.
+        voc_masks: whether masks of objects are meant where the set is Pascal VOC's.
     Raises: DataError for annotations that are recognised but cannot be used.
     """
     if not storage.is_local or not images:
@@ -49,7 +56,7 @@ def list_objects(
     found = read_coco(storage, root, beside)
     if found is not None:
         return _listing(storage, root, _with_paths(storage, root, found, images), images)
-    for read in (read_voc, read_yolo, read_labelme):
+    for read in (partial(read_voc, masks=voc_masks), read_yolo, read_labelme):
         found = read(storage, root, beside, images)
         if found is not None:
             return _listing(storage, root, found, images)

@@ -1,4 +1,4 @@
-"""LabelMe: a JSON file beside each image, with shapes that have a label by name.
+"""LabelMe: a JSON file beside each image, or in a folder of its own, with shapes that have a label by name.
 
 Polygons, rectangles and circles are read, and masks that AI tools made. Shapes of one label and one group_id are parts
 of one object. Labels that begin and end with "_" (_background_, __ignore__) are left out.
@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import math
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from mixmae.data.sources.splits import split_of_folder
 from mixmae.data.sources.storage import Storage, StoredFile
 
 _CIRCLE_POINTS = 64
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
 
 
 def read_labelme(
@@ -34,25 +36,29 @@ def read_labelme(
     stems = {image.relative.rpartition(".")[0]: image.relative for image in images}
     files = [file for file in beside if file.relative.endswith(".json") and file.relative[:-5] in stems]
     contents = [(file, content) for file in files if (content := _read(storage, file)) is not None]
+    tally = Tally()
+    of_file = {file.path: stems[file.relative[:-5]] for file, _ in contents}
+    if not contents:
+        contents, of_file = _apart(storage, beside, images, tally)
     if not contents:
         return None
-    tally = Tally()
     entries: list[tuple[RawImage, dict[tuple[str, Any], dict[str, Any]]]] = []
     names: set[str] = set()
     for number, (file, content) in enumerate(contents):
-        image = RawImage(name=stems[file.relative[:-5]], size=_size(storage, file, content), image_id=number)
+        image = RawImage(name=of_file[file.path], size=_size(storage, file, content), image_id=number)
         parts = _parts(file, content, image, tally)
         names |= {label for label, _ in parts}
         entries.append((image, parts))
-    annotated = {file.relative[:-5] for file, _ in contents}
-    for stem in sorted(stems.keys() - annotated):
-        tally.add("images have no JSON file and are left out", stems[stem], "save them in LabelMe, without shapes")
+    for name in sorted({image.relative for image in images} - set(of_file.values())):
+        tally.add("images have no JSON file and are left out", name, "save them in LabelMe, without shapes")
     index, ordered = number_names(names, storage.shown(root))
     splits: dict[str, list[RawImage]] = {}
     for image, parts in entries:
         for (label, _), values in parts.items():
             item = clean(tally, f"{label} in {image.name}", image.size, label=index[label], **values)
-            if item is not None:
+            if item is not None and item in image.objects:
+                tally.add("objects that repeat another one are left out", f"{label} in {image.name}")
+            elif item is not None:
                 image.objects.append(item)
         named = filter(None, map(split_of_folder, image.name.split("/")[:-1]))
         splits.setdefault(next(named, "train"), []).append(image)
@@ -63,6 +69,45 @@ def read_labelme(
         class_ids=tuple(range(1, 1 + len(ordered))),
         tally=tally,
     )
+
+
+def _apart(
+    storage: Storage, beside: Sequence[StoredFile], images: Sequence[StoredFile], tally: Tally
+) -> tuple[list[tuple[StoredFile, Any]], dict[str, str]]:
+    """JSON files that are not beside their images: their contents, and the image of each by the file's path.
+
+    An image is found by imagePath, or by its name where that is wrong and no other image has the same.
+    """
+    files = [file for file in beside if file.relative.endswith(".json")]
+    if 2 * len(files) < len(images) or not _is_labelme(storage, files[0]):  # of some other kind
+        return [], {}
+    paths = {image.relative for image in images}
+    by_stem: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        by_stem.setdefault(posixpath.basename(path).rpartition(".")[0], []).append(path)
+    contents, of_file = [], {}
+    for file in files:
+        content = _read(storage, file)
+        if content is None:
+            continue
+        folder, stem = posixpath.split(file.relative[:-5])
+        stated = posixpath.normpath(posixpath.join(folder, str(content.get("imagePath")).replace("\\", "/")))
+        named = [stated] if stated in paths else by_stem.get(stem, [])
+        if len(named) == 1:
+            contents.append((file, content))
+            of_file[file.path] = named[0]
+        elif named:
+            tally.add("annotations fit several images of one name and are left out", file.relative, "correct imagePath")
+        else:
+            tally.add("annotations of images that are not there are left out", file.relative, "correct imagePath")
+    return contents, of_file
+
+
+def _is_labelme(storage: Storage, file: StoredFile) -> bool:
+    try:
+        return _read(storage, file) is not None
+    except DataError:
+        return False
 
 
 def _read(storage: Storage, file: StoredFile) -> Any:
@@ -121,7 +166,11 @@ def _parts(file: StoredFile, content: Any, image: RawImage, tally: Tally) -> dic
         elif kind == "polygon":
             values["polygons"].append([value for point in points for value in point])
         else:
-            tally.add("shapes that have no area (points, lines) are left out", where)
+            if kind in _WITHOUT_AREA:
+                tally.add("shapes that have no area (points, lines) are left out", where)
+            else:
+                what = "shapes that are no polygon, rectangle, circle or mask are left out"
+                tally.add(what, f"{escaped(str(kind))}, {where}", "draw them as polygons")
             if not values["polygons"]:
                 found.pop(key)
     return found

@@ -20,6 +20,8 @@ _MANY = 0.1
 _A_FEW = 8
 """So many boxes without a number above 1 are no accident."""
 
+OUTSIDE = "boxes that are empty or outside of their image are left out"
+
 Box = tuple[float, float, float, float]
 
 
@@ -110,7 +112,7 @@ def clean(
     cut = (min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height))
     least = SMALLEST if size else SMALLEST / 1000
     if cut[2] - cut[0] < least or cut[3] - cut[1] < least:
-        tally.add("boxes that are empty or outside of their image are left out", where)
+        tally.add(OUTSIDE, where)
         return None
     beyond = max(cut[0] - x0, cut[1] - y0, x1 - cut[2], y1 - cut[3])
     if beyond > (1.0 if size else 1e-3):

@@ -325,7 +325,7 @@ def test_rows_that_cannot_be_read_are_broken(tmp_path):
     assert problems == [
         "the lists of its objects have other lengths (1 of bbox, 2 of category)",
         "nothing is known about its objects",
-        "1 of its boxes are outside of the image",
+        "1 of its 1 boxes lie outside of the image",
     ]
     assert notes(source) == {"images have objects that cannot be read and are not used": 2}
 

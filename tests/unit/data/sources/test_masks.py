@@ -124,6 +124,21 @@ def test_cityscapes(tmp_path, kind):
     assert ["images have no mask and are left out" in str(note) for note in source.met[-1].notes] == [True]
 
 
+def test_cityscapes_with_test_masks_and_both_kinds(tmp_path):
+    for split in ("train", "val", "test"):
+        for number in range(4):
+            stem = f"{split}/aachen/aachen_{number}"
+            _image(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png", number)
+            _mask(tmp_path / f"gtFine/{stem}_gtFine_labelIds.png", *((0, 1, 3) if split == "test" else (7, 33, 0)))
+            if split == "train":
+                _mask(tmp_path / f"gtFine/{stem}_gtFine_labelTrainIds.png", 0, 18, 255)
+    assert sorted(np.unique(_first_map(tmp_path))) == [0, 18, IGNORE]
+    assert sorted(np.unique(_first_map(tmp_path, "validation"))) == [0, 18, IGNORE]
+    test = open_source(str(tmp_path), "test")  # its truth is not public
+    assert test.num_rows == 4
+    assert [note.count for met in test.met for note in met.notes if "all ignored" in note.what] == [4]
+
+
 def test_pascal_voc(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     for number in range(20):
@@ -132,17 +147,30 @@ def test_pascal_voc(tmp_path):
             _mask(root / f"SegmentationClass/2007_{number:06d}.png", 0, 20, 255, mode="P")
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(10)))
-    (lists / "val.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(10, 17)))
+    _image(root / "JPEGImages/Häuser am See.jpg")
+    _mask(root / "SegmentationClass/Häuser am See.png", 0, 20, 255, mode="P")
+    listed = [*(f"2007_{number:06d}" for number in range(9)), "Häuser am See", "gone"]
+    (lists / "train.txt").write_bytes("\r\n".join(listed).encode())
+    (lists / "val.txt").write_text("".join(f"2007_{number:06d}\n" for number in range(9, 16)))
     train, val = (open_source(str(tmp_path), split) for split in ("train", "validation"))
     assert (train.num_rows, val.num_rows) == (10, 7)
     assert train.dense.pixels[20] == "tvmonitor"
     assert sorted(np.unique(_first_map(tmp_path))) == [0, 20, IGNORE]
     notes = {note.what: note.count for note in train.met[-1].notes}
     assert notes == {
+        "images that the lists of ImageSets name are not there": 1,
         "images have no mask and are left out": 2,
-        "images are in no list of ImageSets and are left out": 1,
+        "images are in no list of ImageSets and are left out": 2,
     }
+
+
+def test_classes_of_their_own_in_the_form_of_pascal_voc(tmp_path):
+    for number in range(8):
+        _image(tmp_path / f"JPEGImages/{number}.jpg", number)
+        _mask(tmp_path / f"SegmentationClass/{number}.png", 0, 2, 255, mode="P")
+    assert open_source(str(tmp_path)).dense.pixels[2] == "bicycle"
+    (tmp_path / "class_names.txt").write_text("_background_\nscrew\nnut\n")
+    assert open_source(str(tmp_path)).dense.pixels == ("_background_", "screw", "nut")
 
 
 def test_missing_masks_are_counted_and_named(tmp_path):
@@ -181,6 +209,15 @@ def test_labels_beyond_the_classes(tmp_path):
     (tmp_path / "classes.txt").write_text("ground\nthing\n")
     with pytest.raises(DataError, match="the value 7, which is no class and is not ignored; 2 classes are expected"):
         open_source(str(tmp_path))
+
+
+def test_masks_that_are_no_images_are_named_without_an_address_in_memory(tmp_path):
+    _pairs(tmp_path, 20)
+    (tmp_path / "masks/3.png").write_bytes(b"")
+    (tmp_path / "masks/4.png").write_bytes(b"not an image")
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    problems = {truth.problem for truth in _all(tmp_path, "train") if truth.problem}
+    assert problems == {"its mask is an empty file (masks/3.png)", "its mask is not an image (masks/4.png)"}
 
 
 def test_a_single_wrong_mask_is_a_broken_row(tmp_path):

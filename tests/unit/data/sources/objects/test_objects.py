@@ -264,23 +264,108 @@ class TestVoc:
             "objects without a name are left out": 1,
             "annotations of images that are not there are left out": 1,
         }
-        (tmp_path / "Annotations/a.xml").write_text("<annotation></annotation>")
-        with pytest.raises(DataError, match="with the size of its image"):
+        (tmp_path / "Annotations/a.xml").write_text("")
+        with pytest.raises(DataError, match=r"is not an annotation of Pascal VOC .* or delete it to leave its image"):
             open_source(str(tmp_path))
+
+    @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
+    def test_without_sizes_boxes_are_of_the_upright_image(self, tmp_path, size):
+        voc(tmp_path, "a", voc_object("dog", 11, 6, 30, 25))
+        path = tmp_path / "Annotations/a.xml"
+        path.write_text(path.read_text().replace(f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>", size))
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.tolist() == [[10, 5, 30, 25]]
+        assert [what for what in notes_of(source) if "do not say the size" in what]
+
+    def test_xml_files_beside_their_images(self, tmp_path):
+        for split in ("train", "val"):
+            voc(tmp_path / split, "a ü", voc_object("dog", 11, 6, 30, 25))
+            for path in (tmp_path / split / "JPEGImages/a ü.jpg", tmp_path / split / "Annotations/a ü.xml"):
+                path.rename(tmp_path / split / path.name)
+                path.parent.rmdir()
+        picture(tmp_path / "train/bare.jpg")
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.tolist() == [[10, 5, 30, 25]]
+        assert list_splits(str(tmp_path)) == ("train", "validation")
+        assert notes_of(source) == {"images have no XML file and are left out": 1}
+        for name in "cde":
+            picture(tmp_path / f"train/{name}.jpg")
+        assert open_source(str(tmp_path)).num_rows == 5, "few such files do not make a set of objects of photos"
+
+    def test_a_split_without_annotations_is_named(self, tmp_path):
+        voc(tmp_path, "a", voc_object("dog", 1, 1, 9, 9), lists=["train"])
+        voc(tmp_path, "b", lists=["val"])
+        (tmp_path / "Annotations/b.xml").unlink()
+        assert notes_of(objects_in(tmp_path)[0]) == {
+            "images have no XML file and are left out": 1,
+            "lists of ImageSets name no image that is annotated": 1,
+        }
 
     def test_the_folder_of_annotations_means_objects_where_there_are_masks_too(self, tmp_path):
         voc(tmp_path, "a", voc_object("dog", 1, 1, 9, 9))
-        (tmp_path / "SegmentationClass").mkdir()
-        Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / "SegmentationClass/a.png")
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            (tmp_path / folder).mkdir()
+            Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / folder / "a.png")
         assert open_source(str(tmp_path)).dense.objects is None
-        assert objects_in(tmp_path / "Annotations")[0].dense.objects == ("dog",)
+        source = objects_in(tmp_path / "Annotations")[0]
+        assert source.dense.objects == ("dog",)
+        assert source.read(0, [0])[0].path == "JPEGImages/a.jpg", "a mask is no photo"
+
+    def test_the_folder_of_masks_of_objects_means_these_masks(self, tmp_path):
+        dog, cat = voc_object("dog", 1, 1, 10, 10), voc_object("cat", 21, 11, 40, 30)
+        voc(tmp_path, "a", dog, cat, voc_object("cat", 50, 30, 55, 35))
+        voc(tmp_path, "swapped", cat, dog)
+        voc(tmp_path, "bare", dog)
+        values = np.zeros((HEIGHT, WIDTH), np.uint8)
+        values[:10, :10], values[10:30, 20:40], values[10:30, 20] = 1, 2, 255
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            (tmp_path / folder).mkdir()
+            for stem in ("a", "swapped"):
+                Image.fromarray(values).save(tmp_path / folder / f"{stem}.png")
+        source, (objects, swapped) = objects_in(tmp_path / "SegmentationObject")
+        assert objects.boxes.tolist() == [[0, 0, 10, 10], [20, 10, 40, 30]]
+        masks = [decode_rle(counts, (HEIGHT, WIDTH)) for counts in objects.masks]
+        assert [mask.sum() for mask in masks] == objects.areas.tolist() == [100, 380]
+        assert np.array_equal(masks[1], values == 2)
+        assert len(swapped.labels) == 0
+        assert notes_of(source) == {
+            "images have no mask in SegmentationObject and are left out": 1,
+            "objects without a pixel in SegmentationObject are left out": 1,
+            "objects whose pixels in SegmentationObject are not those of their box are left out": 2,
+        }
+
+    def test_names_with_spaces_and_images_that_are_missing(self, tmp_path):
+        dog = voc_object("dog", 1, 1, 9, 9)
+        voc(tmp_path, "Häuser am See", dog, dog, lists=["train"])
+        voc(tmp_path, "b", dog, lists=["val"])
+        picture(tmp_path / "JPEGImages/bare.jpg")
+        path = tmp_path / "ImageSets/Main/train.txt"
+        path.write_bytes((path.read_text() + "gone\nbare\nb\n\n").replace("\n", "\r\n").encode())
+        source, objects = objects_in(tmp_path)
+        assert [len(item.boxes) for item in objects] == [1, 1]
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        assert notes_of(source) == {
+            "objects that repeat another one are left out": 1,
+            "images that the lists of ImageSets name are not there": 1,
+            "images have no XML file and are left out": 1,
+            "images are in the lists of two splits, so that what is learnt from is judged, too": 1,
+        }
+
+    @pytest.mark.parametrize("trainval", [True, False])
+    def test_images_of_a_test_list_are_not_trained_on(self, tmp_path, trainval):
+        for stem in "abc":
+            voc(tmp_path, stem, voc_object("dog", 1, 1, 9, 9), lists=["test"] if stem == "c" else ["trainval"])
+        if not trainval:
+            (tmp_path / "ImageSets/Main/trainval.txt").unlink()
+        assert list_splits(str(tmp_path)) == ("train", "test")
+        assert objects_in(tmp_path)[0].num_rows == 2
 
 
-def yolo(folder: Path, lines: str, *, stem="a", names="names: [car, bus]\n", split="train"):
+def yolo(folder: Path, lines: str, *, stem="a", names="names: [car, bus]\n", split="train", places=""):
     picture(folder / f"images/{split}/{stem}.jpg")
     (folder / f"labels/{split}").mkdir(parents=True, exist_ok=True)
     (folder / f"labels/{split}/{stem}.txt").write_text(lines)
-    (folder / "data.yaml").write_text(f"train: images/train\n{names}")
+    (folder / "data.yaml").write_text(f"{places}{names}")
 
 
 class TestYolo:
@@ -296,7 +381,9 @@ class TestYolo:
         assert len(objects_in(tmp_path, "validation")[1][0].boxes) == 0
 
     def test_mistakes(self, tmp_path):
-        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.1 0.1\n0 0.5\nx 1 2 3 4\n0 1.5 0.5 0.1 0.1\n")
+        yolo(
+            tmp_path, "0 0.5 0.5 0.2 0.2\n0 .50 0.5 0.2 0.2 \n2 0.5 0.5 0.1 0.1\n0 0.5\nx 1 2 3 4\n0 1.5 0.5 0.1 0.1\n"
+        )
         picture(tmp_path / "images/train/bare.jpg")
         (tmp_path / "labels/train/gone.txt").write_text("")
         source, objects = objects_in(tmp_path)
@@ -304,12 +391,73 @@ class TestYolo:
         assert notes_of(source) == {
             "lines that repeat another one are left out": 1,
             "objects of a class beyond the 2 that have names are left out": 1,
-            "polygons of fewer than three points are left out": 1,
-            "objects without a polygon of three points are left out": 1,
+            "lines that are neither a class and a box nor a class and a polygon are left out": 1,
             "lines that are no numbers are left out": 1,
             "boxes that are empty or outside of their image are left out": 1,
             "images have no text file, and no objects": 1,
             "annotations of images that are not there are left out": 1,
+        }
+
+    def test_scores_poses_and_numbers_that_are_none(self, tmp_path):
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2 0.93\nnan 0.5 0.5 0.2 0.2\ninf 0.5 0.5 0.2 0.2\n0 nan 0.5 0.2 0.2\n")
+        source, (objects,) = objects_in(tmp_path)
+        assert objects.boxes.round(3).tolist() == [[24, 16, 36, 24]]
+        assert objects.masks == (b"",)
+        assert notes_of(source) == {
+            "boxes are followed by a fifth number, which is not used": 1,
+            "objects of a class beyond the 2 that have names are left out": 2,
+            "boxes that are no numbers are left out": 1,
+        }
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2 0.5 0.5 0.6 0.6\n", names="names: [car]\nkpt_shape: [2, 2]\n")
+        assert objects_in(tmp_path)[1][0].masks == (b"",), "points of a pose are no polygon"
+
+    @pytest.mark.parametrize(
+        "places",
+        [
+            "path: ../datasets/mine\ntrain: images/fit\nval: images/hold\n",
+            "train: ../images/fit\nval: C:\\mine\\images\\hold\n",
+            "path: /home/me/mine/images\ntrain: [fit]\nval: [hold]\n",
+            "train: fit.txt\nval: lists/hold.txt\n",
+        ],
+    )
+    def test_splits_are_those_of_the_yaml_file(self, tmp_path, places):
+        (tmp_path / "lists").mkdir()
+        (tmp_path / "fit.txt").write_text("./images/fit/a.jpg\n/home/me/images/fit/b c.jpg\n\n")
+        (tmp_path / "lists/hold.txt").write_text("images/hold/d.jpg\n")
+        for stem, split in (("a", "fit"), ("b c", "fit"), ("d", "hold"), ("e", "more")):
+            yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", stem=stem, split=split, places=places)
+        source = objects_in(tmp_path)[0]
+        assert source.num_rows == 2
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        left = "images are in no folder or list that data.yaml names, and are left out"
+        assert notes_of(source) == {left: 1}
+
+    def test_a_yaml_file_that_does_not_fit(self, tmp_path):
+        places = "train: images/train\nval: images/train\ntest: images/test\nnc: 3\n"
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n", places=places, names="names: {'0': car, '1': bus}\n")
+        source = objects_in(tmp_path)[0]
+        assert source.dense.objects == ("car", "bus")
+        assert list_splits(str(tmp_path)) == ("train",)
+        assert notes_of(source) == {
+            "nc in data.yaml is not the 2 of its names, which count": 1,
+            "images are of two splits in data.yaml, and are used in the first of train, val and test": 1,
+            "folders or lists of images that data.yaml names are not there": 1,
+        }
+        yolo(tmp_path, "", names="names: car\n")
+        with pytest.raises(DataError, match="names is one text: write a list"):
+            open_source(str(tmp_path))
+
+    def test_pixels_instead_of_shares_are_refused(self, tmp_path):
+        yolo(tmp_path, "".join(f"0 {20 + number} 20 10 10\n" for number in range(9)))
+        with pytest.raises(DataError, match=r"9 of the 9 boxes .* shares of the sides of an image, from 0 to 1"):
+            open_source(str(tmp_path))
+
+    def test_a_split_without_text_files_is_named(self, tmp_path):
+        yolo(tmp_path, "0 0.5 0.5 0.2 0.2\n")
+        picture(tmp_path / "images/val/b.jpg")
+        assert notes_of(objects_in(tmp_path)[0]) == {
+            "images have no text file, and no objects": 1,
+            "splits have no text file at all, so that none of their images has an object": 1,
         }
 
     def test_classes_need_names(self, tmp_path):
@@ -379,6 +527,36 @@ class TestLabelMe:
             "masks that do not decode are left out": 1,
             "shapes without a label or points are left out": 1,
             "images have no JSON file and are left out": 1,
+        }
+
+    def test_a_folder_of_annotations(self, tmp_path):
+        for stem in ("a", "b ü", "c"):
+            labelme(tmp_path, shape("cup", [[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]), stem=stem)
+        for name, image in (("a", "..\\images\\train\\other.jpg"), ("b ü", "C:/gone/b ü.jpg"), ("c", "c.jpg")):
+            content = json.loads((tmp_path / f"{name}.json").read_text()) | {"imagePath": image}
+            (tmp_path / "json").mkdir(exist_ok=True)
+            (tmp_path / f"{name}.json").unlink()
+            (tmp_path / f"json/{name}.json").write_text(json.dumps(content))
+        for name, target in (("a", "train/other"), ("b ü", "val/b ü"), ("c", "train/bare")):
+            (tmp_path / "images" / target).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}.jpg").rename(tmp_path / f"images/{target}.jpg")
+        source, objects = objects_in(tmp_path)
+        assert [len(item.boxes) for item in objects] == [1]
+        assert source.read(0, [0])[0].path == "images/train/other.jpg"
+        assert objects_in(tmp_path, "validation")[0].num_rows == 1
+        assert notes_of(source) == {
+            "annotations of images that are not there are left out": 1,
+            "images have no JSON file and are left out": 1,
+        }
+
+    def test_repeated_shapes_and_shapes_of_other_kinds(self, tmp_path):
+        corners = [[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]
+        labelme(tmp_path, shape("cup", corners), shape("cup", corners), shape("cup", corners, "rotation"))
+        source, (objects,) = objects_in(tmp_path)
+        assert len(objects.boxes) == 1
+        assert notes_of(source) == {
+            "objects that repeat another one are left out": 1,
+            "shapes that are no polygon, rectangle, circle or mask are left out": 1,
         }
 
 
