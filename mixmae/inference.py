@@ -128,7 +128,7 @@ class Judged(NamedTuple):
     rows: Tensor
     """(N,) int64, of the source."""
     broken: tuple[BrokenRecord, ...]
-    """The images that could not be decoded."""
+    """The images that could not be used."""
 
 
 class _Record:

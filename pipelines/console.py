@@ -61,7 +61,7 @@ class ProgressView:
             self.evaluation(content)
         elif kind == "broken":
             for entry in folder.add_broken(content)[:3]:
-                self.line(f"could not be decoded: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
+                self.line(f"could not be used: {entry['where']}: {entry['reason']} (see {folder.ledger.name})")
         elif kind == "left_out":
             from mixmae.data.blocks import BrokenRecord
             from mixmae.data.broken import name_broken  # it decodes: not every command needs that

@@ -476,10 +476,10 @@ class Run:
         )
 
     def print_broken(self) -> None:
-        """Print how many images could not be decoded, if any."""
+        """Print how many images could not be used, if any."""
         if broken := self.folder.broken():
             where = self.folder.shown(self.folder.ledger)
-            print(f"{len(broken)} images could not be decoded and were replaced by others: {where}")
+            print(f"{len(broken)} images could not be used and were replaced by others: {where}")
 
 
 @dataclass(frozen=True, kw_only=True)

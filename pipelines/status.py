@@ -134,7 +134,7 @@ def _trial(folder: Path, lives: bool) -> dict[str, Any]:
 
 
 def _broken(folder: Path, record: Mapping[str, Any], progress: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How many images could not be decoded, of how many, and how many may."""
+    """How many images could not be used, of how many, and how many may."""
     loop = record.get("config", {}).get("loop", {})
     seen = int((progress or {}).get("step", 0)) * int(loop.get("batch_size", 0))
     named = len(read_lines(folder / "broken_images.jsonl"))

@@ -109,7 +109,9 @@ def check_objects(source: DenseSource, is_hopeless: Callable[[int, int], bool], 
         sum(int(item.crowd.sum()) for item in objects),
     )
     if not num_objects:
-        raise DataError(f"none of {len(truths)} images of {source.name} has an object: there is nothing to learn.")
+        raise DataError(
+            f"none of {len(truths)} images of {source.name} has an object: there is nothing to learn, or to judge by."
+        )
     if num_crowds == num_objects:
         raise DataError(
             f"all {num_objects} objects in {len(truths)} images of {source.name} are crowds (iscrowd = 1), which "

@@ -43,7 +43,7 @@ _MIN_PARTS = 8
 
 @dataclass(frozen=True)
 class BrokenRecord:
-    """A row that could not be decoded and why: one line of broken_images.jsonl."""
+    """A row that could not be used and why: one line of broken_images.jsonl."""
 
     row: int
     where: str
@@ -63,7 +63,7 @@ class Block:
     epochs: Int64Array
     """(n,) int64."""
     broken: dict[int, BrokenRecord]
-    """The images that could not be decoded, by their index in the block."""
+    """The images that could not be used, by their index in the block."""
     targets: tuple[Uint8Array, ...] = ()
     """n arrays (any length,) uint8, what a dense task wants to know of each image, packed (JointAugmentConfig.apply);
     empty for other tasks."""
@@ -112,7 +112,7 @@ class ImageBatch:
     epochs: torch.Tensor
     """(B,) int64."""
     broken: tuple[BrokenRecord, ...]
-    """Images that could not be decoded: replaced by others in training, left out in evaluation."""
+    """Images that could not be used: replaced by others in training, left out in evaluation."""
     targets: tuple[torch.Tensor, ...] = ()
     """B tensors (any length,) uint8, as Block.targets; read-only likewise."""
 

@@ -26,7 +26,7 @@ def name_broken(records: Sequence[BrokenRecord], num_images: int | None = None, 
     images = f"{count} image{'s' * (count != 1)}" if num_images is None else f"{count} of {num_images} images"
     first = "; ".join(f"{record.where}: {record.reason}" for record in records[:NAMED])
     more = f"; and {count - NAMED} more" if count > NAMED else ""
-    return f"{images} could not be decoded ({first}{more})"
+    return f"{images} could not be used ({first}{more})"
 
 
 class NothingDecodes(DataError):
@@ -64,7 +64,7 @@ def check_decoding(source: Source, is_hopeless: Callable[[int, int], bool]) -> N
     broken = find_broken(source, rows)
     if is_hopeless(len(broken), len(rows)):
         raise DataError(
-            f"{len(broken)} of {len(rows)} images of {source.name} that were looked at could not be decoded, for "
+            f"{len(broken)} of {len(rows)} images of {source.name} that were looked at could not be used, for "
             f"example {broken[0].where}: {broken[0].reason}; pipelines/stats.py names all of them: repair the set or "
             "leave them out."
         )

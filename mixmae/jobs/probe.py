@@ -41,7 +41,7 @@ class Probe:
     """Neighbours that vote in kNN."""
     num_classes: int
     broken: dict[str, BrokenRecord] = field(default_factory=dict)
-    """Those of this worker's images that could not be decoded, by their place: they are in no figure."""
+    """Those of this worker's images that could not be used, by their place: they are in no figure."""
 
     @property
     def description(self) -> str:

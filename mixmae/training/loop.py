@@ -114,7 +114,7 @@ EARLY_IMAGES = 64
 
 
 class BrokenImage(Protocol):
-    """An image that could not be decoded."""
+    """An image that could not be used."""
 
     row: int
     where: str
@@ -176,7 +176,7 @@ class TrainState:
     images_seen: int = 0
     """The position in the data order: global batch x step."""
     broken_images: int = 0
-    """Images that could not be decoded so far, repeats in later epochs included."""
+    """Images that could not be used so far, repeats in later epochs included."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last logged averages, and the metrics of the last evaluation."""
     references: dict[str, float] = field(default_factory=dict)
@@ -430,7 +430,7 @@ def _is_late(minutes: float | None, saved_at: float, device: torch.device) -> bo
 
 @dataclass
 class Broken:
-    """An image that could not be decoded, as it was kept in a checkpoint."""
+    """An image that could not be used, as it was kept in a checkpoint."""
 
     row: int
     where: str
@@ -445,7 +445,7 @@ def _refuse_hopeless(broken: int, seen: int, config: LoopConfig, example: str) -
     """Stop a run that reads next to nothing but broken images. All inputs are the same on every worker."""
     if config.is_hopeless(broken, seen):
         raise TrainingStopped(
-            f"{broken} of the first {seen} images could not be decoded{example}; the set cannot be trained on: look "
+            f"{broken} of the first {seen} images could not be used{example}; the set cannot be trained on: look "
             "at it with pipelines/stats.py, which names the broken images, and repair it or choose another --data."
         )
 
@@ -461,8 +461,8 @@ def _refuse_bad_progress(state: TrainState, config: LoopConfig, length: RunLengt
     fraction = state.broken_images / state.images_seen
     if enough and fraction > config.max_broken_fraction:
         raise TrainingStopped(
-            f"{state.broken_images} of {state.images_seen} images could not be decoded ({fraction:.1%}, more than "
-            f"{config.max_broken_fraction:.1%}{example}): look at the ledger of broken images, repair the data set, or "
+            f"{state.broken_images} of {state.images_seen} images could not be used ({fraction:.1%}, more than "
+            f"{config.max_broken_fraction:.1%}{example}): look at broken_images.jsonl, repair the data set, or "
             "raise --loop.max-broken-fraction."
         )
 

@@ -10,7 +10,7 @@ metrics.jsonl           the journal of all that is logged (mixmae.tracking.journ
 metrics.sent, metrics.refused.jsonl   how much of it MLflow has, and what it does not take
 evaluations.jsonl       metrics of each evaluation, with the step; a step that was trained again is there again
 probe.png               curves of the probe, in pretraining
-broken_images.jsonl     the ledger: images that could not be decoded
+broken_images.jsonl     the ledger: images that could not be used
 plan.json               what the run was planned to cost, if that was asked for before (mixmae.jobs.estimate)
 left_K_at_step_N/       what was put aside when the run went back to step N, with its own journal
 """
@@ -108,7 +108,7 @@ class RunFolder:
 
     @property
     def ledger(self) -> Path:
-        """The list of images that could not be decoded."""
+        """The list of images that could not be used."""
         return self.path / "broken_images.jsonl"
 
     @property

@@ -212,9 +212,9 @@ def test_broken_images_are_left_out_of_the_evaluation_and_stop_a_run_that_has_ha
     flags = [*TINY, "--loop.log-every-steps", "50", "--workers", "2", "--probe.images", "60", "--probe.k", "5"]
     done = run("demo", "--data", tmp_path, "--output", tmp_path / "runs" / "stopped", *flags, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "left out of the evaluation: 4 images could not be decoded (" in done.stdout
+    assert "left out of the evaluation: 4 images could not be used (" in done.stdout
     assert "validation-0.parquet#1 / 1.jpg: not an image" in done.stdout
-    assert "of the first 64 images could not be decoded, for example " in done.stderr
+    assert "of the first 64 images could not be used, for example " in done.stderr
     assert "Traceback" not in done.stderr
     ledger = (tmp_path / "runs" / "stopped" / "broken_images.jsonl").read_text(encoding="utf-8")
     assert len(ledger.splitlines()) > 32

@@ -65,7 +65,7 @@ def test_broken_images_are_named_and_in_no_figure(saved, shards, capsys):
         assert (found.rows.tolist(), found.labels.tolist()) == ([2, 3, 4], [2, 3, 0])
         assert [record.row for record in found.broken] == [0, 1]
         assert expected.broken == ()
-    assert "left out: 2 of 5 images could not be decoded (" in capsys.readouterr().out
+    assert "left out: 2 of 5 images could not be used (" in capsys.readouterr().out
     nothing = open_source(shards("none", [0, 1, 2], broken=3))
     for look in (classifier.logits, frozen.features):
         with pytest.raises(NothingDecodes, match=r"no image of none/train could be decoded, for example .*: not an"):

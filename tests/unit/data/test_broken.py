@@ -20,11 +20,11 @@ def records(count: int) -> list[BrokenRecord]:
 @pytest.mark.parametrize(
     ("sentence", "expected"),
     [
-        (name_broken(records(1), 9), "1 of 9 images could not be decoded (0.jpg: the file is empty)"),
-        (name_broken(records(1)), "1 image could not be decoded (0.jpg: the file is empty)"),
+        (name_broken(records(1), 9), "1 of 9 images could not be used (0.jpg: the file is empty)"),
+        (name_broken(records(1)), "1 image could not be used (0.jpg: the file is empty)"),
         (
             name_broken(records(2), 9, count=7),
-            "7 of 9 images could not be decoded (0.jpg: the file is empty; 1.jpg: the file is empty; and 4 more)",
+            "7 of 9 images could not be used (0.jpg: the file is empty; 1.jpg: the file is empty; and 4 more)",
         ),
     ],
 )
@@ -43,7 +43,7 @@ def test_a_set_of_which_hardly_any_image_decodes_is_refused(write_shards):
     """The last rows of each chunk are whole: what is looked at is spread over the set."""
     damaged = {row: b"x" for row in range(200) if row % 100 < 90}
     source = open_source(write_shards(100, 100, damaged=damaged))
-    with pytest.raises(DataError, match=r"28 of 32 images of .* could not be decoded, for example .*#0 / .*stats\.py"):
+    with pytest.raises(DataError, match=r"28 of 32 images of .* could not be used, for example .*#0 / .*stats\.py"):
         check_decoding(source, IS_HOPELESS)
     with pytest.raises(DataError, match=r"1 of 1 images"):
         check_decoding(RowRange(base=source, start=4, stop=5), IS_HOPELESS)

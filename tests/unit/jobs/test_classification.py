@@ -88,7 +88,7 @@ def test_broken_images_alone(tmp_path, shards):
     config = FINETUNE_RECIPES["demo_finetune"]()
     common = {"data": None, "folder": tmp_path, "pretrained": None}
     for pair in ((whole, broken), (broken, whole)):
-        with pytest.raises(DataError, match=r"8 of 8 images of broken/train that were looked at could not be decoded"):
+        with pytest.raises(DataError, match=r"8 of 8 images of broken/train that were looked at could not be used"):
             ClassificationJob.of(config, *pair, **common)
     job = replace(_job(tmp_path, whole), validation=broken)  # they have gone after the run began
     with pytest.raises(TrainingStopped, match=r"No image of broken/train that has a class could be decoded"):

@@ -102,7 +102,7 @@ def test_colours_are_refused_before_a_run_of_one_channel(shards, tmp_path):
 
 def test_broken_images_alone_are_refused(shards, tmp_path):
     source = open_source(shards("set", [row % 4 for row in range(120)], broken=120))
-    with pytest.raises(DataError, match=r"32 of 32 images of set/train .* could not be decoded, for example .*not an"):
+    with pytest.raises(DataError, match=r"32 of 32 images of set/train .* could not be used, for example .*not an"):
         PretrainJob.of(PRETRAIN_RECIPES["demo"](), source, source, data=None, folder=tmp_path)
 
 

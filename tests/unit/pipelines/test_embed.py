@@ -54,7 +54,7 @@ def test_values_are_those_of_the_library_and_files_say_what_they_are(tmp_path, w
     assert facts["preprocessing"]["mean"] == list(MEAN)
     assert [item.name for item in file.parent.iterdir()] == ["train.parquet"]
     text = capsys.readouterr().out
-    assert "left out: 2 of 60 images could not be decoded (" in text
+    assert "left out: 2 of 60 images could not be used (" in text
     for row in range(2):
         assert f"train-0.parquet#{row} / {row}.jpg: not an image" in text
 

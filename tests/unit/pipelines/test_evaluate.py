@@ -47,7 +47,7 @@ def test_broken_images_are_named_and_in_no_figure(tmp_path, shards, classifier, 
     assert [int(line.split(",")[2]) for line in table] == [9, 9, 9, 9]
     text = capsys.readouterr().out
     assert "36 images judged, 1 without a class;" in text
-    assert "left out: 3 of 40 images could not be decoded (" in text
+    assert "left out: 3 of 40 images could not be used (" in text
     assert "train-0.parquet#0 / 0.jpg: not an image" in text
     broken = shards("broken", LABELS[:4], broken=4)
     assert "no image of broken/train could be decoded" in error(evaluate.main, classifier, "--data", broken)

@@ -65,5 +65,5 @@ def test_broken_images_are_named_and_in_no_figure(here, weights, shards, capsys)
     text = capsys.readouterr().out
     assert "55 training and 16 validation images" in text
     for part in ("5 of 60", "5 of 21"):
-        assert f"left out: {part} images could not be decoded (" in text
+        assert f"left out: {part} images could not be used (" in text
     assert "0.jpg: not an image" in text

@@ -37,7 +37,7 @@ def test_broken_images_get_no_class_and_are_named(tmp_path, shards, classifier, 
     assert picture.width == 6 * CELL_PX  # the six whole ones
     text = capsys.readouterr().out
     assert "predictions.csv (10 images)" in text
-    assert "no class: 4 of 10 images could not be decoded (" in text
+    assert "no class: 4 of 10 images could not be used (" in text
     assert "0.jpg: not an image" in text
     assert text.strip().endswith("; and 1 more)")
 

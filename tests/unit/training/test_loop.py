@@ -304,7 +304,7 @@ def test_broken_images_are_reported_and_too_many_stop_the_run():
     *_, state, events = _run(replace(CONFIG, max_broken_fraction=0.2), broken_every=5)
     assert events.broken == [0, 5]
     assert state.broken_images == 2
-    with pytest.raises(TrainingStopped, match=r"2 of 48 images could not be decoded \(4\.2%.*max-broken-fraction"):
+    with pytest.raises(TrainingStopped, match=r"2 of 48 images could not be used \(4\.2%.*max-broken-fraction"):
         _run(broken_every=5)
 
 
