@@ -31,10 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/threads.py`
 
-from mixmae.data.blocks import ImageBatch, local_batches
-from mixmae.data.order import Plan
 from mixmae.data.prepare import open_for_training
-from mixmae.jobs.in_process import build_seeded
+from mixmae.jobs.in_process import batches_of, build_seeded
 from mixmae.jobs.pretraining import PretrainJob
 from mixmae.machine import usable_cores
 from mixmae.training.loop import Silent, TrainState, train
@@ -63,34 +61,25 @@ class Arguments:
 class _Rates(Silent):
     """Keeps the images per second of each log, and tells how far training is."""
 
-    def __init__(self, images: Any) -> None:
+    def __init__(self, finished: Any) -> None:
         self.rates: list[float] = []
-        self._images = images
+        self._finished = finished
 
     def log(self, step: int, record: Mapping[str, float], broken: Sequence[Any]) -> None:
         self.rates.append(record["images_per_s"])
-        self._images.value = step
+        self._finished.value = step
 
 
-def _batches(job: PretrainJob, rank: int, num_workers: int) -> Iterator[ImageBatch]:
-    """A worker's batches, without an end."""
-    plan = Plan(chunk_sizes=job.source.chunk_sizes, seed=0, window_rows=job.data.window_rows)
-    share = job.share(rank=rank, num_workers=num_workers)
-    channels = job.config.encoder.in_channels
-    return local_batches(job.source, plan, job.config.augment, share=share, stop_step=10**9, channels=channels)
-
-
-def _train(job: PretrainJob, rank: int, num_workers: int, threads: int, store: str, images: Any, result: Any) -> None:
-    """A worker.   Args: images: its finished steps.  result: of rank 0, images per second of each log."""
+def _train(job: PretrainJob, rank: int, num_workers: int, threads: int, store: str, finished: Any, result: Any) -> None:
+    """A worker.   Args: finished: its finished steps.  result: of rank 0, images per second of each log."""
     torch.set_num_threads(threads)
     if num_workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_workers)
     share = job.share(rank=rank, num_workers=num_workers)
-    stream = _batches(job, rank, num_workers)
-    batches = [next(stream) for _ in range(BATCHES * share.accumulation)]
+    batches = list(batches_of(job, BATCHES, share))
     bare = build_seeded(job)
     model: nn.Module = DistributedDataParallel(bare, gradient_as_bucket_view=True) if num_workers > 1 else bare
-    events = _Rates(images)
+    events = _Rates(finished)
     train(
         model=model,
         optimizer=build_optimizer(bare, job.optim),
@@ -111,11 +100,11 @@ def _train(job: PretrainJob, rank: int, num_workers: int, threads: int, store: s
         dist.destroy_process_group()
 
 
-def _decode(job: PretrainJob, images: Any) -> None:
+def _decode(job: PretrainJob, finished: Any) -> None:
     """Decode the images of as many batches as are trained on, and a few more."""
     torch.set_num_threads(1)
-    for step, _ in enumerate(_batches(job, 0, 1)):
-        while step > images.value + 2 * LOG_EVERY:
+    for step, _ in enumerate(batches_of(job, job.length.total_steps)):
+        while step > finished.value + 2 * LOG_EVERY:
             time.sleep(0.01)
 
 
@@ -137,14 +126,14 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
 def turn(job: PretrainJob, num_workers: int, policy: str, decoding: bool) -> float:
     """Images per second of one turn of a layout."""
     context, threads = get_context("spawn"), usable_cores() // num_workers
-    images, result = context.Value("l", 0, lock=False), context.Queue()
+    finished, result = context.Value("l", 0, lock=False), context.Queue()
     with tempfile.TemporaryDirectory() as folder, _variables(WAIT_POLICIES[policy]):
         store = os.path.join(folder, "store")
         workers = [
-            context.Process(target=_train, args=(job, rank, num_workers, threads, store, images, result))
+            context.Process(target=_train, args=(job, rank, num_workers, threads, store, finished, result))
             for rank in range(num_workers)
         ]
-        others = [context.Process(target=_decode, args=(job, images), daemon=True)] if decoding else []
+        others = [context.Process(target=_decode, args=(job, finished), daemon=True)] if decoding else []
         for process in (*workers, *others):
             process.start()
         rates: list[float] = result.get(timeout=600)

@@ -34,6 +34,8 @@ HEARTBEAT_S = 5.0
 WATCH_S = 30.0
 """A heartbeat on another machine that stands still for as long is a dead run's. It is watched, not compared with this
 machine's clock."""
+CLAIM_S = 5.0
+"""A claim becomes the lock, or goes, in moments; if it does neither for as long, its maker is taken for the owner."""
 NEVER = "-" * len("2026-01-01T00:00:00.000Z")
 """A time that has not come, as long as one that has."""
 
@@ -183,12 +185,16 @@ def take(
         return known
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None
+        lock, patient_until = None, time.monotonic() + CLAIM_S
         while lock is None:
             before = read_owner(folder)
             if before is not None:
                 refuse_living(before, str(folder), partial(_bytes, folder / LOCK_FILE), watch_s, say)
-            lock = _claim(folder, before, heartbeat_s, watch_s, say)
+            try:
+                lock = _claim(folder, before, heartbeat_s, watch_s, say)
+            except InUse:  # by who claims it, and may lose to a third one: who has it in the end is to be named
+                if time.monotonic() > patient_until:
+                    raise
     except OSError as error:
         raise ValueError(
             f"The output folder {folder} cannot be written ({error.strerror}): choose another --output."
@@ -291,7 +297,10 @@ def read_owner(folder: Path) -> Owner | None:
 def _claim(
     folder: Path, before: Owner | None, heartbeat_s: float, watch_s: float, say: Callable[[str], None]
 ) -> Lock | None:
-    """Try to become the next owner after `before`; None if somebody else was faster, and one has to look again."""
+    """Try to become the next owner after `before`.
+
+    Returns: None if somebody else was faster, and one has to look again.   Raises: InUse while another one claims it.
+    """
     owner = this_process(generation=before.generation + 1 if before else 1)
     claim = folder / f"{LOCK_FILE}.{owner.generation}"
     try:
@@ -311,7 +320,8 @@ def _claim(
             with contextlib.suppress(FileNotFoundError):  # who took us for dead may have renamed it
                 claim.replace(folder / LOCK_FILE)
             now = read_owner(folder)
-            is_taken = now is not None and now.token == owner.token
+        # Also if it was another one that renamed our claim, because its own had been removed as a dead one's.
+        is_taken = now is not None and now.token == owner.token
     finally:
         if not is_taken:
             os.close(file)

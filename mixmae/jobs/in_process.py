@@ -10,6 +10,7 @@ from torch import nn
 from mixmae.data.blocks import ImageBatch, local_batches
 from mixmae.data.order import Plan
 from mixmae.jobs.job import Job
+from mixmae.share import WorkerShare
 from mixmae.training.loop import Batch, Events, Silent, TrainState, step_seed, train
 from mixmae.training.optim import build_optimizer
 from mixmae.training.recompute import recompute_stages
@@ -21,14 +22,14 @@ def build_seeded(job: Job) -> nn.Module:
     return job.build_model()
 
 
-def batches_of(job: Job, num_steps: int) -> Iterator[ImageBatch]:
-    """The batches of the job's first steps, made in this process."""
+def batches_of(job: Job, num_steps: int, share: WorkerShare | None = None) -> Iterator[ImageBatch]:
+    """The batches of the job's first steps, made in this process.   Args: share: of one of several workers."""
     config = job.config
     return local_batches(
         job.source,
         Plan(chunk_sizes=job.source.chunk_sizes, seed=job.loop.seed, window_rows=job.data.window_rows),
         config.augment,
-        share=job.share(rank=0, num_workers=1),
+        share=share or job.share(rank=0, num_workers=1),
         stop_step=num_steps,
         channels=config.encoder.in_channels,
     )

@@ -9,12 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mixmae import lock as locking
 from mixmae.lock import LOCK_FILE, LockError, holds, read_owner, release_all, take
 from pipelines.command import command
 from pipelines.run import RunFolder
@@ -221,6 +223,44 @@ def test_of_many_at_one_moment_exactly_one_takes_it(tmp_path, holder, left):
             said = rival.end()
             assert f"process {winners[0].process.pid}" in said, said
     assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def _claim_by(other: Holder, elsewhere: Path, folder: Path) -> Path:
+    """A claim on a folder by a living process, which has the lock of another folder."""
+    assert other.line() == "taken 1"
+    claim = folder / f"{LOCK_FILE}.1"
+    claim.write_text((elsewhere / LOCK_FILE).read_text())
+    return claim
+
+
+def test_a_living_claim_that_comes_to_nothing_refuses_nobody(tmp_path, holder):
+    claim = _claim_by(holder(tmp_path / "elsewhere"), tmp_path / "elsewhere", tmp_path)
+    gone = threading.Timer(0.7, claim.unlink)
+    gone.start()
+    assert take(tmp_path).hold.generation == 1
+    gone.join()
+
+
+def test_a_claim_that_another_one_makes_the_lock_is_its_makers(tmp_path, monkeypatch):
+    """Who claims, and finds its own claim removed as a dead one's, renames what another one has claimed meanwhile."""
+    writing = locking._write
+
+    def write(file: int, owner: locking.Owner) -> None:
+        writing(file, owner)
+        (tmp_path / f"{LOCK_FILE}.1").rename(tmp_path / LOCK_FILE)
+        monkeypatch.setattr(locking, "_write", writing)
+
+    monkeypatch.setattr(locking, "_write", write)
+    assert take(tmp_path).is_ours()
+
+
+def test_a_living_claim_that_stays_is_an_owner(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr("mixmae.lock.CLAIM_S", 0.5)
+    other = holder(tmp_path / "elsewhere")
+    claim = _claim_by(other, tmp_path / "elsewhere", tmp_path)
+    with pytest.raises(LockError, match=rf"process {other.process.pid}\)"):
+        take(tmp_path)
+    assert claim.exists()
 
 
 def test_a_lock_alone_does_not_make_a_folder_somebody_elses(tmp_path):
