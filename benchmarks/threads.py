@@ -3,7 +3,7 @@
     python benchmarks/threads.py [--recipe demo] [--rounds 3] [--steps 60]
 
 Without Ray. All layouts share each batch as workers of a run do, with gradients summed by gloo. They train on images in
-memory, in turns; and again while other processes decode as many images as they take, as those of Ray Data do. OpenMP's
+memory, in turns; and again while another process decodes as many images as they take, as those of Ray Data do. OpenMP's
 threads wait for each other between operations: for a while in a loop (OpenMP's choice), always so (`active`), or asleep
 (`passive`, which leaves the core to the decoder). Prints a table of images/s; the last line is JSON. Needs quiet cores.
 """
